@@ -1,0 +1,306 @@
+"""Optimal Transport Regularization (OTReg): the method, in one file that imports nothing of the project.
+
+For one utterance with speech embeddings x_s (adapter outputs, s < S) and transcript embeddings y_t
+(t < T), OTReg (arXiv 2508.08131) finds the entropic optimal transport plan between the two sets and
+charges its cost:
+
+    cost        C_st = 1 - cos(x_s, y_t) + gamma * (s/(S-1) - t/(T-1))^2                     (1)
+    plan        P    = argmin_P <P, C> - epsilon * H(P)   with marginals a (speech), b (text)   (2)
+    loss             = < stop_gradient(P), 1 - cos(x_s, y_t) >                                (3)
+
+(2) is solved by Sinkhorn's algorithm (Cuturi 2013) with a fixed number of iterations, so that every
+step of a sharded training run executes the same program. At convergence (3) has the gradient of the
+regularized optimal value of (2) (envelope theorem), hence nothing is differentiated through (2).
+
+    >>> out = regularizer(speech, text, speech_mask, text_mask, epsilon=0.1, num_iters=50)
+    >>> loss = cross_entropy + weight * out.loss
+
+Shape suffixes: B batch, S speech positions, T transcript positions, D embedding width.
+The paper publishes neither epsilon, gamma, the marginals nor the layer: all are arguments here.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ott.geometry import geometry
+from ott.problems.linear import linear_problem
+from ott.solvers.linear import sinkhorn
+
+NUM_DIRECTIONS = 3  # principal directions of the text vectors that center="pcs" projects out
+
+
+class OTReg(NamedTuple):
+    """What `regularizer` returns: loss (), plan [B, S, T] and metrics {name: ()}, all float32."""
+
+    loss: jax.Array
+    plan: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+class Centering(NamedTuple):
+    """A mean vector [D] and orthonormal directions [N, D] to remove from speech and text alike."""
+
+    mean_D: jax.Array
+    directions_ND: jax.Array
+
+
+def regularizer(
+    speech_BSD: jax.Array,
+    text_BTD: jax.Array,
+    speech_mask_BS: jax.Array,
+    text_mask_BT: jax.Array,
+    *,
+    token_ids_BT: jax.Array | None = None,
+    text_set: str = "sequence",
+    text_mass: str = "uniform",
+    center: str | Centering = "none",
+    cost: str = "cosine",
+    position_weight: float | jax.Array = 0.0,
+    epsilon: float = 0.1,
+    num_iters: int = 50,
+    speech_tau: float = 1.0,
+    plan: str = "ot",
+    num_examples: jax.Array | None = None,
+) -> OTReg:
+    """OTReg loss of a batch: equations (1) to (3) of the module, averaged over the examples.
+
+    Args:
+      speech_BSD: speech embeddings, any float dtype. Gradients flow into these only.
+      text_BTD: transcript embeddings, any float dtype; no gradient flows into them.
+      speech_mask_BS: bool, True at valid positions. Padding may hold anything, NaN included.
+      text_mask_BT: bool, likewise. An example without valid speech or text has loss 0, plan 0, and
+        does not count in the mean.
+      token_ids_BT: int, the transcript's token ids; needed by `text_set="unique"`.
+      text_set: "sequence" (every token) or "unique" (the first occurrence of every token id).
+      text_mass: "uniform", or "count": unique tokens weigh as often as they occur.
+      center: "none"; "mean": subtract the mean text vector of the batch from both sides; "pcs": also
+        project out the text's top principal directions; or a `Centering` computed elsewhere.
+      cost: "cosine" (1 - cos) or "sqeuclidean" (|x - y|^2; scale `epsilon` with the embeddings).
+      position_weight: gamma of (1); enters the plan only. May be traced (a schedule).
+      epsilon: absolute entropic regularization, in units of the cost.
+      num_iters: Sinkhorn iterations, always all of them. Watch `marginal_error`.
+      speech_tau: rho in (0, 1]: 1 keeps the speech marginal; below 1 speech positions (silence,
+        noise) may give up mass at a Kullback-Leibler price of epsilon * rho / (1 - rho).
+      plan: "ot", or "position": the plan of the position term alone. It never looks at the
+        embeddings: the control that shows what the similarity term adds.
+      num_examples: the number to divide the sum over examples by; by default those of this batch
+        that have speech and text. Pass the global number when a batch comes in pieces.
+
+    Returns:
+      OTReg(loss, plan, metrics); metrics are means over the same examples: `transport_cost` (the
+      loss), `marginal_error` (L1), `entropy` (of the plan, nats), `nearest_cosine` (mean over speech
+      positions of the cosine to the nearest transcript vector; rises in useless runs too: it is no
+      evidence of alignment).
+
+    Raises:
+      ValueError: an option is unknown, out of range, or lacks its input.
+    """
+    _check_options(
+        text_set=text_set, text_mass=text_mass, center=center, cost=cost, plan=plan,
+        epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau, token_ids_BT=token_ids_BT,
+        position_weight=position_weight,
+    )  # fmt: skip
+    nonempty_B = speech_mask_BS.any(axis=1) & text_mask_BT.any(axis=1)
+    speech_mask_BS = speech_mask_BS & nonempty_B[:, None]
+    text_mask_BT = text_mask_BT & nonempty_B[:, None]
+
+    # Padding leaves before any norm or product: 0 * NaN is NaN, in the backward pass as well.
+    speech_BSD = jnp.where(speech_mask_BS[..., None], speech_BSD, 0)
+    text_BTD = jax.lax.stop_gradient(jnp.where(text_mask_BT[..., None], text_BTD, 0))
+    if isinstance(center, str):
+        center = text_centering(text_BTD, text_mask_BT, center)
+    if center is not None:
+        speech_BSD = remove_common(speech_BSD, speech_mask_BS, center)
+        text_BTD = remove_common(text_BTD, text_mask_BT, center)
+
+    # Positions are those in the whole transcript, also when only unique tokens take part.
+    position_BST = position_cost(speech_mask_BS, text_mask_BT)
+    weight_BT = text_mask_BT.astype(jnp.float32)
+    if text_set == "unique":
+        first_BT, count_BT = first_occurrences(token_ids_BT, text_mask_BT)
+        weight_BT = jnp.where(first_BT, count_BT if text_mass == "count" else 1.0, 0.0)
+    a_BS = _normalize(speech_mask_BS.astype(jnp.float32))
+    b_BT = _normalize(weight_BT)
+
+    cosine_BST, feature_cost_BST = pairwise_cost(speech_BSD, text_BTD, cost)
+    plan_cost_BST = position_weight * position_BST
+    if plan == "ot":
+        plan_cost_BST = plan_cost_BST + feature_cost_BST
+    plan_BST = transport_plan(
+        jax.lax.stop_gradient(plan_cost_BST), a_BS, b_BT, epsilon=epsilon,
+        num_iters=num_iters, speech_tau=speech_tau,
+    )  # fmt: skip
+
+    if num_examples is None:
+        num_examples = nonempty_B.sum()
+    mean = lambda x_B: jnp.sum(x_B) / jnp.maximum(num_examples, 1)  # noqa: E731
+    loss = mean(jnp.sum(plan_BST * feature_cost_BST, axis=(1, 2)))
+    metrics = jax.lax.stop_gradient(
+        {
+            "transport_cost": loss,
+            "marginal_error": mean(_marginal_error(plan_BST, a_BS, b_BT, speech_tau)),
+            "entropy": mean(-jax.scipy.special.xlogy(plan_BST, plan_BST).sum(axis=(1, 2))),
+            "nearest_cosine": mean(_nearest_cosine(cosine_BST, speech_mask_BS, b_BT > 0)),
+        }
+    )
+    return OTReg(loss, plan_BST, metrics)
+
+
+def pairwise_cost(
+    speech_BSD: jax.Array, text_BTD: jax.Array, cost: str = "cosine"
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine [B, S, T] and feature cost [B, S, T] (float32) of every speech-text pair.
+
+    The raw product is scaled by inverse norms afterwards: normalised copies of the embeddings would
+    be the largest temporaries of the loss. Zero vectors have cosine 0 and gradient 0.
+    """
+    speech_sq_BS = jnp.sum(jnp.square(speech_BSD.astype(jnp.float32)), axis=-1)
+    text_sq_BT = jnp.sum(jnp.square(text_BTD.astype(jnp.float32)), axis=-1)
+    # HIGHEST: accelerators would otherwise run float32 products in bfloat16 or TF32.
+    dot_BST = jnp.einsum(
+        "bsd,btd->bst", speech_BSD, text_BTD, precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    inverse_norm = lambda square: jax.lax.rsqrt(jnp.maximum(square, 1e-12))  # noqa: E731
+    cosine_BST = dot_BST * inverse_norm(speech_sq_BS)[:, :, None] * inverse_norm(text_sq_BT)[:, None]
+    if cost == "cosine":
+        return cosine_BST, 1.0 - cosine_BST
+    return cosine_BST, speech_sq_BS[:, :, None] + text_sq_BT[:, None] - 2.0 * dot_BST
+
+
+def position_cost(speech_mask_BS: jax.Array, text_mask_BT: jax.Array) -> jax.Array:
+    """(s/(S_b - 1) - t/(T_b - 1))^2 [B, S, T] float32, S_b and T_b the valid lengths (1 is safe)."""
+
+    def relative_position(mask):
+        position = jnp.cumsum(mask, axis=1) - 1
+        last = jnp.maximum(mask.sum(axis=1, keepdims=True) - 1, 1)
+        return jnp.where(mask, position / last, 0.0).astype(jnp.float32)
+
+    difference = relative_position(speech_mask_BS)[:, :, None] - relative_position(text_mask_BT)[:, None]
+    return jnp.square(difference)
+
+
+def first_occurrences(ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """True at the first valid occurrence of every id [B, T], and the id's count [B, T] (float32)."""
+    same_BTT = (ids_BT[:, :, None] == ids_BT[:, None]) & mask_BT[:, :, None] & mask_BT[:, None]
+    earlier_BTT = jnp.tril(same_BTT, k=-1)
+    return mask_BT & ~earlier_BTT.any(axis=2), same_BTT.sum(axis=2).astype(jnp.float32)
+
+
+def text_centering(text_BTD: jax.Array, mask_BT: jax.Array, how: str) -> Centering | None:
+    """What `center=how` removes: the mean of the valid text vectors and, for "pcs", their top
+    principal directions (orthogonal iteration on the covariance, which is never formed)."""
+    if how == "none":
+        return None
+    text_BTD = jax.lax.stop_gradient(jnp.where(mask_BT[..., None], text_BTD, 0)).astype(jnp.float32)
+    mean_D = text_BTD.sum(axis=(0, 1)) / jnp.maximum(mask_BT.sum(), 1)
+    width = text_BTD.shape[-1]
+    if how == "mean":
+        return Centering(mean_D, jnp.zeros((0, width)))
+    centred_BTD = jnp.where(mask_BT[..., None], text_BTD - mean_D, 0)
+
+    def iterate(_, basis_DN):
+        projected_BTN = jnp.einsum("btd,dn->btn", centred_BTD, basis_DN, precision="highest")
+        image_DN = jnp.einsum("btd,btn->dn", centred_BTD, projected_BTN, precision="highest")
+        return jnp.linalg.qr(image_DN)[0]
+
+    start_DN = jax.random.normal(jax.random.key(0), (width, min(NUM_DIRECTIONS, width)))
+    basis_DN = jax.lax.fori_loop(0, 12, iterate, jnp.linalg.qr(start_DN)[0])
+    return Centering(mean_D, basis_DN.T)
+
+
+def remove_common(x_BND: jax.Array, mask_BN: jax.Array, center: Centering) -> jax.Array:
+    """x minus the mean, with the directions projected out; float32, zero where masked out."""
+    x_BND = x_BND.astype(jnp.float32) - center.mean_D
+    along = jnp.einsum("bnd,kd->bnk", x_BND, center.directions_ND, precision="highest")
+    x_BND = x_BND - jnp.einsum("bnk,kd->bnd", along, center.directions_ND, precision="highest")
+    return jnp.where(mask_BN[..., None], x_BND, 0)
+
+
+def transport_plan(
+    cost_BST: jax.Array,
+    a_BS: jax.Array,
+    b_BT: jax.Array,
+    *,
+    epsilon: float,
+    num_iters: int,
+    speech_tau: float = 1.0,
+) -> jax.Array:
+    """Entropic transport plans [B, S, T] float32 by `num_iters` log-domain Sinkhorn iterations.
+
+    Args:
+      cost_BST: finite costs, also at padding; cast to float32 (a bfloat16 cost never converges).
+      a_BS, b_BT: marginals, each row summing to 1, or all zero: such an example gets an all-zero
+        plan. Positions of zero mass are padding and carry exactly none of the plan.
+      epsilon, num_iters, speech_tau: as in `regularizer`.
+
+    Not differentiable on purpose: take `stop_gradient` of the result. Padding by zero mass is exact
+    because epsilon is absolute; ott's relative epsilon and cost scaling would read padded entries.
+    """
+    # min == max iterations: a convergence test would put an all-reduce into the loop of a sharded batch.
+    solver = sinkhorn.Sinkhorn(
+        lse_mode=True, threshold=0.0, norm_error=1, inner_iterations=num_iters,
+        min_iterations=num_iters, max_iterations=num_iters,
+    )  # fmt: skip
+
+    def solve(cost_ST, a_S, b_T):
+        # An empty example would make logarithms meet as inf - inf; give it one unit of mass to move.
+        empty = (a_S.sum() == 0) | (b_T.sum() == 0)
+        a_S = jnp.where(empty, jnp.zeros_like(a_S).at[0].set(1.0), a_S)
+        b_T = jnp.where(empty, jnp.zeros_like(b_T).at[0].set(1.0), b_T)
+        problem = linear_problem.LinearProblem(
+            geometry.Geometry(cost_matrix=cost_ST, epsilon=epsilon), a_S, b_T, tau_a=speech_tau
+        )
+        f_S, g_T = solver(problem).potentials
+        plan_ST = jnp.exp((f_S[:, None] + g_T[None] - cost_ST) / epsilon)
+        return jnp.where(empty, 0.0, plan_ST)
+
+    plan_BST = jax.vmap(solve)(cost_BST.astype(jnp.float32), a_BS, b_BT)
+    return jax.lax.stop_gradient(plan_BST)
+
+
+def _normalize(weight_BN: jax.Array) -> jax.Array:
+    return weight_BN / jnp.maximum(weight_BN.sum(axis=1, keepdims=True), 1.0)
+
+
+def _marginal_error(plan_BST, a_BS, b_BT, speech_tau):
+    """How far the plan's marginals are from the asked ones (L1); a relaxed side is not counted."""
+    error_B = jnp.abs(plan_BST.sum(axis=1) - b_BT).sum(axis=1)
+    if speech_tau == 1.0:
+        error_B += jnp.abs(plan_BST.sum(axis=2) - a_BS).sum(axis=1)
+    return error_B
+
+
+def _nearest_cosine(cosine_BST, speech_mask_BS, text_mask_BT):
+    nearest_BS = jnp.max(cosine_BST, axis=2, where=text_mask_BT[:, None], initial=-1.0)
+    count_B = jnp.maximum(speech_mask_BS.sum(axis=1), 1)
+    return jnp.sum(nearest_BS, axis=1, where=speech_mask_BS) / count_B
+
+
+def _check_options(
+    *, text_set, text_mass, center, cost, plan, epsilon, num_iters, speech_tau, token_ids_BT,
+    position_weight,
+):  # fmt: skip
+    problems = []
+    for name, value, known in (
+        ("text_set", text_set, ("sequence", "unique")),
+        ("text_mass", text_mass, ("uniform", "count")),
+        ("center", center, ("none", "mean", "pcs")),
+        ("cost", cost, ("cosine", "sqeuclidean")),
+        ("plan", plan, ("ot", "position")),
+    ):
+        if not isinstance(value, Centering) and value not in known:
+            problems.append(f"{name}={value!r} is not one of {', '.join(known)}")
+    if not epsilon > 0:
+        problems.append(f"epsilon={epsilon} must be above 0")
+    if num_iters < 1:
+        problems.append(f"num_iters={num_iters} must be at least 1")
+    if not 0 < speech_tau <= 1:
+        problems.append(f"speech_tau={speech_tau} must be in (0, 1]")
+    if text_set == "unique" and token_ids_BT is None:
+        problems.append("text_set='unique' needs token_ids_BT")
+    if plan == "position" and isinstance(position_weight, (int, float)) and position_weight <= 0:
+        problems.append("plan='position' needs position_weight > 0: the plan would be uniform")
+    if problems:
+        raise ValueError("otreg: " + "; ".join(problems))
