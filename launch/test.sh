@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up, lints, and runs the tests.
+#
+#   bash launch/test.sh [pytest arguments, e.g. tests/test_otreg.py -k padding -n 0]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup.sh requirements-dev.txt
+
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
+
+.venv/bin/ruff check
+exec .venv/bin/python -m pytest -n 2 "$@"
