@@ -1,0 +1,1 @@
+"""Flax Linen modules of a spoken language model: speech encoder, adapter, LLM."""

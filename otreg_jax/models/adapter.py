@@ -1,0 +1,142 @@
+"""Adapters: from the speech encoder's features to embeddings the LLM reads.
+
+Every kind shortens by a factor known statically, masks padding exactly and ends in a projection to
+the LLM's width.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from otreg_jax.models import layers
+
+KINDS = ("mlp", "conv", "transformer", "qformer")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is made of.
+
+    kind:
+      "mlp": `stack` neighbouring positions side by side, then a two-layer MLP (SLAM-ASR, 2402.08846);
+      "conv": a convolution of width 2·stack - 1 and stride `stack`, then the MLP;
+      "transformer": stacked positions, `num_layers` Transformer blocks, then a projection;
+      "qformer": `num_queries` learned queries read each window of `stack` positions through
+        `num_layers` blocks of cross-attention (window-level Q-Former, SALMONN, 2310.13289).
+    in_dim, out_dim: widths of the encoder and of the LLM.
+    """
+
+    in_dim: int
+    out_dim: int
+    hidden_dim: int
+    kind: str = "mlp"
+    stack: int = 4
+    num_layers: int = 2
+    num_heads: int = 8
+    num_queries: int = 1
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"adapter: unknown kind {self.kind!r}, choose from {', '.join(KINDS)}")
+
+
+def output_length(config: AdapterConfig, positions):
+    """Speech embeddings that `positions` encoder positions become; an int or an array of them."""
+    windows = -(-positions // config.stack)
+    return windows * config.num_queries if config.kind == "qformer" else windows
+
+
+def _windows(x_BSE: jax.Array, size: int) -> jax.Array:
+    """Consecutive windows of `size` positions, zero-filled at the end: [B, W, size, E]."""
+    B, S, E = x_BSE.shape
+    x_BSE = jnp.pad(x_BSE, ((0, 0), (0, -S % size), (0, 0)))
+    return x_BSE.reshape(B, -1, size, E)
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm block: queries attend to a window, then an MLP."""
+
+    num_heads: int
+    mlp_dim: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x_BQE: jax.Array, mask_BQS: jax.Array, memory_BSE: jax.Array):
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+
+        attend = layers.EncoderAttention(self.num_heads, self.dtype, name="attn")
+        mlp = layers.EncoderMLP(self.mlp_dim, dtype=self.dtype, name="mlp")
+        x_BQE = x_BQE + attend(norm("attn_norm")(x_BQE), mask_BQS, memory_BSE)
+        return x_BQE + mlp(norm("mlp_norm")(x_BQE)), None
+
+
+class Adapter(nn.Module):
+    """Speech features [B, S, in_dim], int32 [B] to [B, output_length(S), out_dim], int32 [B].
+
+    The output is zero in padding; whatever the padding of the input holds, it never matters.
+    """
+
+    config: AdapterConfig
+
+    @nn.compact
+    def __call__(self, x_BSE: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        c = self.config
+        x_BSE = layers.zero_padding(x_BSE, length_B).astype(c.dtype)
+        body = {
+            "mlp": self._stacked,
+            "conv": self._convolved,
+            "transformer": self._transformed,
+            "qformer": self._queried,
+        }[c.kind]
+        y_BSH = body(x_BSE, length_B)
+        speech_BSD = layers.Dense(c.out_dim, True, dtype=c.dtype, name="out")(y_BSH)
+        length_B = output_length(c, length_B)
+        return layers.zero_padding(speech_BSD, length_B), length_B
+
+    def _project(self, x: jax.Array) -> jax.Array:
+        return layers.Dense(self.config.hidden_dim, True, dtype=self.config.dtype, name="in")(x)
+
+    def _stacked(self, x_BSE, length_B):
+        windows = _windows(x_BSE, self.config.stack)
+        return jax.nn.gelu(self._project(windows.reshape(*windows.shape[:2], -1)))
+
+    def _convolved(self, x_BSE, length_B):
+        c = self.config
+        pad = (c.stack - 1, -x_BSE.shape[1] % c.stack)
+        width = (2 * c.stack - 1,)
+        conv = nn.Conv(c.hidden_dim, width, c.stack, padding=[pad], dtype=c.dtype, name="conv")
+        return jax.nn.gelu(self._project(jax.nn.gelu(conv(x_BSE))))
+
+    def _transformed(self, x_BSE, length_B):
+        c = self.config
+        windows = _windows(x_BSE, c.stack)
+        x_BSH = self._project(windows.reshape(*windows.shape[:2], -1))
+        B, S, _ = x_BSH.shape
+        mask_BSS = jnp.broadcast_to(
+            layers.length_mask(output_length(c, length_B), S)[:, None], (B, S, S)
+        )
+        blocks = layers.scanned(layers.EncoderBlock, c.num_layers, (nn.broadcast,), remat=False)
+        block = blocks(c.num_heads, 4 * c.hidden_dim, dtype=c.dtype, name="layers")
+        x_BSH, _ = block(x_BSH, mask_BSS)
+        return nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x_BSH)
+
+    def _queried(self, x_BSE, length_B):
+        c = self.config
+        windows = _windows(x_BSE, c.stack)
+        B, W = windows.shape[:2]
+        memory = self._project(windows).reshape(B * W, c.stack, c.hidden_dim)
+        valid = layers.length_mask(length_B, W * c.stack).reshape(B * W, 1, c.stack)
+        mask = jnp.broadcast_to(valid, (B * W, c.num_queries, c.stack))
+        queries = self.param(
+            "queries", nn.initializers.normal(1.0), (c.num_queries, c.hidden_dim)
+        ).astype(c.dtype)
+        x = jnp.broadcast_to(queries, (B * W, *queries.shape))
+        axes = (nn.broadcast, nn.broadcast)
+        blocks = layers.scanned(CrossBlock, c.num_layers, axes, remat=False)
+        x, _ = blocks(c.num_heads, 4 * c.hidden_dim, c.dtype, name="layers")(x, mask, memory)
+        x = nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x)
+        return x.reshape(B, W * c.num_queries, c.hidden_dim)

@@ -1,0 +1,178 @@
+"""Building blocks shared by the speech encoder, the adapters and the LLM.
+
+Weights keep the dtype they are given in; every layer computes in its own `dtype`, so that float32
+weights which train and bfloat16 weights which are frozen go through the same code. Norms and
+softmax are computed in float32 whatever the `dtype`.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def length_mask(length_B: jax.Array, size: int) -> jax.Array:
+    """bool [B, size], true at positions below each length."""
+    return jnp.arange(size) < length_B[:, None]
+
+
+def zero_padding(x_BSD: jax.Array, length_B: jax.Array) -> jax.Array:
+    """x with exact zeros at positions ≥ length, also where x holds NaN there."""
+    return jnp.where(length_mask(length_B, x_BSD.shape[1])[..., None], x_BSD, 0)
+
+
+class Dense(nn.Module):
+    """x @ kernel (+ bias), plus (x @ lora_a) @ lora_b when its params hold a low-rank pair.
+
+    The pair is never created here: `lora.add` puts it beside the kernels it is asked to adapt, and
+    `lora.merge` folds it away (LoRA, arXiv 2106.09685).
+    """
+
+    features: int
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("params", "lora_a"):
+            lora_a = self.get_variable("params", "lora_a").astype(self.dtype)
+            lora_b = self.get_variable("params", "lora_b").astype(self.dtype)
+            y += (x @ lora_a) @ lora_b
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y += bias.astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) times (offset + scale); Gemma's offset is 1."""
+
+    eps: float
+    offset: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", init, (x.shape[-1],)).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * (self.offset + scale)).astype(self.dtype)
+
+
+def attention(
+    q_BLHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKd: jax.Array,
+    mask_BLS: jax.Array | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Grouped-query attention; float32 softmax; [B, L, H, d] in the dtype of q.
+
+    mask_BLS: true where position l may attend to slot s; its leading axis may be 1.
+    softcap: scores become softcap · tanh(scores / softcap) before the mask (Gemma 2, 2408.00118).
+    """
+    if softcap is None:
+        mask = None if mask_BLS is None else mask_BLS[:, None]
+        return jax.nn.dot_product_attention(
+            q_BLHd, k_BSKd, v_BSKd, mask=mask, scale=scale, is_causal=is_causal
+        )
+    B, L, H, d = q_BLHd.shape
+    S, K = k_BSKd.shape[1:3]
+    if is_causal:
+        mask_BLS = jnp.tril(jnp.ones((1, L, S), bool))
+    q_BLKGd = q_BLHd.reshape(B, L, K, H // K, d)
+    scores = jnp.einsum(
+        "BLKGd,BSKd->BKGLS", q_BLKGd, k_BSKd, preferred_element_type=jnp.float32
+    )
+    scores = softcap * jnp.tanh(scores * scale / softcap)
+    if mask_BLS is not None:
+        scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKd.dtype)
+    return jnp.einsum("BKGLS,BSKd->BLKGd", weights, v_BSKd).reshape(B, L, H, d)
+
+
+class EncoderAttention(nn.Module):
+    """Multi-head attention of x over `memory` (x itself when None), Whisper's biases: none on k."""
+
+    num_heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x_BLE: jax.Array, mask_BLS: jax.Array, memory_BSE: jax.Array | None = None
+    ) -> jax.Array:
+        memory_BSE = x_BLE if memory_BSE is None else memory_BSE
+        width = x_BLE.shape[-1]
+
+        def heads(name: str, x: jax.Array, use_bias: bool) -> jax.Array:
+            y = Dense(width, use_bias, dtype=self.dtype, name=name)(x)
+            return y.reshape(*y.shape[:2], self.num_heads, -1)
+
+        q, k, v = heads("q", x_BLE, True), heads("k", memory_BSE, False), heads("v", memory_BSE, True)
+        y = attention(q, k, v, mask_BLS, scale=q.shape[-1] ** -0.5)
+        return Dense(width, True, dtype=self.dtype, name="o")(y.reshape(x_BLE.shape))
+
+
+class EncoderMLP(nn.Module):
+    """Dense, activation, Dense, back to the width of x."""
+
+    mlp_dim: int
+    activation: str = "gelu"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = Dense(self.mlp_dim, True, dtype=self.dtype, name="up")(x)
+        y = ACTIVATIONS[self.activation](y)
+        return Dense(x.shape[-1], True, dtype=self.dtype, name="down")(y)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm Transformer encoder block (Whisper's, arXiv 2212.04356)."""
+
+    num_heads: int
+    mlp_dim: int
+    activation: str = "gelu"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BSE: jax.Array, mask_BSS: jax.Array) -> tuple[jax.Array, None]:
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+
+        attend = EncoderAttention(self.num_heads, self.dtype, name="attn")
+        mlp = EncoderMLP(self.mlp_dim, self.activation, self.dtype, name="mlp")
+        x_BSE = x_BSE + attend(norm("attn_norm")(x_BSE), mask_BSS)
+        return x_BSE + mlp(norm("mlp_norm")(x_BSE)), None
+
+
+def scanned(block: type[nn.Module], length: int, in_axes: tuple, remat: bool) -> type[nn.Module]:
+    """The block repeated `length` times under one scan: params stacked along a leading axis.
+
+    remat: keep only each block's input for the backward pass and recompute the rest.
+    """
+    if remat:
+        block = nn.remat(block, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+    )

@@ -1,0 +1,328 @@
+"""A decoder-only LLM: the Llama, Mistral, Qwen and Gemma families, told apart by configuration.
+
+All layers are one homogeneous block under a scan. Where layers differ (local and global attention,
+two RoPE bases) the block picks its mask and its rotation by a scanned per-layer index.
+
+Sequences are right-padded and causal, so padding needs no mask; it only has to be finite.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from otreg_jax.models import layers
+
+Cache = dict[str, jax.Array]  # {"k", "v"}: [num_layers, B, slots, K, head_dim]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How a model stretched its rotary frequencies to a longer context.
+
+    kind: "linear" divides all by `factor`; "llama3" divides only the slow ones, blending between
+    the wavelengths original_length / high_freq_factor and original_length / low_freq_factor;
+    "yarn" (arXiv 2309.00071) blends by rotations over original_length and scales the rotation by
+    `attention_factor`.
+    """
+
+    kind: str
+    factor: float
+    original_length: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMConfig:
+    """The shape of an LLM; the defaults are Llama's.
+
+    family: the Hugging Face `model_type` the weights are saved as.
+    dtype: what the layers compute in; the weights keep their own.
+    norm_offset: norms multiply by (norm_offset + scale); 1 for Gemma.
+    post_norms: norm each sublayer's output too, before the residual sum (Gemma).
+    attn_scale: multiplies the attention scores; head_dim**-0.5 when None.
+    sliding_window: local layers attend to this many last positions, their own included.
+    local_layers: for each layer whether it is local; None: all of them when there is a window.
+    local_rope_theta: RoPE base of the local layers, unscaled; None: as the global ones.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    tied_head: bool = True
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    embed_scale: float = 1.0
+    attn_scale: float | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    local_layers: tuple[bool, ...] | None = None
+    local_rope_theta: float | None = None
+    max_positions: int = 2048
+    family: str = "llama"
+    dtype: str = "float32"
+    remat: bool = False
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None
+) -> tuple[np.ndarray, float]:
+    """Angle per position of each of the head_dim/2 pairs, float32, and the rotation's gain."""
+    powers = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    freqs = 1.0 / np.float32(theta) ** powers
+    if scaling is None:
+        return freqs, 1.0
+    slowed = freqs / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slowed, 1.0
+    if scaling.kind == "llama3":
+        rotations = scaling.original_length * freqs / np.float32(2 * math.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        keep = np.clip((rotations - scaling.low_freq_factor) / span, 0, 1)
+    elif scaling.kind == "yarn":
+
+        def pair_turning(rotations: float) -> float:
+            turns = math.log(scaling.original_length / (rotations * 2 * math.pi))
+            return head_dim * turns / (2 * math.log(theta))
+
+        low, high = pair_turning(scaling.beta_fast), pair_turning(scaling.beta_slow)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        width = (high - low) or 1e-3
+        keep = 1 - np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    else:
+        raise ValueError(f"rope_scaling: unknown kind {scaling.kind!r} (linear, llama3 or yarn)")
+    freqs = (keep * freqs + (1 - keep) * slowed).astype(np.float32)
+    return freqs, scaling.attention_factor if scaling.kind == "yarn" else 1.0
+
+
+def rotate(x_BLHd: jax.Array, cos_BLp: jax.Array, sin_BLp: jax.Array) -> jax.Array:
+    """RoPE (arXiv 2104.09864) in the half-split layout: pair i is (x[i], x[i + d/2]); float32."""
+    a, b = jnp.split(x_BLHd.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BLp[:, :, None], sin_BLp[:, :, None]
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_BLHd.dtype)
+
+
+def _layer_kinds(config: LLMConfig) -> np.ndarray:
+    """int32 [num_layers]: 0 for a global layer, 1 for a local one."""
+    local = config.local_layers
+    if local is None:
+        local = (config.sliding_window is not None,) * config.num_layers
+    if len(local) != config.num_layers:
+        raise ValueError(f"local_layers has {len(local)} entries for {config.num_layers} layers")
+    return np.asarray(local, np.int32)
+
+
+def _rope_tables(config: LLMConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [kind, B, L, head_dim/2], for global (0) and local (1) layers."""
+    bases = [(config.rope_theta, config.rope_scaling)]
+    if config.local_rope_theta is None:
+        bases *= 2
+    else:
+        bases.append((config.local_rope_theta, None))
+    cos, sin = [], []
+    for theta, scaling in bases:
+        freqs, gain = rope_frequencies(config.head_dim, theta, scaling)
+        angles = positions_BL[..., None].astype(jnp.float32) * freqs
+        cos.append(gain * jnp.cos(angles))
+        sin.append(gain * jnp.sin(angles))
+    return jnp.stack(cos), jnp.stack(sin)
+
+
+def _masks(config: LLMConfig, query_BL: jax.Array, slots: int) -> jax.Array:
+    """bool [kind, B, L, slots]: a query attends to slots up to its own, local layers to the last."""
+    behind = query_BL[..., None] - jnp.arange(slots)
+    causal = behind >= 0
+    window = config.sliding_window
+    return jnp.stack([causal, causal if window is None else causal & (behind < window)])
+
+
+class Attention(nn.Module):
+    config: LLMConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, cache, cos_BLp, sin_BLp, mask_BLS, positions_BL):
+        c = self.config
+
+        def project(name: str, heads: int) -> jax.Array:
+            y = layers.Dense(heads * c.head_dim, c.qkv_bias, dtype=c.dtype, name=name)(x_BLD)
+            return y.reshape(*y.shape[:2], heads, c.head_dim)
+
+        q, k, v = project("q", c.num_heads), project("k", c.num_kv_heads), project("v", c.num_kv_heads)
+        if c.qk_norm:
+            q = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name="q_norm")(q)
+            k = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name="k_norm")(k)
+        q, k = rotate(q, cos_BLp, sin_BLp), rotate(k, cos_BLp, sin_BLp)
+        if cache is not None:
+            rows = jnp.arange(x_BLD.shape[0])[:, None]
+            k = cache["k"].at[rows, positions_BL].set(k.astype(cache["k"].dtype))
+            v = cache["v"].at[rows, positions_BL].set(v.astype(cache["v"].dtype))
+            cache = {"k": k, "v": v}
+        scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
+        y = layers.attention(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            mask_BLS,
+            scale=scale,
+            is_causal=mask_BLS is None,
+            softcap=c.attn_softcap,
+        )
+        out_init = _residual_init(c)
+        o = layers.Dense(c.embed_dim, c.out_bias, out_init, c.dtype, name="o")
+        return o(y.reshape(*y.shape[:2], -1)), cache
+
+
+class MLP(nn.Module):
+    config: LLMConfig
+
+    @nn.compact
+    def __call__(self, x_BLD):
+        c = self.config
+        gate = layers.Dense(c.mlp_dim, c.mlp_bias, dtype=c.dtype, name="gate")(x_BLD)
+        up = layers.Dense(c.mlp_dim, c.mlp_bias, dtype=c.dtype, name="up")(x_BLD)
+        down = layers.Dense(c.embed_dim, c.mlp_bias, _residual_init(c), c.dtype, name="down")
+        return down(layers.ACTIVATIONS[c.activation](gate) * up)
+
+
+def _residual_init(config: LLMConfig) -> nn.initializers.Initializer:
+    # The residual stream sums 2·num_layers outputs: scaling each keeps its variance (GPT-2).
+    return nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
+
+
+class Block(nn.Module):
+    config: LLMConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, cache, kind, tables, positions_BL):
+        c = self.config
+
+        def norm(name: str) -> layers.RMSNorm:
+            return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=name)
+
+        cos, sin, mask = jax.tree.map(lambda table: table[kind], tables)
+        attend, mlp = Attention(c, name="attn"), MLP(c, name="mlp")
+        y, cache = attend(norm("attn_norm")(x_BLD), cache, cos, sin, mask, positions_BL)
+        x_BLD += norm("attn_post_norm")(y) if c.post_norms else y
+        y = mlp(norm("mlp_norm")(x_BLD))
+        x_BLD += norm("mlp_post_norm")(y) if c.post_norms else y
+        return x_BLD, cache
+
+
+class LLM(nn.Module):
+    """Decoder-only language model. Call it on tokens, or use embed → hidden → logits.
+
+    Params: embed/embedding [V, D], layers/… stacked over the layers, norm/scale [D] and, for an
+    untied head, head/kernel [D, V].
+    """
+
+    config: LLMConfig
+
+    def setup(self):
+        c = self.config
+        embed_init = nn.initializers.normal(c.embed_dim**-0.5)
+        self.token_embed = nn.Embed(
+            c.vocab_size, c.embed_dim, embedding_init=embed_init, name="embed"
+        )
+        if c.num_layers:
+            # (cache, layer kind) are per layer; (tables, positions) are the same for all.
+            axes = (0, 0, nn.broadcast, nn.broadcast)
+            self.layers = layers.scanned(Block, c.num_layers, axes, c.remat)(c)
+        self.norm = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype)
+        if not c.tied_head:
+            self.head = layers.Dense(c.vocab_size, dtype=c.dtype)
+
+    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+        """int32 tokens [B, L] to float32 next-token logits [B, L, V]."""
+        x_BLD, _ = self.hidden(self.embed(tokens_BL))
+        return self.logits(x_BLD)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Rows of the embedding table as the first layer receives them (Gemma's scale included)."""
+        x_BTD = self.token_embed(tokens_BT).astype(self.config.dtype)
+        return x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
+
+    def hidden(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Through the layers, before the final norm; [B, L, D] and the updated cache.
+
+        Without a cache a position attends to the positions before it in the sequence; `positions`
+        (default 0, 1, …) only rotate. With one, keys and values are written to the slots
+        `positions` and each position attends to the slots up to its own, so prefill and one-token
+        steps of examples at different positions are the same call.
+        """
+        c = self.config
+        x_BLD = x_BLD.astype(c.dtype)
+        if not c.num_layers:
+            return x_BLD, cache
+        L = x_BLD.shape[1]
+        order_BL = jnp.arange(L)[None]
+        positions_BL = order_BL if positions_BL is None else positions_BL
+        windowed = c.sliding_window is not None and L > c.sliding_window
+        if cache is not None:
+            masks = _masks(c, positions_BL, cache["k"].shape[2])
+        elif windowed:
+            masks = _masks(c, order_BL, L)
+        else:
+            masks = None  # plain causal: left to the attention kernel
+        tables = (*_rope_tables(c, positions_BL), masks)
+        return self.layers(x_BLD, cache, jnp.asarray(_layer_kinds(c)), tables, positions_BL)
+
+    def logits(self, x_D: jax.Array) -> jax.Array:
+        """Final norm, head and soft cap on hidden states [..., D]; float32 [..., V]."""
+        c = self.config
+        x_D = self.norm(x_D)
+        if c.tied_head:
+            table_VD = self.token_embed.embedding.astype(c.dtype)
+            logits_V = jnp.einsum("...D,VD->...V", x_D, table_VD, preferred_element_type=jnp.float32)
+        else:
+            logits_V = self.head(x_D).astype(jnp.float32)
+        if c.logit_softcap is not None:
+            logits_V = c.logit_softcap * jnp.tanh(logits_V / c.logit_softcap)
+        return logits_V
+
+
+def init_cache(config: LLMConfig, batch: int, length: int, dtype: Any = None) -> Cache:
+    """An empty cache of `length` slots; slot index is position. dtype: the compute dtype if None."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    return {name: jnp.zeros(shape, dtype or config.dtype) for name in ("k", "v")}
+
+
+def sublayers(model: LLM, params: dict, start: int, stop: int) -> tuple[LLM, dict]:
+    """Layers start … stop-1 as a model of their own, with embedding, norm and head kept."""
+    local = model.config.local_layers
+    config = dataclasses.replace(
+        model.config,
+        num_layers=stop - start,
+        local_layers=None if local is None else local[start:stop],
+    )
+    stacked = jax.tree.map(lambda leaf: leaf[start:stop], params["layers"])
+    return LLM(config), {**params, "layers": stacked}

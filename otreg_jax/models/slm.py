@@ -1,0 +1,134 @@
+"""The spoken language model: speech encoder, adapter and LLM over one sequence
+
+    [prompt prefix | speech | prompt suffix | transcript]
+
+Sequences are packed so that all padding is at the right end: attention is then purely causal and
+needs no mask, positions count real tokens only, and a padded batch gives what each example alone
+gives. Logits are computed at the transcript's positions only, never over the whole sequence.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from otreg_jax.data.text import Prompt
+from otreg_jax.models import lora
+from otreg_jax.models.adapter import Adapter
+from otreg_jax.models.llm import LLM, sublayers
+from otreg_jax.models.speech_encoder import SpeechEncoder
+
+
+class SLM(NamedTuple):
+    """The modules and the prompt; weights are {"encoder": ..., "adapter": ..., "llm": ...}."""
+
+    encoder: SpeechEncoder
+    adapter: Adapter
+    llm: LLM
+    prompt: Prompt
+
+
+class Outputs(NamedTuple):
+    """What `forward` returns.
+
+    logits_BTV: float32, T + 1 predictions: position t predicts transcript token t, the last one
+      after a transcript of full length predicts the end of sequence.
+    speech_BSD, text_BTD: the embeddings OTReg compares; for layer 0 the adapter's outputs and the
+      embedding table's rows, for layer k hidden states after k layers.
+    speech_length_B: int32, valid speech positions.
+    adapted_BSD: the adapter's outputs, whatever the layer.
+    """
+
+    logits_BTV: jax.Array
+    speech_BSD: jax.Array
+    text_BTD: jax.Array
+    speech_length_B: jax.Array
+    adapted_BSD: jax.Array
+
+
+def speech_embeddings(
+    slm: SLM, params, mel_BFM: jax.Array, mel_length_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-mel frames -> adapter outputs [B, S, D] and their lengths [B]."""
+    encoded_BSE, length_B = slm.encoder.apply({"params": params["encoder"]}, mel_BFM, mel_length_B)
+    return slm.adapter.apply({"params": params["adapter"]}, encoded_BSE, length_B)
+
+
+def embed(slm: SLM, params, tokens: jax.Array) -> jax.Array:
+    """Token ids [...] -> input embeddings [..., D], as the LLM receives them."""
+    return slm.llm.apply({"params": params["llm"]}, tokens, method="embed")
+
+
+def assemble(
+    slm: SLM, params, speech_BSD: jax.Array, speech_length_B: jax.Array, text_BTD: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Packs prompt, speech and transcript embeddings into one right-padded sequence.
+
+    Returns:
+      x_BLD with L = prefix + S + suffix + T, and start_B: the index of the last position before the
+      transcript, whose logits predict the first transcript token.
+    """
+    batch, num_speech = speech_BSD.shape[:2]
+    prefix = jnp.asarray(slm.prompt.prefix, jnp.int32)
+    suffix = jnp.asarray(slm.prompt.suffix, jnp.int32)
+    embed_all = lambda ids: jnp.broadcast_to(  # noqa: E731
+        embed(slm, params, ids), (batch, len(ids), speech_BSD.shape[-1])
+    ).astype(speech_BSD.dtype)
+    parts = [embed_all(prefix), speech_BSD, embed_all(suffix)]
+    if text_BTD is not None:
+        parts.append(text_BTD.astype(speech_BSD.dtype))
+    unpacked_BLD = jnp.concatenate(parts, axis=1)
+    index_L = jnp.arange(unpacked_BLD.shape[1])
+    # Behind the valid speech positions, everything moves left over the padding.
+    speech_end_B = len(prefix) + speech_length_B
+    shift_B = num_speech - speech_length_B
+    source_BL = index_L + jnp.where(index_L >= speech_end_B[:, None], shift_B[:, None], 0)
+    source_BL = jnp.minimum(source_BL, unpacked_BLD.shape[1] - 1)
+    x_BLD = jnp.take_along_axis(unpacked_BLD, source_BL[..., None], axis=1)
+    return x_BLD, speech_end_B + len(suffix) - 1
+
+
+def transcript_logits(slm: SLM, params, hidden_BLD, start_B, num_predictions: int) -> jax.Array:
+    """Logits [B, num_predictions, V] at start_B, start_B + 1, ..."""
+    index_BT = start_B[:, None] + jnp.arange(num_predictions)
+    index_BT = jnp.clip(index_BT, 0, hidden_BLD.shape[1] - 1)
+    at_text_BTD = jnp.take_along_axis(hidden_BLD, index_BT[..., None], axis=1)
+    return slm.llm.apply({"params": params["llm"]}, at_text_BTD, method="logits")
+
+
+def forward(slm: SLM, params, batch, layer: int = 0) -> Outputs:
+    """The teacher-forced forward pass over a batch of the data pipeline.
+
+    Args:
+      batch: {"mel" [B, F, M], "mel_length" [B], "tokens" [B, T], "token_length" [B]}.
+      layer: where OTReg compares speech and text; see `Outputs`.
+    """
+    adapted_BSD, speech_length_B = speech_embeddings(slm, params, batch["mel"], batch["mel_length"])
+    text_BTD = embed(slm, params, batch["tokens"])
+    x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, text_BTD)
+
+    speech_BSD, below, above = adapted_BSD, None, slm.llm
+    upper_params = params["llm"]
+    if layer:
+        below, lower_params = sublayers(slm.llm, params["llm"], 0, layer)
+        above, upper_params = sublayers(
+            slm.llm, params["llm"], layer, slm.llm.config.num_layers
+        )
+        x_BLD, _ = below.apply({"params": lower_params}, x_BLD, method="hidden")
+        first = len(slm.prompt.prefix)
+        speech_BSD = x_BLD[:, first : first + adapted_BSD.shape[1]]
+        text_BTD = contextual_text(slm, params, text_BTD, layer)
+    hidden_BLD, _ = above.apply({"params": upper_params}, x_BLD, method="hidden")
+    logits_BTV = transcript_logits(slm, params, hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
+    return Outputs(logits_BTV, speech_BSD, text_BTD, speech_length_B, adapted_BSD)
+
+
+def contextual_text(slm: SLM, params, text_BTD: jax.Array, layer: int) -> jax.Array:
+    """The transcript alone through the LLM's first `layer` layers, without LoRA and without gradient:
+    a target that training the speech side cannot move."""
+    base = jax.lax.stop_gradient(lora.strip(params["llm"]))
+    below, lower_params = sublayers(slm.llm, base, 0, layer)
+    hidden_BTD, _ = below.apply(
+        {"params": lower_params}, jax.lax.stop_gradient(text_BTD), method="hidden"
+    )
+    return hidden_BTD

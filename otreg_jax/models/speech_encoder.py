@@ -1,0 +1,95 @@
+"""Whisper's speech encoder (arXiv 2212.04356), for inputs of any length up to its positions.
+
+Whisper pads every input to 30 s. Here inputs keep their length: padding is masked in the
+convolutions and in attention, so an utterance gives the same output alone or in any batch.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from otreg_jax.models import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechEncoderConfig:
+    """The shape of a speech encoder; the defaults are Whisper's where it has one value.
+
+    strides: one convolution of width 3 each; (1, 2) turns 100 mel frames a second into 50 positions.
+    max_positions: rows of the position table, counted after the strides.
+    dtype: what the layers compute in; the weights keep their own.
+    """
+
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    num_mels: int = 80
+    max_positions: int = 1500
+    strides: tuple[int, ...] = (1, 2)
+    activation: str = "gelu"
+    dtype: str = "float32"
+    remat: bool = False
+
+
+def output_length(config: SpeechEncoderConfig, frames):
+    """Positions that `frames` mel frames become; an int or an array of them."""
+    for stride in config.strides:
+        frames = -(-frames // stride)
+    return frames
+
+
+def sinusoids(length: int, width: int) -> np.ndarray:
+    """Whisper's position table, float32 [length, width]: sines, then cosines, of width/2 rates."""
+    rates = np.exp(-np.log(10_000.0) * np.arange(width // 2) / (width // 2 - 1))
+    angles = np.arange(length)[:, None] * rates
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+class SpeechEncoder(nn.Module):
+    """Log-mel spectrogram to speech features.
+
+    Params: conv1/…, conv2/… (one for each stride), positions/embedding (sinusoids at first; Whisper
+    never trains them), layers/… stacked over the layers, norm/….
+    """
+
+    config: SpeechEncoderConfig
+
+    @nn.compact
+    def __call__(self, mel_BFM: jax.Array, mel_length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """float [B, F, M], int32 [B] to features [B, S, E] in `config.dtype`, zero in padding, int32 [B].
+
+        Raises ValueError when F frames exceed the position table.
+        """
+        c = self.config
+        size = output_length(c, mel_BFM.shape[1])
+        if size > c.max_positions:
+            raise ValueError(
+                f"speech encoder: {mel_BFM.shape[1]} mel frames give {size} positions, the model has "
+                f"{c.max_positions}: shorten the audio (max_duration) or raise max_positions"
+            )
+        x, length_B = layers.zero_padding(mel_BFM, mel_length_B).astype(c.dtype), mel_length_B
+        for i, stride in enumerate(c.strides, start=1):
+            conv = nn.Conv(c.embed_dim, (3,), stride, padding=1, dtype=c.dtype, name=f"conv{i}")
+            x, length_B = layers.ACTIVATIONS[c.activation](conv(x)), -(-length_B // stride)
+            x = layers.zero_padding(x, length_B)
+        positions = nn.Embed(
+            c.max_positions,
+            c.embed_dim,
+            dtype=c.dtype,
+            embedding_init=lambda _, shape, dtype: jnp.asarray(sinusoids(*shape), dtype),
+            name="positions",
+        )
+        x_BSE = x + positions(jnp.arange(size))
+        mask_BSS = jnp.broadcast_to(
+            layers.length_mask(length_B, size)[:, None], (x.shape[0], size, size)
+        )
+        blocks = layers.scanned(layers.EncoderBlock, c.num_layers, (nn.broadcast,), c.remat)
+        x_BSE, _ = blocks(c.num_heads, c.mlp_dim, c.activation, c.dtype, name="layers")(
+            x_BSE, mask_BSS
+        )
+        x_BSE = nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x_BSE)
+        return layers.zero_padding(x_BSE, length_B), length_B
