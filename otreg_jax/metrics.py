@@ -10,10 +10,10 @@ and its hypothesis adds insertions only, so silence answered with words counts a
 alignment is jiwer's.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
-import unicodedata
 
 import jiwer
 import numpy as np
@@ -207,12 +207,12 @@ def normalized_counts(
     references = [normalize(text, lang) for text, lang in zip(references, langs, strict=True)]
     hypotheses = [normalize(text, lang) for text, lang in zip(hypotheses, langs, strict=True)]
     words = count_words(references, hypotheses)
-    unspaced = [language_code(lang) in UNSPACED for lang in langs]
-    joined = [
-        [text.replace(" ", "") if joins else text for text, joins in zip(texts, unspaced)]
-        for texts in (references, hypotheses)
-    ]
-    return words, count_characters(*joined)
+
+    def spelled(texts):
+        pairs = zip(texts, langs, strict=True)
+        return [t.replace(" ", "") if language_code(lang) in UNSPACED else t for t, lang in pairs]
+
+    return words, count_characters(spelled(references), spelled(hypotheses))
 
 
 def _same_length(first: Sequence[Any], second: Sequence[Any]) -> None:

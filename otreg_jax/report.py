@@ -1,0 +1,576 @@
+"""One self-contained HTML page about one run, or several side by side.
+
+Everything comes in as plain dicts and numpy arrays; nothing is read from disk or the network. Every
+piece of text is escaped, and charts enter as `<img>` data, so a transcript cannot become markup.
+"""
+
+import base64
+import html
+import io
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from otreg_jax import metrics
+
+RUN_COLORS = ("#1f5f8b", "#c2571a", "#3f8052", "#7b5aa6", "#6b6b6b")
+SPEECH_COLOR, TEXT_COLOR = "#1f5f8b", "#c2571a"
+PLAN_COLORS = LinearSegmentedColormap.from_list("plan", ["#fff", "#9cc4dd", "#1f5f8b", "#0a2438"])
+NUM_WORST = 12
+
+# metrics.jsonl key → caption; a chart is drawn for each that was logged.
+CURVES = {
+    "ce": "Cross-entropy (nats a token)",
+    "otreg": "OTReg: transport cost",
+    "ctc": "CTC auxiliary (nats a token)",
+    "marginal_error": "Marginal error of the plan (L1)",
+    "entropy": "Entropy of the plan (nats)",
+    "nearest_cosine": "Cosine to the nearest transcript vector",
+    "dev_ce": "Cross-entropy, dev",
+    "dev_wer": "WER, dev",
+    "grad_norm": "Gradient norm",
+}
+# Figure of results.json["sets"][name]["alignment"] → (heading, digits).
+ALIGNMENT = {
+    "transport_cost": ("Transport cost", 3),
+    "entropy": ("Plan entropy (nats)", 2),
+    "marginal_error": ("Marginal error", 4),
+    "nearest_cosine": ("Nearest-token cosine", 3),
+    "retrieval_accuracy": ("Token retrieval", 3),
+    "monotonicity": ("Monotonicity", 3),
+    "centroid_distance": ("Centroid distance", 3),
+}
+
+
+class Plan(NamedTuple):
+    """Transport plan of one utterance: S speech positions, T transcript tokens, F mel frames."""
+
+    id: str
+    seconds: float
+    mel_FM: np.ndarray
+    plan_ST: np.ndarray
+    tokens: Sequence[str]
+
+
+class Run(NamedTuple):
+    """One run's column of the report.
+
+    sets, hypotheses: as in results.json ("sets") and hypotheses.jsonl. curve: rows of
+    metrics.jsonl. config: flat {"data.train": value}. speech_ND, text_ND: embeddings of a few
+    utterances for the map, or None. differences: {set: paired_difference of the first run − this}.
+    """
+
+    name: str
+    sets: dict[str, dict[str, Any]]
+    hypotheses: Sequence[dict[str, Any]] = ()
+    curve: Sequence[dict[str, float]] = ()
+    config: dict[str, Any] | None = None
+    plans: Sequence[Plan] = ()
+    speech_ND: np.ndarray | None = None
+    text_ND: np.ndarray | None = None
+    differences: dict[str, dict[str, Any]] | None = None
+
+
+def page(runs: Sequence[Run], *, versions: dict[str, str], notes: Sequence[str] = ()) -> str:
+    """The whole HTML document. The first run is the one reported on, the others are compared.
+
+    `notes` are sentences shown at the top (a file that could not be read, for example).
+    """
+    sections = [
+        ("Error rates", _error_rates(runs)),
+        ("Training", _curves(runs)),
+        ("Transport plans", _plans(runs)),
+        ("Speech and text embeddings", _maps(runs)),
+        ("Alignment figures", _alignment_table(runs)),
+        ("Worst utterances", _worst(runs[0])),
+        ("Configuration and versions", _configuration(runs, versions)),
+    ]
+    body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections if text)
+    warning = "".join(f"<li>{_e(note)}</li>" for note in notes)
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<link rel='icon' href='data:,'>"
+        f"<title>{_e(runs[0].name)} · OTReg evaluation</title><style>{_STYLE}</style></head><body>"
+        f"<header><p class='kind'>OTReg evaluation</p><h1>{_e(runs[0].name)}</h1>{_summary(runs)}"
+        f"{f'<ul class=notes>{warning}</ul>' if warning else ''}</header><main>{body}</main>"
+        f"<footer>{_e(' · '.join(f'{k} {v}' for k, v in versions.items()))}</footer></body></html>"
+    )
+
+
+def _e(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}"
+
+
+def _chart(draw: Callable[[Figure], None], width: float, height: float, alt: str) -> str:
+    """A matplotlib chart of width × height inches as an `<img>` holding its own SVG."""
+    style = {
+        "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.grid": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999",
+        "axes.labelcolor": "#555555", "xtick.color": "#555555", "ytick.color": "#555555",
+        "grid.color": "#ececec", "axes.axisbelow": True, "lines.linewidth": 1.4,
+        "svg.hashsalt": "otreg",
+    }  # fmt: skip
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # A run named in a script that matplotlib's font lacks is no reason to fail.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure((width, height), layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img src='data:image/svg+xml;base64,{data}' alt='{_e(alt)}'>"
+
+
+def _png(rgba: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    matplotlib.image.imsave(buffer, rgba, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# Error rates -----------------------------------------------------------------------------------
+
+
+def _macro(sets: dict[str, dict[str, Any]], in_domain: bool) -> float | None:
+    rates = [row["wer"] for row in sets.values() if row["in_domain"] == in_domain]
+    return float(np.mean(rates)) if rates else None
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    cards = []
+    for in_domain, name in ((True, "in domain"), (False, "out of domain")):
+        ours = _macro(runs[0].sets, in_domain)
+        if ours is None:
+            continue
+        count = sum(row["in_domain"] == in_domain for row in runs[0].sets.values())
+        against = "".join(
+            f"<br>{_e(run.name)}: {_percent(theirs)} %"
+            for run in runs[1:]
+            if (theirs := _macro(run.sets, in_domain)) is not None
+        )
+        sets = f"mean of {count} sets" if count > 1 else "1 set"
+        cards.append(
+            f"<div class='card'><b>{_percent(ours)}<small> %</small></b>"
+            f"<span>WER {name}, {sets}{against}</span></div>"
+        )
+    return f"<div class='cards'>{''.join(cards)}</div>"
+
+
+def _error_rates(runs: Sequence[Run]) -> str:
+    ours = runs[0]
+    head = "".join(
+        f"<th class='num' style='color:{_color(i)}'>{_e(run.name)}</th>"
+        + ("<th class='num'>difference</th>" if i else "")
+        for i, run in enumerate(runs)
+    )
+    rows = []
+    for name in sorted(ours.sets, key=lambda name: not ours.sets[name]["in_domain"]):
+        row = ours.sets[name]
+        domain = "in domain" if row["in_domain"] else "out of domain"
+        best = min(run.sets[name]["wer"] for run in runs if name in run.sets)
+        cells = []
+        for i, run in enumerate(runs):
+            cells.append(_rate_cell(run.sets.get(name), best if len(runs) > 1 else None))
+            if i:
+                cells.append(_difference_cell((run.differences or {}).get(name)))
+        mark = f"<span class='{domain.split()[0]}'>{domain}</span>"
+        cells.insert(0, f"<td class='num'>{row['n']}</td>")
+        rows.append(f"<tr><th>{_e(name)} {mark}</th>{''.join(cells)}</tr>")
+    compared = (
+        " A difference is this run minus the other on the same utterances, with its paired "
+        "interval; bold where that excludes zero."
+    )
+    return (
+        "<p>Word error rate in percent on normalised text, with its 95 % bootstrap interval."
+        f"{compared if len(runs) > 1 else ''}</p><div class='scroll'><table><thead><tr><th>set</th>"
+        f"<th class='num'>n</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"{_forest(runs)}{_details_table(runs)}"
+    )
+
+
+def _color(i: int) -> str:
+    return RUN_COLORS[i % len(RUN_COLORS)]
+
+
+def _rate_cell(row: dict[str, Any] | None, best: float | None) -> str:
+    if row is None:
+        return "<td class='num'>–</td>"
+    low, high = row["interval"]
+    rate = _percent(row["wer"])
+    rate = f"<b>{rate}</b>" if row["wer"] == best else rate
+    return f"<td class='num'>{rate}<small>{_percent(low)} – {_percent(high)}</small></td>"
+
+
+def _difference_cell(paired: dict[str, Any] | None) -> str:
+    if paired is None:
+        return "<td class='num'>–</td>"
+    low, high = paired["interval"]
+    text = f"{100 * paired['difference']:+.1f}"
+    text = f"<b>{text}</b>" if low > 0 or high < 0 else text
+    return f"<td class='num'>{text}<small>{100 * low:+.1f} – {100 * high:+.1f}</small></td>"
+
+
+def _forest(runs: Sequence[Run]) -> str:
+    names = sorted(runs[0].sets, key=lambda name: not runs[0].sets[name]["in_domain"])
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for i, run in enumerate(runs):
+            for y, name in enumerate(names):
+                if name not in run.sets:
+                    continue
+                row = run.sets[name]
+                at = y + (i - (len(runs) - 1) / 2) * 0.2
+                axes.plot([100 * x for x in row["interval"]], [at, at], color=_color(i), alpha=0.45)
+                axes.plot(100 * row["wer"], at, "o", color=_color(i), markersize=5)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("WER (%)")
+        axes.grid(axis="y", visible=False)
+
+    height = 0.7 + 0.3 * len(names) + 0.06 * len(names) * (len(runs) - 1)
+    chart = _chart(draw, 6, height, "Word error rates with 95 % intervals, by evaluation set")
+    return f"<figure>{chart}{_legend(runs)}</figure>"
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return ""
+    marks = " ".join(
+        f"<span class='key'><i style='background:{_color(i)}'></i>{_e(run.name)}</span>"
+        for i, run in enumerate(runs)
+    )
+    return f"<figcaption>{marks}</figcaption>"
+
+
+def _details_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for name in runs[0].sets:
+        for i, run in enumerate(runs):
+            if (row := run.sets.get(name)) is None:
+                continue
+            counts = (row["substitutions"], row["deletions"], row["insertions"], row["words"])
+            rates = (row["cer"], row["wer_raw"], row["cer_raw"])
+            values = [*map(_percent, rates), *counts]
+            cells = "".join(f"<td class='num'>{cell}</td>" for cell in values)
+            label = f"<i style='background:{_color(i)}'></i>" if len(runs) > 1 else ""
+            rows.append(f"<tr><th>{label}{_e(name)}</th>{cells}</tr>")
+    return (
+        "<details><summary>Characters, raw text and kinds of error</summary><div class='scroll'>"
+        "<table><thead><tr><th>set</th><th class='num'>CER</th><th class='num'>raw WER</th>"
+        "<th class='num'>raw CER</th><th class='num'>substituted</th><th class='num'>deleted</th>"
+        "<th class='num'>inserted</th><th class='num'>words</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
+
+
+# Training --------------------------------------------------------------------------------------
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    charts = []
+    for key, caption in CURVES.items():
+        if not any(key in row for run in runs for row in run.curve):
+            continue
+
+        def draw(figure: Figure, key=key, caption=caption) -> None:
+            axes = figure.subplots()
+            for i, run in enumerate(runs):
+                points = [(row["step"], row[key]) for row in run.curve if key in row]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=_color(i))
+            axes.set_title(caption)
+            axes.set_xlabel("step")
+            axes.margins(x=0.02)
+
+        charts.append(_chart(draw, 3.6, 2.2, f"{caption} against the training step"))
+    if not charts:
+        return ""
+    return f"<figure><div class='grid'>{''.join(charts)}</div>{_legend(runs)}</figure>"
+
+
+# Transport plans -------------------------------------------------------------------------------
+
+
+def _plans(runs: Sequence[Run]) -> str:
+    if not any(run.plans for run in runs):
+        return ""
+    figures = []
+    for example in range(max(len(run.plans) for run in runs)):
+        panels = []
+        for i, run in enumerate(runs):
+            if example < len(run.plans):
+                name = f"<span style='color:{_color(i)}'>{_e(run.name)}</span>"
+                caption = f"<figcaption>{name} · {_e(run.plans[example].id)}</figcaption>"
+                panels.append(f"<figure>{caption}{plan_svg(run.plans[example])}</figure>")
+        figures.append(f"<div class='grid wide'>{''.join(panels)}</div>")
+    return (
+        "<p>Above, the log-mel spectrogram; below, where each moment of speech sends its mass by "
+        "the similarity of embeddings alone, one row a transcript token, the darker the more. "
+        "A dark staircase from top left to bottom right is an alignment; an even tint says that "
+        "the embeddings tell nothing apart.</p>"
+        + "".join(figures)
+    )
+
+
+def plan_svg(plan: Plan) -> str:
+    """The plan under its spectrogram on one time axis, as inline SVG.
+
+    Tokens are SVG text, so that the browser's fonts draw every script. A cell is the share of a
+    speech position's mass, S · P_st in [0, 1].
+    """
+    left, width, mel_height, row, gap = 78, 290, 60, 13, 5
+    speech_positions, num_tokens = plan.plan_ST.shape
+    top = mel_height + gap
+    height = top + row * num_tokens
+    low, high = np.percentile(plan.mel_FM, [2, 99.5])
+    mel = np.clip((plan.mel_FM.T[::-1] - low) / max(high - low, 1e-6), 0, 1)
+    share = np.clip(plan.plan_ST.T * speech_positions, 0, 1)
+    image = "<image x='{}' y='{}' width='{}' height='{}' preserveAspectRatio='none' href='{}' {}/>"
+    parts = [
+        image.format(left, 0, width, mel_height, _png(matplotlib.colormaps["gray_r"](mel)), ""),
+        image.format(
+            left, top, width, row * num_tokens, _png(PLAN_COLORS(share)),
+            "style='image-rendering:pixelated'",
+        ),
+        f"<rect class='frame' x='{left}' y='{top}' width='{width}' height='{row * num_tokens}'/>",
+        f"<rect class='frame' x='{left}' y='0' width='{width}' height='{mel_height}'/>",
+    ]  # fmt: skip
+    for t, token in enumerate(plan.tokens):
+        y = top + row * (t + 0.5) + 3.5
+        parts.append(f"<text class='token' x='{left - 5}' y='{y}'>{_e(_visible(token))}</text>")
+    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 1e9) if plan.seconds / s <= 8)
+    for second in np.arange(0, plan.seconds, step):
+        x = left + width * second / plan.seconds
+        parts.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height}' y2='{height + 4}'/>")
+        parts.append(f"<text class='tick' x='{x:.1f}' y='{height + 14}'>{second:g}</text>")
+    parts.append(f"<text class='tick' x='{left + width}' y='{height + 14}'>s</text>")
+    label = f"Transport plan of {plan.id} under its spectrogram"
+    return (
+        f"<svg class='plan' viewBox='0 0 {left + width + 6} {height + 18}' role='img' "
+        f"aria-label='{_e(label)}'>{''.join(parts)}</svg>"
+    )
+
+
+def _visible(token: str) -> str:
+    token = token.replace("▁", " ")
+    return (token if len(token) <= 12 else token[:11] + "…").replace(" ", "␣") or "∅"
+
+
+# Embeddings ------------------------------------------------------------------------------------
+
+
+def _maps(runs: Sequence[Run]) -> str:
+    shown = [run for run in runs if run.speech_ND is not None and len(run.speech_ND)]
+    if not shown:
+        return ""
+    panels = []
+    for run in shown:
+        speech, text, explained = project(run.speech_ND, run.text_ND)
+
+        def draw(figure: Figure, speech=speech, text=text, explained=explained) -> None:
+            axes = figure.subplots()
+            axes.scatter(*speech.T, s=5, color=SPEECH_COLOR, alpha=0.35, linewidths=0)
+            axes.scatter(*text.T, s=14, color=TEXT_COLOR, alpha=0.8, linewidths=0)
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(f"first two principal directions, {explained:.0%} of the variance")
+            axes.spines[:].set_visible(False)
+
+        alt = f"Two-dimensional map of speech and text embeddings of {run.name}"
+        chart = _chart(draw, 3.6, 3.2, alt)
+        panels.append(f"<figure><figcaption>{_e(run.name)}</figcaption>{chart}</figure>")
+    key = "".join(
+        f"<span class='key'><i style='background:{color}'></i>{name}</span> "
+        for color, name in ((SPEECH_COLOR, "speech positions"), (TEXT_COLOR, "transcript tokens"))
+    )
+    return (
+        "<p>Where the modality gap is closed, speech lies among the tokens and not in a cloud of "
+        f"its own.</p><p>{key}</p><div class='grid'>{''.join(panels)}</div>"
+    )
+
+
+def project(speech_ND: np.ndarray, text_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Unit vectors of both sides on their two leading common principal directions.
+
+    Returns speech [N, 2], text [M, 2] and the share of the variance the two directions hold.
+    """
+    both = np.concatenate([speech_ND, text_ND]).astype(np.float64)
+    both /= np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)
+    both -= both.mean(axis=0)
+    _, singular, directions = np.linalg.svd(both, full_matrices=False)
+    flat = both @ directions[:2].T
+    explained = (singular[:2] ** 2).sum() / max((singular**2).sum(), 1e-12)
+    return flat[: len(speech_ND)], flat[len(speech_ND) :], float(explained)
+
+
+def _alignment_table(runs: Sequence[Run]) -> str:
+    rows = [
+        (i, name, row["alignment"])
+        for name in runs[0].sets
+        for i, run in enumerate(runs)
+        if (row := run.sets.get(name)) and row.get("alignment")
+    ]
+    if not rows:
+        return ""
+    keys = [key for key in ALIGNMENT if any(key in figures for _, _, figures in rows)]
+    head = "".join(f"<th class='num'>{ALIGNMENT[key][0]}</th>" for key in keys)
+    body = []
+    for i, name, figures in rows:
+        label = f"<i style='background:{_color(i)}'></i>" if len(runs) > 1 else ""
+        cells = "".join(
+            f"<td class='num'>{figures[key]:.{ALIGNMENT[key][1]}f}</td>"
+            if figures.get(key) is not None
+            else "<td class='num'>–</td>"
+            for key in keys
+        )
+        body.append(f"<tr><th>{label}{_e(name)}</th>{cells}</tr>")
+    return (
+        "<p>Token retrieval: the mean of the speech that the plan sends to a token is closest to "
+        "that very token among all transcript tokens. Monotonicity: the correlation of speech and "
+        "token positions under the plan. The nearest-token cosine rises in runs that learn nothing "
+        "useful as well: it is no evidence of alignment.</p>"
+        f"<div class='scroll'><table><thead><tr><th>set</th>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>{_legend(runs).replace('figcaption', 'p')}"
+    )
+
+
+# Utterances and configuration --------------------------------------------------------------------
+
+
+def _worst(run: Run) -> str:
+    rows = [row for row in run.hypotheses if row["errors"]]
+    if not rows:
+        return "<p>Every utterance is right.</p>" if run.hypotheses else ""
+    rows = sorted(rows, key=lambda row: (-row["errors"], row["id"]))[:NUM_WORST]
+    items = []
+    for row in rows:
+        words = "".join(
+            {
+                "equal": f"<span>{_e(said)}</span> ",
+                "delete": f"<del>{_e(said)}</del> ",
+                "insert": f"<ins>{_e(heard)}</ins> ",
+                "substitute": f"<del>{_e(said)}</del> <ins>{_e(heard)}</ins> ",
+            }[operation]
+            for operation, said, heard in metrics.word_diff(row["reference"], row["hypothesis"])
+        )
+        count = f"{row['errors']} error{'s' if row['errors'] > 1 else ''}"
+        items.append(
+            f"<li><p class='where'>{_e(row['set'])} · {_e(row['id'])} · {count}</p>"
+            f"<p dir='auto'>{words}</p></li>"
+        )
+    return (
+        "<p><del>Struck out</del>: in the reference, not recognised. <ins>Underlined</ins>: "
+        f"recognised, not in the reference.</p><ol class='worst'>{''.join(items)}</ol>"
+    )
+
+
+def _configuration(runs: Sequence[Run], versions: dict[str, str]) -> str:
+    parts = []
+    configs = [run.config or {} for run in runs]
+    if len(runs) > 1:
+        keys = sorted(
+            key
+            for key in set().union(*configs)
+            if any(_setting(config, key) != _setting(configs[0], key) for config in configs)
+        )
+        head = "".join(
+            f"<th style='color:{_color(i)}'>{_e(run.name)}</th>" for i, run in enumerate(runs)
+        )
+        rows = "".join(
+            f"<tr><th>{_e(key)}</th>"
+            + "".join(f"<td>{_e(_setting(config, key))}</td>" for config in configs)
+            + "</tr>"
+            for key in keys
+        )
+        parts.append(
+            "<p>Settings that differ between the runs.</p><div class='scroll'><table><thead><tr>"
+            f"<th>key</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        )
+    for title, table in (("All settings", configs[0]), ("Versions", versions)):
+        rows = "".join(
+            f"<tr><th>{_e(key)}</th><td>{_e(_setting(table, key))}</td></tr>" for key in table
+        )
+        if rows:
+            parts.append(
+                f"<details><summary>{title}</summary><div class='scroll'><table class='plain'>"
+                f"<tbody>{rows}</tbody></table></div></details>"
+            )
+    return "".join(parts)
+
+
+def _setting(config: dict[str, Any], key: str) -> str:
+    value = config.get(key, "–")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1c2328; --soft: #5d6a72; --line: #e2e6e8; --accent: #1f5f8b; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 3rem; color: var(--ink);
+  background: #fff; font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  -webkit-text-size-adjust: 100%; }
+header { border-bottom: 1px solid var(--line); padding-bottom: 1.5rem; }
+h1 { font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; margin: 0 0 1.25rem; font-weight: 650;
+  overflow-wrap: anywhere; letter-spacing: -.01em; }
+h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; font-weight: 650; }
+p { max-width: 44rem; margin: .5rem 0 .75rem; }
+.kind { color: var(--soft); font-size: .85rem; letter-spacing: .04em; margin: 0 0 .25rem; }
+.cards { display: flex; flex-wrap: wrap; gap: 1rem 3rem; }
+.card b { display: block; font-size: 2.4rem; font-weight: 600; line-height: 1.1;
+  color: var(--accent); font-variant-numeric: tabular-nums; }
+.card b small { font-size: 1.2rem; font-weight: 400; }
+section > p { color: #3a454c; }
+.card { max-width: 22rem; overflow-wrap: anywhere; }
+.card span { color: var(--soft); font-size: .9rem; }
+.notes { margin: 1.25rem 0 0; padding: .75rem 1rem .75rem 2rem; background: #fdf6ec;
+  border-left: 3px solid #d79a45; font-size: .9rem; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; margin: .75rem 0; }
+table { border-collapse: collapse; font-size: .9rem; min-width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .45rem 1.1rem .45rem 0;
+  border-bottom: 1px solid var(--line); }
+thead th { color: var(--soft); font-weight: 500; border-bottom: 1px solid #b9c2c7; }
+tbody th { font-weight: 500; }
+.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td small { display: block; color: var(--soft); font-size: .78rem; }
+td b { font-weight: 650; }
+.in, .out { font-size: .72rem; font-weight: 500; border-radius: 1rem; padding: .05rem .5rem;
+  margin-left: .3rem; white-space: nowrap; border: 1px solid; }
+.in { color: #3f6f52; border-color: #bcd5c5; } .out { color: #8a5a1c; border-color: #e4cba6; }
+figure { margin: 1rem 0; min-width: 0; }
+figcaption { overflow-wrap: anywhere; color: var(--soft); font-size: .88rem; margin: .3rem 0; }
+img { display: block; max-width: 100%; height: auto; }
+.grid { display: grid; gap: 1.25rem 1.75rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
+.grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.grid figure { margin: 0; } .grid img { width: 100%; }
+.plan { width: 100%; max-width: 34rem; height: auto; display: block; }
+.plan text { font-size: 10px; fill: var(--ink); } .plan .token { text-anchor: end; }
+.plan .tick { text-anchor: middle; fill: var(--soft); font-size: 9px; }
+.plan line { stroke: #999; } .plan .frame { fill: none; stroke: #cfd6da; }
+i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
+.key { margin-right: 1rem; overflow-wrap: anywhere; }
+details { margin: .75rem 0; } summary { cursor: pointer; color: var(--accent); font-size: .92rem; }
+.worst { padding-left: 1.4rem; } .worst li { margin-bottom: .9rem; } .worst p { margin: 0; }
+.where { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
+del { color: #a33a24; text-decoration: line-through; }
+ins { color: #1d6b43; text-decoration: underline; text-underline-offset: 2px; }
+.plain { min-width: 0; } .plain td, .plain th { font: .8rem/1.4 ui-monospace, Menlo, monospace;
+  overflow-wrap: anywhere; }
+footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft);
+  font-size: .8rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { body { padding: 1.5rem 1rem 2rem; } h2 { margin-top: 2.25rem; } }
+@media print { body { max-width: none; padding: 0; font-size: 10.5pt; } @page { margin: 16mm; }
+  figure, tr, .worst li, .cards { break-inside: avoid; } h2 { break-after: avoid; }
+  .scroll { overflow: visible; } details:not([open]) { display: none; } }
+"""
