@@ -82,11 +82,14 @@ fi
 
 echo "setup: installing $requirements${jax_extra:+ and jax[$jax_extra]} (minutes the first time)" >&2
 touch "$installing"
+trap 'exit 130' INT  # before the message below: what Ctrl-C left behind stays marked
 jax_pin=$(grep -m 1 '^jax==' requirements.txt || true)
-{ .venv/bin/python -m pip install --quiet -r "$requirements" \
-  ${jax_extra:+"jax[$jax_extra]${jax_pin#jax}"} &&
-  .venv/bin/python -m pip install --quiet --no-deps -e .; } ||
+pip=(.venv/bin/python -m pip install --quiet)
+if ! "${pip[@]}" -r "$requirements" ${jax_extra:+"jax[$jax_extra]${jax_pin#jax}"} ||
+  ! "${pip[@]}" --no-deps -e .; then
+  rm "$installing"  # pip stopped by itself and left whole packages
   die "pip could not install the requirements (its message is above). Without a network, point pip at" \
     "the wheels: PIP_NO_INDEX=1 PIP_FIND_LINKS=/path/to/wheels bash $0 $requirements"
+fi
 echo "$key" >"$stamp"
 rm "$installing"
