@@ -20,7 +20,7 @@ class AdapterConfig:
     """What an adapter is made of.
 
     kind:
-      "mlp": `stack` neighbouring positions side by side, then a two-layer MLP (SLAM-ASR, 2402.08846);
+      "mlp": `stack` neighbouring positions side by side, then an MLP (SLAM-ASR, 2402.08846);
       "conv": a convolution of width 2·stack - 1 and stride `stack`, then the MLP;
       "transformer": stacked positions, `num_layers` Transformer blocks, then a projection;
       "qformer": `num_queries` learned queries read each window of `stack` positions through

@@ -124,7 +124,9 @@ class EncoderAttention(nn.Module):
             y = Dense(width, use_bias, dtype=self.dtype, name=name)(x)
             return y.reshape(*y.shape[:2], self.num_heads, -1)
 
-        q, k, v = heads("q", x_BLE, True), heads("k", memory_BSE, False), heads("v", memory_BSE, True)
+        q = heads("q", x_BLE, True)
+        k = heads("k", memory_BSE, False)
+        v = heads("v", memory_BSE, True)
         y = attention(q, k, v, mask_BLS, scale=q.shape[-1] ** -0.5)
         return Dense(width, True, dtype=self.dtype, name="o")(y.reshape(x_BLE.shape))
 

@@ -154,7 +154,7 @@ def _rope_tables(config: LLMConfig, positions_BL: jax.Array) -> tuple[jax.Array,
 
 
 def _masks(config: LLMConfig, query_BL: jax.Array, slots: int) -> jax.Array:
-    """bool [kind, B, L, slots]: a query attends to slots up to its own, local layers to the last."""
+    """bool [kind, B, L, slots]: a query sees slots up to its own, local layers the last few."""
     behind = query_BL[..., None] - jnp.arange(slots)
     causal = behind >= 0
     window = config.sliding_window
@@ -172,7 +172,10 @@ class Attention(nn.Module):
             y = layers.Dense(heads * c.head_dim, c.qkv_bias, dtype=c.dtype, name=name)(x_BLD)
             return y.reshape(*y.shape[:2], heads, c.head_dim)
 
-        q, k, v = project("q", c.num_heads), project("k", c.num_kv_heads), project("v", c.num_kv_heads)
+        q, k, v = (
+            project(name, heads)
+            for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads))
+        )
         if c.qk_norm:
             q = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name="q_norm")(q)
             k = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name="k_norm")(k)
@@ -301,8 +304,8 @@ class LLM(nn.Module):
         c = self.config
         x_D = self.norm(x_D)
         if c.tied_head:
-            table_VD = self.token_embed.embedding.astype(c.dtype)
-            logits_V = jnp.einsum("...D,VD->...V", x_D, table_VD, preferred_element_type=jnp.float32)
+            kernel_DV = self.token_embed.embedding.T.astype(c.dtype)
+            logits_V = jnp.matmul(x_D, kernel_DV, preferred_element_type=jnp.float32)
         else:
             logits_V = self.head(x_D).astype(jnp.float32)
         if c.logit_softcap is not None:
@@ -311,7 +314,7 @@ class LLM(nn.Module):
 
 
 def init_cache(config: LLMConfig, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache of `length` slots; slot index is position. dtype: the compute dtype if None."""
+    """An empty cache of `length` slots (slot = position) in `dtype`, or in the compute dtype."""
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return {name: jnp.zeros(shape, dtype or config.dtype) for name in ("k", "v")}
 

@@ -18,7 +18,7 @@ from otreg_jax.models import layers
 class SpeechEncoderConfig:
     """The shape of a speech encoder; the defaults are Whisper's where it has one value.
 
-    strides: one convolution of width 3 each; (1, 2) turns 100 mel frames a second into 50 positions.
+    strides: one convolution of width 3 each; (1, 2) turns 100 frames a second into 50 positions.
     max_positions: rows of the position table, counted after the strides.
     dtype: what the layers compute in; the weights keep their own.
     """
@@ -60,16 +60,17 @@ class SpeechEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, mel_BFM: jax.Array, mel_length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """float [B, F, M], int32 [B] to features [B, S, E] in `config.dtype`, zero in padding, int32 [B].
+        """float [B, F, M] and int32 [B] to features [B, S, E] and int32 [B].
 
-        Raises ValueError when F frames exceed the position table.
+        The features come in `config.dtype`, zero in padding. Raises ValueError when F frames
+        exceed the position table.
         """
         c = self.config
         size = output_length(c, mel_BFM.shape[1])
         if size > c.max_positions:
             raise ValueError(
-                f"speech encoder: {mel_BFM.shape[1]} mel frames give {size} positions, the model has "
-                f"{c.max_positions}: shorten the audio (max_duration) or raise max_positions"
+                f"speech encoder: {mel_BFM.shape[1]} mel frames give {size} positions, the model "
+                f"has {c.max_positions}: shorten the audio (max_duration) or raise max_positions"
             )
         x, length_B = layers.zero_padding(mel_BFM, mel_length_B).astype(c.dtype), mel_length_B
         for i, stride in enumerate(c.strides, start=1):
