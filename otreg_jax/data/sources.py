@@ -1,0 +1,298 @@
+"""Where utterances come from: manifests in the NeMo convention, and the audio files they name.
+
+A manifest is a text file with one JSON object a line:
+`{"audio_filepath": "a/b.flac", "text": "hello", "duration": 1.23}`, optionally with `offset`
+(seconds; the utterance is a part of the file), `lang`, `speaker`, `id` and `words`
+([[word, start, end], ...] in seconds). Relative paths start at the manifest's folder. Paths may be
+remote (`gs://...`) wherever etils.epath can open them.
+"""
+
+import concurrent.futures
+import json
+import math
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+import tqdm
+from etils import epath
+
+SAMPLE_RATE = 16000
+THREADS = 16  # of readers that wait for files
+
+
+class Utterance(NamedTuple):
+    """One utterance: what to read and what it says."""
+
+    id: str
+    audio: str  # path of the audio file
+    text: str
+    duration: float  # seconds
+    offset: float | None = None  # seconds into the file; None: the utterance is the whole file
+    lang: str = ""
+    speaker: str = ""
+    where: str = ""  # "train.jsonl:12", for messages
+    words: tuple = ()  # ((word, start, end), ...) in seconds from the utterance's start
+
+
+class Problem(NamedTuple):
+    """One reason why an utterance cannot be used."""
+
+    kind: str  # "missing_file", "invalid_json", ...: what is counted
+    where: str  # "train.jsonl:12"
+    message: str
+
+
+class BadAudio(ValueError):
+    """Audio that cannot be used; `kind` says why in a word that can be counted."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+def read_manifest(path: str | os.PathLike, data_root: str = "") -> list[Utterance]:
+    """Reads a manifest. Arguments and result as for `scan_manifest`.
+
+    Raises:
+      FileNotFoundError: there is no such manifest.
+      ValueError: something is wrong with it; the message lists every problem with its line.
+    """
+    utterances, problems = scan_manifest(path, data_root)
+    raise_problems(problems)
+    return utterances
+
+
+def scan_manifest(
+    path: str | os.PathLike, data_root: str = ""
+) -> tuple[list[Utterance], list[Problem]]:
+    """Reads a manifest, leaving aside the lines that cannot be used.
+
+    The audio files must exist, but are opened only where a line has no duration.
+
+    Args:
+      path: the manifest, local or remote.
+      data_root: folder at which relative audio paths start and which no path may leave; by default
+        the manifest's own, and absolute paths are then taken as they are.
+
+    Returns:
+      Utterances and problems, both in the order of the lines.
+    """
+    path = os.fspath(path)
+    try:
+        content = epath.Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such manifest") from None
+    root = data_root or os.path.dirname(path) or "."
+    utterances, problems, first_line = [], [], {}
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            utterance = _parse_line(raw, where, root, strict=bool(data_root))
+            if utterance.id in first_line:
+                before = first_line[utterance.id]
+                raise BadAudio("duplicate_id", f"{utterance.id!r} stands already in line {before}")
+            first_line[utterance.id] = number
+            utterances.append(utterance)
+        except BadAudio as error:
+            problems.append(Problem(error.kind, where, str(error)))
+    utterances, missing = _split_missing(utterances)
+    utterances, unreadable = _fill_durations(utterances)
+    problems += missing + unreadable
+    problems.sort(key=lambda problem: int(problem.where.rpartition(":")[2]))
+    if not utterances and not problems:
+        problems.append(Problem("empty_manifest", f"{path}:0", "the manifest holds no utterance"))
+    return utterances, problems
+
+
+def _parse_line(raw: bytes, where: str, root: str, strict: bool) -> Utterance:
+    try:
+        line = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadAudio("not_utf8", f"byte {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise BadAudio(
+            "invalid_json", f"invalid JSON: {error.msg} (column {error.colno})"
+        ) from None
+    if not isinstance(line, dict):
+        raise BadAudio("invalid_json", "the line is not a JSON object")
+    absent = [key for key in ("audio_filepath", "text") if not isinstance(line.get(key), str)]
+    if absent:
+        raise BadAudio("missing_key", f"no string under {' and '.join(map(repr, absent))}")
+    times = {key: line.get(key) for key in ("duration", "offset")}
+    for key, value in times.items():
+        number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        if value is not None and not number:
+            raise BadAudio("bad_value", f"{key} is {value!r}, not a number of seconds")
+    if not line["text"].strip():
+        raise BadAudio("empty_text", "the transcript is empty")
+    audio = _resolve(line["audio_filepath"], root, strict)
+    offset = times["offset"]
+    return Utterance(
+        id=str(line.get("id", audio if offset is None else f"{audio}@{offset}")),
+        audio=audio,
+        text=line["text"].strip(),
+        duration=times["duration"] or 0.0,
+        offset=offset,
+        lang=str(line.get("lang") or ""),
+        speaker=str(line.get("speaker") or ""),
+        where=where,
+        words=tuple(tuple(word) for word in line.get("words") or ()),
+    )
+
+
+def _resolve(audio: str, root: str, strict: bool) -> str:
+    """The path of an audio file named in a manifest; relative paths must stay below root."""
+    absolute = "://" in audio or os.path.isabs(audio)
+    path = audio if absolute else posixpath.join(root, audio)
+    if ".." in audio or (
+        absolute and strict
+    ):  # the rare case: a string operation per line otherwise
+        inside = posixpath.normpath(path).startswith(posixpath.normpath(root).rstrip("/") + "/")
+        if not inside and (strict or not absolute):
+            raise BadAudio("outside_root", f"{audio} lies outside of {root}")
+    return path
+
+
+def _split_missing(utterances: list[Utterance]) -> tuple[list[Utterance], list[Problem]]:
+    """Sets aside utterances whose file does not exist; lists each folder once, in threads."""
+    folders = sorted({posixpath.dirname(u.audio) for u in utterances})
+
+    def names(folder):
+        try:
+            if "://" in folder:
+                return {path.name for path in epath.Path(folder).iterdir()}
+            return set(os.listdir(folder or "."))
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        content = dict(zip(folders, pool.map(names, folders), strict=True))
+    present, problems = [], []
+    for utterance in utterances:
+        folder, name = posixpath.split(utterance.audio)
+        if name in content[folder]:
+            present.append(utterance)
+        else:
+            message = f"audio file {utterance.audio} does not exist"
+            problems.append(Problem("missing_file", utterance.where, message))
+    return present, problems
+
+
+def _fill_durations(utterances: list[Utterance]) -> tuple[list[Utterance], list[Problem]]:
+    """Reads the duration from the audio file's header where the manifest does not give it."""
+    without = [i for i, u in enumerate(utterances) if not u.duration]
+    if not without:
+        return utterances, []
+
+    def read(i):
+        utterance = utterances[i]
+        try:
+            with _open_audio(utterance.audio) as file:
+                duration = file.frames / file.samplerate - (utterance.offset or 0.0)
+            if duration <= 0:
+                raise BadAudio("zero_length", f"{utterance.audio} holds no audio")
+            return utterance._replace(duration=duration)
+        except BadAudio as error:
+            return Problem(error.kind, utterance.where, str(error))
+
+    filled, problems = list(utterances), []
+    for i, outcome in zip(without, _in_threads(read, without, "reading durations"), strict=True):
+        filled[i] = outcome
+    problems = [outcome for outcome in filled if isinstance(outcome, Problem)]
+    return [outcome for outcome in filled if isinstance(outcome, Utterance)], problems
+
+
+def _in_threads(function, items: Sequence, label: str) -> list:
+    """function over items in threads, in order, with a progress bar once it takes longer."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        results = pool.map(function, items)
+        return list(tqdm.tqdm(results, desc=label, total=len(items), unit="utt", delay=2))
+
+
+def _open_audio(path: str) -> soundfile.SoundFile:
+    try:
+        return soundfile.SoundFile(epath.Path(path).open("rb") if "://" in path else path)
+    except (soundfile.LibsndfileError, OSError) as error:
+        reason = getattr(error, "error_string", str(error))
+        raise BadAudio("unreadable", f"{path} cannot be read as audio: {reason}") from None
+
+
+def load_audio(utterance: Utterance, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """Reads an utterance's audio as mono at `sample_rate`.
+
+    Args:
+      utterance: what to read; WAV, FLAC, Ogg or MP3 at any rate, with any number of channels.
+      sample_rate: Hz.
+
+    Returns:
+      float32 [N] in [-1, 1].
+
+    Raises:
+      BadAudio (a ValueError): the file is unreadable, truncated, empty, not as long as the manifest
+        says, or holds NaN. The message names the file and the manifest's line.
+    """
+    try:
+        return _load_audio(utterance, sample_rate)
+    except BadAudio as error:
+        raise BadAudio(error.kind, f"{utterance.where}: {error}") from None
+
+
+def _load_audio(utterance: Utterance, sample_rate: int) -> np.ndarray:
+    path, duration = utterance.audio, utterance.duration
+    with _open_audio(path) as file:
+        rate = file.samplerate
+        frames = -1 if utterance.offset is None else round(duration * rate)
+        try:
+            if utterance.offset:
+                file.seek(min(round(utterance.offset * rate), file.frames))
+            audio = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+        except soundfile.LibsndfileError as error:
+            raise BadAudio("unreadable", f"{path} is damaged: {error.error_string}") from None
+        promised = file.frames
+    if not len(audio):
+        raise BadAudio("zero_length", f"{path} holds no audio")
+    if frames == -1 and len(audio) < promised:
+        raise BadAudio("unreadable", f"{path} is truncated: {len(audio)} of {promised} samples")
+    seconds = len(audio) / rate
+    if abs(seconds - duration) > max(0.1, 0.02 * duration):
+        message = f"{path} holds {seconds:.2f} s of audio, the manifest says {duration:.2f} s"
+        raise BadAudio("duration_mismatch", message + f" (its header says {rate} Hz)")
+    if not np.isfinite(audio).all():
+        raise BadAudio("nan_samples", f"{path} holds samples that are not finite")
+    return audio if rate == sample_rate else soxr.resample(audio, rate, sample_rate)
+
+
+def raise_problems(problems: Sequence[Problem]) -> None:
+    """Raises a ValueError that lists every problem, if there is one."""
+    if problems:
+        lines = [f"{p.where}: {p.message}" for p in problems]
+        hint = "mend these lines, or set data.on_bad_audio=skip to leave them out"
+        raise ValueError("\n".join([f"{count(problems)}; {hint}:", *lines]))
+
+
+def count(problems: Iterable[Problem]) -> str:
+    """'3 unusable utterances (missing_file 2, empty_text 1)'"""
+    kinds = Counter(problem.kind for problem in problems)
+    by_kind = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
+    total = kinds.total()
+    return f"{total} unusable utterance{'s' if total != 1 else ''} ({by_kind})"
+
+
+def record_skipped(problems: Sequence[Problem], path: str | os.PathLike) -> None:
+    """Appends problems to a JSON-lines file, one write a line, and prints their counts."""
+    if problems:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            for problem in problems:
+                file.write(json.dumps(problem._asdict(), ensure_ascii=False) + "\n")
+                file.flush()
+        print(f"skipped {count(problems)}: see {path}")
