@@ -111,9 +111,7 @@ def forward(slm: SLM, params, batch, layer: int = 0) -> Outputs:
     upper_params = params["llm"]
     if layer:
         below, lower_params = sublayers(slm.llm, params["llm"], 0, layer)
-        above, upper_params = sublayers(
-            slm.llm, params["llm"], layer, slm.llm.config.num_layers
-        )
+        above, upper_params = sublayers(slm.llm, params["llm"], layer, slm.llm.config.num_layers)
         x_BLD, _ = below.apply({"params": lower_params}, x_BLD, method="hidden")
         first = len(slm.prompt.prefix)
         speech_BSD = x_BLD[:, first : first + adapted_BSD.shape[1]]
@@ -124,8 +122,8 @@ def forward(slm: SLM, params, batch, layer: int = 0) -> Outputs:
 
 
 def contextual_text(slm: SLM, params, text_BTD: jax.Array, layer: int) -> jax.Array:
-    """The transcript alone through the LLM's first `layer` layers, without LoRA and without gradient:
-    a target that training the speech side cannot move."""
+    """The transcript alone through the LLM's first `layer` layers, without LoRA and without
+    gradient: a target that training the speech side cannot move."""
     base = jax.lax.stop_gradient(lora.strip(params["llm"]))
     below, lower_params = sublayers(slm.llm, base, 0, layer)
     hidden_BTD, _ = below.apply(

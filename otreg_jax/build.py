@@ -1,0 +1,146 @@
+"""From a configuration to modules and weights, and from a run directory to a trained model."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from otreg_jax import checkpoint, losses, optim, pretrained, sharding, train_step
+from otreg_jax import config as config_lib
+from otreg_jax.data import text
+from otreg_jax.models.adapter import Adapter, AdapterConfig
+from otreg_jax.models.llm import LLM, LLMConfig
+from otreg_jax.models.slm import SLM
+from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+
+
+class Run(NamedTuple):
+    """A trained model: what a run directory holds."""
+
+    config: ConfigDict
+    slm: SLM
+    params: Any  # all of them, trained and frozen, on `mesh`
+    tokenizer: text.Tokenizer
+    step: int
+    mesh: jax.sharding.Mesh
+
+
+def load_run(workdir) -> Run:
+    """The newest readable checkpoint of a run directory, on all devices.
+
+    Raises:
+      FileNotFoundError: the directory holds no run, or no checkpoint yet.
+      ValueError: its checkpoints cannot be read.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "config.json").exists():
+        raise FileNotFoundError(
+            f"{workdir}: no run here (config.json is missing); train one with "
+            f"python -m otreg_jax.train --config=configs/quickstart.py --workdir={workdir}"
+        )
+    config = config_lib.load(workdir / "config.json")
+    tokenizer = text.load_tokenizer(workdir)
+    slm, params = build(config, tokenizer, llm_path(config, workdir))
+    mesh = sharding.data_mesh()
+    params, frozen = optim.split(params, config.freeze)
+    abstract_state = train_step.abstract_state(params, optim.make_optimizer(config), mesh)
+    with checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpointer:
+        state = checkpoint.restore(checkpointer, abstract_state, params_only=True)
+    if state is None:
+        raise FileNotFoundError(f"{workdir}: no checkpoint yet; let training reach one")
+    frozen = place_frozen(frozen, config, mesh)
+    return Run(config, slm, optim.merge(state.params, frozen), tokenizer, int(state.step), mesh)
+
+
+def place_frozen(frozen, config, mesh):
+    """Frozen weights in the compute dtype, sharded over the mesh."""
+    frozen = jax.tree.map(lambda x: x.astype(config.compute_dtype), frozen)
+    return jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+
+
+def llm_path(config, workdir) -> str:
+    """Where the LLM's weights are: `llm.path`; WORKDIR/llm if pretrained there; "" if from scratch."""
+    if config.llm.path or not config.llm.pretrain.num_steps:
+        return config.llm.path
+    return str(Path(workdir) / "llm")
+
+
+def build(config, tokenizer: text.Tokenizer, llm_dir: str = "") -> tuple[SLM, dict]:
+    """Modules and weights: pretrained where the configuration names a path, else from the seed.
+
+    Args:
+      llm_dir: a Hugging Face directory with the LLM; "" builds one from scratch.
+
+    Returns:
+      The SLM and {"encoder", "adapter", "llm"} (and "ctc" if that loss is on), float32.
+    """
+    key = jax.random.key(config.seed)
+    encoder, encoder_params = load_encoder(config, jax.random.fold_in(key, 0))
+    llm, llm_params = load_llm(config, llm_dir, tokenizer.vocab_size, jax.random.fold_in(key, 1))
+    adapter = Adapter(
+        AdapterConfig(
+            in_dim=encoder.config.embed_dim,
+            out_dim=llm.config.embed_dim,
+            dtype=config.compute_dtype,
+            **config.adapter.to_dict(),
+        )
+    )
+    adapter_params = adapter.init(
+        jax.random.fold_in(key, 2), jnp.zeros((1, 8, encoder.config.embed_dim)), jnp.array([8])
+    )["params"]
+    prompt = text.build_prompt(tokenizer, config.prompt)
+    params = {"encoder": encoder_params, "adapter": adapter_params, "llm": llm_params}
+    if config.ctc.weight:
+        ctc_key = jax.random.fold_in(key, 3)
+        params["ctc"] = losses.init_ctc(ctc_key, llm.config.embed_dim, config.ctc.scale)
+    return SLM(encoder, adapter, llm, prompt), params
+
+
+def load_encoder(config, key) -> tuple[SpeechEncoder, dict]:
+    """The speech encoder of `config.encoder`."""
+    c = config.encoder
+    if c.path:
+        encoder, params = pretrained.load_speech_encoder(c.path, revision=c.revision or None)
+        if encoder.config.num_mels != config.data.num_mels:
+            raise ValueError(
+                f"{c.path} takes {encoder.config.num_mels} mel bins: set data.num_mels="
+                f"{encoder.config.num_mels} (it is {config.data.num_mels})"
+            )
+        return SpeechEncoder(_compute_in(encoder.config, config)), params
+    encoder = SpeechEncoder(
+        SpeechEncoderConfig(
+            num_mels=config.data.num_mels, embed_dim=c.embed_dim, num_layers=c.num_layers,
+            num_heads=c.num_heads, mlp_dim=c.mlp_dim, max_positions=c.max_positions,
+            strides=tuple(c.strides), dtype=config.compute_dtype,
+        )
+    )  # fmt: skip
+    mel = jnp.zeros((1, 16, config.data.num_mels))
+    return encoder, encoder.init(key, mel, jnp.array([16]))["params"]
+
+
+def load_llm(config, llm_dir: str, vocab_size: int, key) -> tuple[LLM, dict]:
+    """The LLM in `llm_dir`, or one from scratch after `config.llm`."""
+    if llm_dir:
+        llm, params = pretrained.load_llm(llm_dir, revision=config.llm.revision or None)
+        if llm.config.vocab_size < vocab_size:
+            raise ValueError(
+                f"{llm_dir}: the LLM has {llm.config.vocab_size} tokens, its tokenizer {vocab_size}: "
+                "they do not belong together"
+            )
+        return LLM(_compute_in(llm.config, config)), params
+    c = config.llm
+    llm = LLM(
+        LLMConfig(
+            vocab_size=vocab_size, embed_dim=c.embed_dim, num_layers=c.num_layers,
+            num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+            mlp_dim=c.mlp_dim, tied_head=c.tie_embeddings, dtype=config.compute_dtype,
+        )
+    )  # fmt: skip
+    return llm, llm.init(key, jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+def _compute_in(module_config, config):
+    return dataclasses.replace(module_config, dtype=config.compute_dtype)

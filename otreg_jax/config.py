@@ -1,0 +1,284 @@
+"""The configuration: every key with its default and meaning, its checks, and the flag parsing.
+
+A recipe (configs/*.py) starts from `default()` and changes keys; the command line changes them
+again (`--config.otreg.weight=1`). A run directory keeps the resolved result in config.json.
+"""
+
+import difflib
+import json
+import os
+import sys
+import traceback
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+# Keys that may differ when a run is resumed: they change neither the model nor what it is fed.
+RESUMABLE = (
+    "num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "mesh", "data.num_workers",
+    "data.cache", "data.dev", "data.test", "max_bad_steps",
+)  # fmt: skip
+
+
+def default() -> ConfigDict:
+    """The default configuration; on the command line tuples look like `--config.key="(1, 2)"`."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "num_steps": 1000,
+            "batch_size": 16,  # utterances a step, over all devices and hosts
+            "log_every": 10,  # steps between lines of metrics.jsonl
+            "checkpoint_every": 500,
+            "keep_checkpoints": 2,
+            "max_bad_steps": 10,  # non-finite steps in a row before training stops
+            "compute_dtype": "float32",  # activations: float32 | bfloat16
+            "freeze": "^encoder/positions/",  # regex of parameter paths that are not trained
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices per axis; -1: all that are left
+            "data": {
+                "train": "",  # manifests (JSONL), comma-separated
+                "dev": "",  # manifest; in-domain evaluation
+                "test": "",  # further evaluation sets: "name=manifest,name=manifest"
+                "cache": "",  # where synthetic speech is kept; "": WORKDIR/data
+                "max_utterances": 0,  # use only the first so many training utterances; 0: all
+                "num_mels": 80,
+                "max_duration": 30.0,  # seconds; longer audio is refused, never cut
+                "num_buckets": 2,  # batch shapes (frames, tokens), derived from the data
+                "num_workers": 0,  # loader processes; 0: threads of this process
+                "on_bad_audio": "raise",  # raise | skip (counted, listed in WORKDIR/skipped.jsonl)
+            },
+            # Speech made on the spot by eSpeak NG, instead of manifests: configs/quickstart.py.
+            "synthetic": {"num_train": 0},
+            "tokenizer": {
+                "path": "",  # tokenizer.json, *.model or a directory; "": llm.path, else trained
+                "vocab_size": 256,  # of a tokenizer trained on the training transcripts
+                "model_type": "unigram",  # SentencePiece: unigram | bpe | word | char
+            },
+            "prompt": "{speech}\n",  # what surrounds the speech; the transcript follows
+            "encoder": {
+                "path": "",  # Hugging Face directory or hub id of a Whisper model; "": from scratch
+                "revision": "",
+                "embed_dim": 96,
+                "num_layers": 2,
+                "num_heads": 4,
+                "mlp_dim": 384,
+                "max_positions": 1500,
+                "strides": (1, 2),  # of the convolutions over 100 mel frames a second
+            },
+            "adapter": {
+                "kind": "mlp",  # mlp | conv | transformer | qformer
+                "stack": 1,  # encoder positions to one speech embedding
+                "hidden_dim": 192,
+                "num_layers": 2,  # transformer, qformer
+                "num_heads": 8,
+                "num_queries": 1,  # qformer: embeddings a window
+            },
+            "llm": {
+                "path": "",  # Hugging Face directory or hub id; "": from scratch
+                "revision": "",
+                "embed_dim": 96,
+                "num_layers": 2,
+                "num_heads": 4,
+                "num_kv_heads": 4,
+                "head_dim": 24,
+                "mlp_dim": 288,
+                "tie_embeddings": True,
+                # Before the speech, teach a from-scratch LLM the transcripts' language and to copy
+                # embeddings into text; kept in WORKDIR/llm, or read from llm.path if that exists.
+                "pretrain": {
+                    "num_steps": 0,
+                    "batch_size": 32,
+                    "learning_rate": 3e-3,
+                    "num_sentences": 4000,  # drawn from the synthetic grammar, if there is one
+                    "copy_fraction": 0.75,  # of the examples; the rest is plain text
+                    "max_repeat": 6,  # copying: each token stands 1..max_repeat times
+                    "noise": 0.5,  # copying: noise, relative to the norm of the embeddings
+                },
+            },
+            "otreg": {
+                "weight": 0.0,  # lambda at its full value; 0: cross-entropy alone
+                "start_step": 0,  # stage 1 (SFT, lambda = 0) lasts until here
+                "ramp_steps": 0,  # lambda rises linearly over these steps
+                "layer": 0,  # 0: input embeddings; k: hidden states after k LLM layers
+                "text_set": "unique",  # unique | sequence
+                "text_mass": "uniform",  # uniform | count
+                "center": "none",  # none | mean | pcs
+                "cost": "cosine",  # cosine | sqeuclidean
+                "position_weight": 0.0,  # gamma, from start_step on
+                "position_weight_final": -1.0,  # gamma at the last step (linear); -1: constant
+                "epsilon": 0.05,
+                "num_iters": 50,
+                "speech_tau": 1.0,  # rho: below 1 speech positions may give up mass
+                "plan": "ot",  # ot | position (the control: no similarity in the plan)
+            },
+            "ctc": {
+                "weight": 0.0,  # CTC over the LLM's vocabulary on the adapter's outputs; 0: none
+                "scale": 10.0,  # initial (learned) scale of its cosine logits
+            },
+            "optim": {
+                "learning_rate": 1e-3,
+                "warmup_steps": 50,
+                "final_fraction": 0.1,  # of the learning rate, at the end of the cosine
+                "weight_decay": 0.0,  # on matrices only
+                "b1": 0.9,
+                "b2": 0.98,
+                "clip_norm": 1.0,
+                "multipliers": (),  # ((regex, factor), ...) of the learning rate, first match wins
+            },
+            "decode": {"max_tokens": 0},  # 0: from the longest evaluation transcript
+        }
+    )
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """{"data.train": value, ...}"""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def suggest(name: str, known) -> str:
+    """' (did you mean 'x'?)' if a known name is close, else ''."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check(config: ConfigDict) -> None:
+    """Raises one ValueError that lists everything wrong with the configuration's values."""
+    c = config
+    problems = []
+
+    def require(good, message):
+        if not good:
+            problems.append(message)
+
+    for key in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        require(c[key] >= 1, f"{key}={c[key]} must be at least 1")
+    require(
+        c.compute_dtype in ("float32", "bfloat16"),
+        f"compute_dtype={c.compute_dtype!r} is not float32 or bfloat16",
+    )
+    require(
+        c.data.train or c.synthetic.num_train,
+        "no training data: set data.train to a manifest (see README, 'Your own data')",
+    )
+    require(
+        not c.otreg.start_step or c.otreg.start_step < c.num_steps,
+        f"otreg.start_step={c.otreg.start_step} is not below num_steps={c.num_steps}: "
+        "stage 2 would never start",
+    )
+    require(c.otreg.weight >= 0, f"otreg.weight={c.otreg.weight} must not be negative")
+    require(c.ctc.weight >= 0, f"ctc.weight={c.ctc.weight} must not be negative")
+    require(
+        c.llm.path or 0 <= c.otreg.layer < c.llm.num_layers,
+        f"otreg.layer={c.otreg.layer} must be in 0..{c.llm.num_layers - 1} (llm.num_layers - 1)",
+    )
+    require(
+        c.otreg.plan != "position"
+        or c.otreg.position_weight > 0 < abs(c.otreg.position_weight_final),
+        "otreg.plan='position' needs position_weight > 0 throughout: its plan would become uniform",
+    )
+    require(
+        "{speech}" in c.prompt and c.prompt.count("{speech}") == 1,
+        f"prompt={c.prompt!r} must hold {{speech}} exactly once",
+    )
+    axes = dict(c.mesh)
+    require(
+        list(axes.values()).count(-1) <= 1 and all(n == -1 or n >= 1 for n in axes.values()),
+        f"mesh={axes}: every axis is a number of devices, at most one is -1",
+    )
+    if problems:
+        raise ValueError("config: " + "\n        ".join(problems))
+
+
+def save(config: ConfigDict, path) -> None:
+    """Writes the resolved configuration as JSON."""
+    with open(path, "w") as file:
+        json.dump(config.to_dict(), file, indent=2)
+        file.write("\n")
+
+
+def load(path) -> ConfigDict:
+    """Reads a configuration written by `save` over today's defaults. Raises ValueError on keys that
+    this version does not know."""
+    with open(path) as file:
+        stored = json.load(file)
+    config = default()
+    known = flatten(config)
+
+    def tuples(value):  # JSON has no tuples, configurations have no lists
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    flat = {key: tuples(value) for key, value in flatten(ConfigDict(stored)).items()}
+    unknown = [key for key in flat if key not in known and not key.startswith("synthetic.")]
+    if unknown:
+        raise ValueError(f"{path}: keys unknown to this version of otreg_jax: {', '.join(unknown)}")
+    with config.unlocked():
+        config.synthetic = stored.get("synthetic", {})
+    config.update_from_flattened_dict(
+        {key: value for key, value in flat.items() if not key.startswith("synthetic.")}
+    )
+    return config
+
+
+def differences(stored: ConfigDict, config: ConfigDict) -> list[str]:
+    """Lines 'key: stored -> now' for every key that must not change when a run is resumed."""
+    canonical = lambda value: json.loads(json.dumps(value))  # noqa: E731
+    before, now = flatten(stored), flatten(config)
+    return [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if not any(key == name or key.startswith(name + ".") for name in RESUMABLE)
+        and canonical(before.get(key)) != canonical(now.get(key))
+    ]
+
+
+def run(main) -> None:
+    """absl's app.run, with one clear line instead of a stack trace where the user can act on it.
+
+    Errors raised on purpose by this package (ValueError and OSError whose `raise` stands in its own
+    files) are such; anything else is a bug and keeps its trace.
+    """
+
+    def parse(argv):
+        try:
+            return flags.FLAGS(argv)
+        except (AttributeError, KeyError, TypeError) as error:
+            _exit_unknown_key(argv, error)
+        except (OSError, SyntaxError, ImportError) as error:
+            sys.exit(f"error: the config file cannot be loaded: {error}")
+
+    def guarded(argv):
+        if len(argv) > 1:
+            sys.exit(
+                f"error: unexpected arguments {argv[1:]}; flags look like --config.num_steps=10"
+            )
+        try:
+            return main(argv)
+        except (ValueError, OSError) as error:
+            raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+            if os.path.dirname(os.path.abspath(__file__)) not in os.path.abspath(raised_in):
+                raise
+            sys.exit(f"error: {error}")
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _exit_unknown_key(argv, error):
+    """Names every --config.KEY that the recipe does not have."""
+    holder = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    if not isinstance(holder, ConfigDict):
+        raise error
+    known = flatten(holder)
+    given = [a.lstrip("-").split("=")[0] for a in argv if a.lstrip("-").startswith("config.")]
+    keys = [name.removeprefix("config.") for name in given]
+    unknown = [key for key in keys if key not in known]
+    if not unknown:
+        raise error
+    for key in unknown:
+        # A bare last name ("wieght") compares with the last names of its neighbours too.
+        print(f"error: --config.{key}: unknown key{suggest(key, known)}", file=sys.stderr)
+    sys.exit(2)

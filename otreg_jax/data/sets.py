@@ -1,0 +1,107 @@
+"""From a configuration to utterances: manifests, or synthetic speech made on the spot."""
+
+import random
+import re
+from pathlib import Path
+
+from otreg_jax.data import sources, synthetic
+
+
+def load_sets(config, cache_dir) -> dict[str, list[sources.Utterance]]:
+    """Every set that the configuration names: "train", "dev" and the test sets, in this order.
+
+    Raises:
+      ValueError, FileNotFoundError: a manifest is missing or wrong; all its problems are listed.
+    """
+    if config.synthetic.num_train:
+        paths = synthetic.synthesize(synthetic_sets(config.synthetic), cache_dir)
+        sets = {name: sources.read_manifest(path) for name, path in paths.items()}
+    else:
+        sets = {"train": []}
+        for path in config.data.train.split(","):
+            sets["train"] += sources.read_manifest(path.strip())
+        if config.data.dev:
+            sets["dev"] = sources.read_manifest(config.data.dev)
+        for name, path in test_manifests(config.data.test).items():
+            sets[name] = sources.read_manifest(path)
+    if config.data.max_utterances:
+        sets["train"] = sets["train"][: config.data.max_utterances]
+    return sets
+
+
+def test_manifests(text: str) -> dict[str, str]:
+    """ "name=manifest,name=manifest" -> {name: manifest}."""
+    pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    wrong = ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]
+    if wrong:
+        raise ValueError(
+            f"data.test: {', '.join(map(repr, wrong))}: write name=manifest, separated by commas"
+        )
+    return {name: path for name, _, path in pairs}
+
+
+def draw(grammar, rng: random.Random) -> str:
+    """A random sentence of {"templates": ("call {person}", ...), "slots": {"person": (...)}}."""
+    template = rng.choice(grammar["templates"])
+    return re.sub(r"{(\w+)}", lambda slot: rng.choice(grammar["slots"][slot[1]]), template)
+
+
+def sentences(grammar, count: int, seed: int, exclude=()) -> list[str]:
+    """`count` distinct sentences of a grammar, none of them in `exclude`."""
+    rng = random.Random(seed)
+    found, taken = [], set(exclude)
+    for _ in range(1000 * count):
+        sentence = draw(grammar, rng)
+        if sentence not in taken:
+            taken.add(sentence)
+            found.append(sentence)
+        if len(found) == count:
+            return found
+    raise ValueError(
+        f"synthetic: the grammar is too small for {count} more sentences beside {len(exclude)}: "
+        "add templates or words to its slots"
+    )
+
+
+def synthetic_sets(config) -> dict[str, list[synthetic.Speech]]:
+    """The training set, the in-domain "dev" set and one test set a condition.
+
+    config: see configs/quickstart.py. No test sentence is a training sentence; every test set
+    speaks the same sentences, so that their scores differ by the condition alone.
+    """
+    train = sentences(config, config.num_train, config.seed)
+    test = sentences(config, config.num_test, config.seed + 1, exclude=train)
+
+    def spoken(texts, voices, rate=1.0, **condition):
+        speed = round(config.rate * rate)
+        return [
+            synthetic.Speech(
+                text, voice=voice, pitch=pitch, rate=speed, lang=config.lang, **condition
+            )
+            for text, (voice, pitch) in zip(texts, _cycle(voices, len(texts)), strict=True)
+        ]
+
+    sets = {"train": spoken(train, config.train_voices), "dev": spoken(test, config.train_voices)}
+    for name, condition in config.conditions.items():
+        condition = dict(condition)
+        voices = config[condition.pop("voices", "train") + "_voices"]
+        sets[name] = spoken(test, voices, **condition)
+    return sets
+
+
+def text_corpus(config, count: int) -> list[str]:
+    """The training sentences and `count` draws of the same grammar, no test sentence among them:
+    the text that an LLM may have read."""
+    train = sentences(config, config.num_train, config.seed)
+    test = set(sentences(config, config.num_test, config.seed + 1, exclude=train))
+    rng = random.Random(config.seed + 2)
+    return train + [text for text in (draw(config, rng) for _ in range(count)) if text not in test]
+
+
+def _cycle(items, count: int):
+    return [items[i % len(items)] for i in range(count)]
+
+
+def cache_dir(config, workdir) -> Path:
+    """Where synthetic speech is kept."""
+    return Path(config.data.cache) if config.data.cache else Path(workdir) / "data"

@@ -1,0 +1,59 @@
+"""AdamW on the trainable parameters; everything that depends on a parameter's path is a regex."""
+
+import re
+
+import jax
+import optax
+from flax import traverse_util
+
+
+def flat_paths(params) -> dict[str, jax.Array]:
+    """{"llm/embed/embedding": array, ...}"""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def split(params, frozen_regex: str):
+    """(trainable, frozen): nested dicts that together are `params`; "" freezes nothing."""
+    flat = flat_paths(params)
+    is_frozen = lambda path: bool(frozen_regex) and re.search(frozen_regex, path)  # noqa: E731
+    part = lambda wanted: traverse_util.unflatten_dict(  # noqa: E731
+        {path: x for path, x in flat.items() if bool(is_frozen(path)) == wanted}, sep="/"
+    )
+    return part(False), part(True)
+
+
+def merge(trainable, frozen):
+    """The inverse of `split`."""
+    return traverse_util.unflatten_dict(flat_paths(trainable) | flat_paths(frozen), sep="/")
+
+
+def learning_rate(config) -> optax.Schedule:
+    """Linear warm-up, then a cosine to `final_fraction` of the peak."""
+    c = config.optim
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if c.warmup_steps else c.learning_rate, c.learning_rate, c.warmup_steps,
+        max(config.num_steps, c.warmup_steps + 1), c.learning_rate * c.final_fraction,
+    )  # fmt: skip
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW; decay on matrices only; `optim.multipliers`, a tuple
+    of (regex, factor), scales the update of parameters whose path matches (first match wins)."""
+    c = config.optim
+    is_matrix = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)  # noqa: E731
+
+    def scale_by_path(updates, params=None):
+        del params
+        scaled = {}
+        for path, update in flat_paths(updates).items():
+            factor = next((f for regex, f in c.multipliers if re.search(regex, path)), 1.0)
+            scaled[path] = update * factor
+        return traverse_util.unflatten_dict(scaled, sep="/")
+
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+        optax.adamw(
+            learning_rate(config), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=is_matrix
+        ),
+        optax.stateless(scale_by_path) if c.multipliers else optax.identity(),
+    )

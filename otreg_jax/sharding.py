@@ -1,0 +1,112 @@
+"""The device mesh (data, fsdp, tensor) and which parameter is split over which of its axes."""
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))  # the batch dimension is split over both
+
+# The first regex found in a parameter's path decides; optimizer state follows its parameter. Layers
+# are stacked along axis 0, which stays whole. Kernels split their wide side over `tensor` (columns
+# going in, rows coming out: one all-reduce a sublayer) and the other side over `fsdp`.
+RULES = (
+    (r"llm/embed/embedding$", P("tensor", "fsdp")),
+    (r"llm/head/kernel$", P("fsdp", "tensor")),
+    (r"layers/(attn/[qkv]|cross/[qkv]|mlp/(gate|up))/kernel$", P(None, "fsdp", "tensor")),
+    (r"layers/(attn/o|cross/o|mlp/down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/.*/lora_a$", P(None, "fsdp", None)),
+    (r"layers/.*/lora_b$", P(None, None, "fsdp")),
+    (r"encoder/conv\d+/kernel$", P(None, None, "fsdp")),
+    (r"encoder/positions/embedding$", P()),
+    (r"adapter/(in|conv)/kernel$", P()),
+    (r"adapter/out/kernel$", P(None, "fsdp")),
+    (r"adapter/queries$", P()),
+    (r"/(bias|scale)$", P()),
+    (r"ctc/", P()),
+)
+
+
+def make_mesh(config, devices=None) -> Mesh:
+    """A mesh of all devices; one axis of `config.mesh` may be -1: what the others leave.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices, or the batch does not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.mesh[axis] for axis in AXES]
+    if -1 in sizes:
+        others = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(len(devices) // others, 1)
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh: {named} needs {math.prod(sizes)} devices, {len(devices)} are there; "
+            "set config.mesh (one axis may be -1)"
+        )
+    rows = sizes[0] * sizes[1]
+    if config.batch_size % rows:
+        raise ValueError(
+            f"mesh: batch_size={config.batch_size} does not divide over {rows} devices ({named}); "
+            f"use a multiple of {rows}"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def data_mesh() -> Mesh:
+    """All devices along the data axis: for evaluation, where any number of them will do."""
+    return jax.make_mesh((jax.device_count(), 1, 1), AXES, (AxisType.Auto,) * 3)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, BATCH)
+
+
+def tree_shardings(tree, mesh: Mesh, rules=RULES):
+    """NamedSharding of every leaf of `tree` (params, or a state holding them), by the first regex
+    in `rules` ((regex, PartitionSpec), ...) that matches its path. Scalars are replicated.
+
+    Raises:
+      ValueError: leaves that no rule names, or that an axis does not divide; all are listed.
+    """
+    problems = []
+
+    def of_leaf(path, leaf):
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, P())
+        name = "/".join(
+            str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
+        )
+        spec = next((spec for regex, spec in rules if re.search(regex, name)), None)
+        if spec is None:
+            problems.append(f"{name} {leaf.shape}: no sharding rule names it")
+            return None
+        for dim, axes in enumerate(spec):
+            size = math.prod(mesh.shape[axis] for axis in _names(axes))
+            if dim >= leaf.ndim or leaf.shape[dim] % size:
+                problems.append(f"{name} {leaf.shape}: {spec} does not divide dimension {dim}")
+        return NamedSharding(mesh, spec)
+
+    shardings = jax.tree_util.tree_map_with_path(of_leaf, tree)
+    if problems:
+        raise ValueError("sharding:\n  " + "\n  ".join(sorted(set(problems))))
+    return shardings
+
+
+def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch -> global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
+    }
+
+
+def _names(axes) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return axes if isinstance(axes, tuple) else (axes,)

@@ -1,0 +1,259 @@
+"""Trains a spoken language model.
+
+    python -m otreg_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m otreg_jax.train --config=configs/manifest.py --workdir=runs/mine \\
+        --config.data.train=train.jsonl --config.data.dev=dev.jsonl --config.otreg.weight=1
+
+Every key of otreg_jax/config.py can be set as --config.KEY=VALUE. If the work directory holds a
+checkpoint of the same configuration, training resumes from it.
+"""
+
+import functools
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+from absl import flags, logging
+from ml_collections import config_flags
+
+from otreg_jax import build, checkpoint, losses, optim, pretrain_llm, sharding, train_step
+from otreg_jax import config as config_lib
+from otreg_jax.data import pipeline, sets, text
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
+
+
+def train(config, workdir) -> train_step.TrainState:
+    """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one.
+
+    Writes config.json, tokenizer files, metrics.jsonl, TensorBoard events and checkpoints.
+
+    Raises:
+      ValueError, FileNotFoundError: the configuration, the data or the work directory is unusable.
+      FloatingPointError: `max_bad_steps` steps in a row were not finite.
+    """
+    config_lib.check(config)
+    mesh = sharding.make_mesh(config)
+    workdir = Path(workdir)
+    checkpoint.check_workdir(workdir, config)
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    # ---- data, tokenizer, model ------------------------------------------------------------------
+    utterances = sets.load_sets(config, sets.cache_dir(config, workdir))
+    tokenizer = make_tokenizer(config, workdir, utterances["train"])
+    llm_dir = prepare_llm(config, workdir, tokenizer, utterances["train"])
+    slm, params = build.build(config, tokenizer, llm_dir)
+    check_lengths(utterances, slm, config)
+    config_lib.save(config, workdir / "config.json")
+
+    # ---- state, sharded over the mesh ------------------------------------------------------------
+    params, frozen = optim.split(params, config.freeze)
+    frozen = build.place_frozen(frozen, config, mesh)
+    optimizer = optim.make_optimizer(config)
+    abstract_state = train_step.abstract_state(params, optimizer, mesh)
+    state_sharding = jax.tree.map(lambda x: x.sharding, abstract_state)
+    checkpointer = checkpoint.open_checkpoints(workdir, config.keep_checkpoints)
+    state = checkpoint.restore(checkpointer, abstract_state)
+    if state is None:
+        init = functools.partial(train_step.init_state, optimizer=optimizer)
+        state = jax.jit(init, out_shardings=state_sharding)(params)
+    start = int(state.step)
+
+    step_fn = jax.jit(
+        functools.partial(
+            train_step.train_step,
+            slm=slm,
+            config=config,
+            optimizer=optimizer,
+            schedules=losses.make_schedules(config),
+        ),  # fmt: skip
+        donate_argnums=0,
+        out_shardings=(state_sharding, None),
+    )
+    metadata = {"tokenizer": tokenizer.fingerprint, "prompt": config.prompt}
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    print(
+        f"model: {count(params):,} trained and {count(frozen):,} frozen parameters on "
+        f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s); "
+        + (f"resuming at step {start}" if start else "starting at step 0")
+    )
+    del params
+
+    # ---- the loop --------------------------------------------------------------------------------
+    batches = pipeline.train_batches(
+        utterances["train"], tokenizer, config.data, batch_size=config.batch_size,
+        seed=config.seed, num_steps=config.num_steps, start_step=start,
+        host_index=jax.process_index(), host_count=jax.process_count(),
+        skipped_path=str(workdir / "skipped.jsonl"),
+    )  # fmt: skip
+    writer = MetricsWriter(workdir, start, config.log_every, optim.learning_rate(config))
+    pending = None
+    progress = tqdm.tqdm(
+        zip(range(start, config.num_steps), batches, strict=True), initial=start,
+        total=config.num_steps, desc="training", unit="step", mininterval=1.0,
+    )  # fmt: skip
+    try:
+        for step, batch in progress:
+            state, metrics = step_fn(state, frozen, sharding.to_global(batch, mesh))
+            # Metrics of the step before are ready now: reading them does not stall the device.
+            if pending:
+                read_metrics(*pending, writer, progress, utterances["train"], config)
+            pending = (step + 1, metrics, batch)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
+                checkpoint.save(checkpointer, state, metadata)
+        if pending:
+            read_metrics(*pending, writer, progress, utterances["train"], config)
+    finally:
+        writer.close()
+        progress.close()
+        checkpointer.close()  # waits for saves under way
+    return state
+
+
+def make_tokenizer(config, workdir, utterances) -> text.Tokenizer:
+    """The run's tokenizer: kept in `workdir`, else of `tokenizer.path` or `llm.path`, else trained
+    on the transcripts."""
+    if any((workdir / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        return text.load_tokenizer(workdir)
+    path = config.tokenizer.path or config.llm.path
+    if path:
+        tokenizer = text.load_tokenizer(path)
+        text.save_tokenizer(workdir, tokenizer)
+        return tokenizer
+    return text.train_sentencepiece(
+        [u.text for u in utterances], workdir / "tokenizer", config.tokenizer.vocab_size,
+        model_type=config.tokenizer.model_type,
+    )  # fmt: skip
+
+
+def prepare_llm(config, workdir, tokenizer, utterances) -> str:
+    """Path of the LLM ("" builds one from scratch); pretrains it on text first if asked to."""
+    path = build.llm_path(config, workdir)
+    if path and not config.llm.path:
+        sentences = [u.text for u in utterances]
+        if config.synthetic.num_train:
+            sentences = sets.text_corpus(config.synthetic, config.llm.pretrain.num_sentences)
+        pretrain_llm.ensure_llm(config, tokenizer, sentences, path)
+    return path
+
+
+def check_lengths(utterances: dict, slm, config) -> None:
+    """Refuses audio over the model's limit: it is never cut.
+
+    Raises:
+      ValueError: naming up to ten of the utterances, by file and line.
+    """
+    frames_limit = slm.encoder.config.max_positions * int(np.prod(slm.encoder.config.strides))
+    limit = min(config.data.max_duration, frames_limit / 100)
+    long = [u for us in utterances.values() for u in us if u.duration > limit]
+    if long:
+        lines = [f"{u.where}: {u.duration:.1f} s ({u.id})" for u in long[:10]]
+        raise ValueError(
+            f"{len(long)} utterances are longer than {limit:g} s (data.max_duration, or the "
+            "encoder's positions); split them, or raise the limit:\n  " + "\n  ".join(lines)
+        )
+
+
+def read_metrics(step, metrics, batch, writer, progress, utterances, config) -> None:
+    """Logs the metrics of a finished step; names the utterances of a non-finite one.
+
+    Raises:
+      FloatingPointError: after `max_bad_steps` non-finite steps in a row.
+    """
+    metrics = {key: float(value) for key, value in jax.device_get(metrics).items()}
+    bad_steps = int(metrics.pop("bad_steps"))
+    if bad_steps:
+        ids = [utterances[i].id for i in batch["index"] if i >= 0]
+        progress.write(
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: skipped. "
+            f"Its utterances: {', '.join(ids)}"
+        )
+        writer.skipped(step, metrics, ids)
+        if bad_steps >= config.max_bad_steps:
+            raise FloatingPointError(
+                f"{bad_steps} steps in a row had a non-finite loss or gradient, the last one step "
+                f"{step}; lower optim.learning_rate, look at the utterances named above, or run "
+                "with JAX_DEBUG_NANS=1 to find the operation"
+            )
+    logged = writer.step(step, metrics, batch)
+    if logged:
+        shown = ("loss", "ce", "otreg", "ctc")
+        progress.set_postfix({key: f"{logged[key]:.3f}" for key in shown if key in logged})
+
+
+class MetricsWriter:
+    """metrics.jsonl and TensorBoard events of process 0; one line each `log_every` steps, every
+    value the mean over these steps. Lines after the resumed step are dropped."""
+
+    def __init__(self, workdir, start: int, log_every: int, learning_rate):
+        self.log_every, self.learning_rate = log_every, learning_rate
+        self.is_writer = jax.process_index() == 0
+        self.window, self.count = [], {"audio": 0.0, "tokens": 0}
+        self.time = None  # the first window starts after the first step: compilation is no speed
+        if not self.is_writer:
+            return
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= start] if start else []
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = open(path, "a")
+        self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
+
+    def step(self, step: int, metrics: dict, batch) -> dict | None:
+        """Adds a step; returns the line if one was written."""
+        self.window.append(metrics)
+        self.count["audio"] += float(batch["mel_length"].sum()) / 100 * jax.process_count()
+        self.count["tokens"] += int(batch["token_length"].sum()) * jax.process_count()
+        if self.time is None:
+            self.time, self.timed = time.perf_counter(), -len(self.window)
+            self.count = dict.fromkeys(self.count, 0)
+        if step % self.log_every:
+            return None
+        line = {key: float(np.mean([m[key] for m in self.window])) for key in metrics}
+        line["learning_rate"] = float(self.learning_rate(step - 1))
+        elapsed = time.perf_counter() - self.time
+        steps = len(self.window) + self.timed
+        if steps > 0:
+            line["steps_per_sec"] = steps / elapsed
+            line["audio_sec_per_sec"] = self.count["audio"] / elapsed
+            line["tokens_per_sec"] = self.count["tokens"] / elapsed
+        self.window, self.timed = [], 0
+        self.count = dict.fromkeys(self.count, 0)
+        self.time = time.perf_counter()
+        if self.is_writer:
+            self.file.write(json.dumps({"step": step, **line}) + "\n")
+            self.file.flush()
+            for key, value in line.items():
+                self.board.add_scalar(key, value, step)
+        return line
+
+    def skipped(self, step: int, metrics: dict, ids: list[str]) -> None:
+        """Records a skipped step at once."""
+        if self.is_writer:
+            self.file.write(json.dumps({"step": step, "skipped": ids, **metrics}) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.is_writer:
+            self.file.close()
+            self.board.close()
+
+
+def main(argv):
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    cache = os.path.expanduser("~/.cache/otreg_jax")
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    config_lib.run(main)

@@ -1,0 +1,66 @@
+"""One training step: pure, jitted over a mesh, no I/O. `pmap` is the same step on one mesh axis."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from otreg_jax import losses, optim, sharding
+
+
+class TrainState(NamedTuple):
+    """What training changes, and what a checkpoint holds."""
+
+    step: jax.Array  # int32: steps done
+    params: Any  # trainable parameters, float32
+    opt_state: Any
+    bad_steps: jax.Array  # int32: non-finite steps in a row, up to now
+
+
+def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before step 0; `params` are the trainable ones."""
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+
+
+def abstract_state(params, optimizer: optax.GradientTransformation, mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state over `params`, nothing computed."""
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    return jax.tree.map(
+        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+        state, sharding.tree_shardings(state, mesh),
+    )  # fmt: skip
+
+
+def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, schedules):
+    """Loss, gradient, update.
+
+    Args:
+      state: the trainable part. frozen: all other parameters; they get no gradient and have no
+        optimizer state. batch: a global batch of the data pipeline.
+
+    Returns:
+      (state, metrics). A step whose loss or gradient is not finite changes no parameter and no
+      optimizer state; it still counts as a step, `metrics["bad_steps"]` says how many there were in
+      a row.
+    """
+
+    def loss_of(params):
+        return losses.loss_fn(
+            slm, optim.merge(params, frozen), batch, state.step, config=config, schedules=schedules
+        )
+
+    gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
+    grad_norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    new_state = TrainState(
+        step=state.step + 1,
+        params=jax.tree.map(keep, params, state.params),
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+    )
+    metrics |= {"grad_norm": grad_norm, "bad_steps": new_state.bad_steps}
+    return new_state, metrics
