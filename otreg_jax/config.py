@@ -45,6 +45,24 @@ def default() -> ConfigDict:
                 "num_buckets": 2,  # batch shapes (frames, tokens), derived from the data
                 "num_workers": 0,  # loader processes; 0: threads of this process
                 "on_bad_audio": "raise",  # raise | skip (counted, listed in WORKDIR/skipped.jsonl)
+                "long_audio": "reject",  # reject | chunk (between words, where the manifest times them)
+                "max_tokens": 0,  # longer transcripts are unusable; 0: no limit
+                "data_root": "",  # where relative audio paths start; "": the manifest's folder
+                "mixture": "",  # groups sampled by temperature: "" | lang | corpus (a manifest each)
+                "temperature": 1.0,  # share of a group ~ size^(1 / temperature); 1: as the data are
+                "features": "host",  # log-mel on the host | inside the jitted step ("step")
+                "augment": {
+                    "speeds": (1.0,),  # one is drawn for each utterance: (0.9, 1.0, 1.1)
+                    "noise": "",  # manifest of noise recordings
+                    "noise_prob": 0.5,
+                    "noise_snr": (0.0, 20.0),  # dB, drawn uniformly
+                    "rir": "",  # manifest of room impulse responses
+                    "rir_prob": 0.5,
+                    "time_masks": 0,  # SpecAugment, inside the step
+                    "time_width": 50,  # frames at most, and a fifth of the utterance
+                    "freq_masks": 0,
+                    "freq_width": 20,  # mel bins at most
+                },
             },
             # Speech made on the spot by eSpeak NG, instead of manifests: configs/quickstart.py.
             "synthetic": {"num_train": 0},
@@ -226,7 +244,7 @@ def load(path) -> ConfigDict:
 
 def differences(stored: ConfigDict, config: ConfigDict) -> list[str]:
     """Lines 'key: stored -> now' for every key that must not change when a run is resumed."""
-    canonical = lambda value: json.loads(json.dumps(value))  # noqa: E731
+    canonical = lambda value: json.loads(json.dumps(value))
     before, now = flatten(stored), flatten(config)
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

@@ -8,7 +8,6 @@ before each host takes its own: any number of hosts and workers, and a restart a
 same.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,11 +16,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from otreg_jax.data import features, sources
+from otreg_jax.data import augment, features, sources
 from otreg_jax.data.sources import BadAudio, Problem, Utterance
 
 FRAMES_MULTIPLE = 8  # bucket widths, so that convolution strides and frame stacking divide them
-CACHE_BYTES = 2**30  # of features kept in memory between epochs
+MEMORY_BYTES = 2**30  # audio or features up to this size are kept in memory between epochs
 
 Batch = dict[str, np.ndarray]
 
@@ -30,16 +29,24 @@ class Corpus(NamedTuple):
     """Utterances with what batching needs to know about them, in the same order."""
 
     utterances: Sequence[Utterance]
-    frames: np.ndarray  # int32 [N]
+    samples: np.ndarray  # int64 [N] at 16 kHz
     tokens: np.ndarray  # int32, all transcripts one after another
     ends: np.ndarray  # int64 [N], where each transcript ends in `tokens`
 
     @property
-    def token_lengths(self) -> np.ndarray:
-        return np.diff(self.ends, prepend=0).astype(np.int32)
+    def token_length(self) -> np.ndarray:
+        return np.diff(self.ends, prepend=0)
 
     def transcript(self, row: int) -> np.ndarray:
         return self.tokens[self.ends[row - 1] if row else 0 : self.ends[row]]
+
+
+class Plan(NamedTuple):
+    """The batches of an epoch."""
+
+    rows_SB: np.ndarray  # int [steps, batch_size], rows of the corpus
+    speed_SB: np.ndarray  # float, how many times as fast each is played
+    bucket_S: np.ndarray  # int, the shape of each batch
 
 
 def train_batches(
@@ -60,46 +67,69 @@ def train_batches(
     Args:
       utterances: the training data, in the same order on every host.
       tokenizer: has `encode(text) -> list[int]`.
-      data_config: num_buckets, num_mels, num_workers, on_bad_audio.
+      data_config: the `data` part of the configuration.
       batch_size: utterances a step over all hosts.
       seed: decides, with the step, what a batch holds.
       num_steps: the step before which the iterator ends, on every host alike.
       start_step: first step, when training resumes.
       host_index, host_count: which rows of the global batch: an equal share, in order.
-      skipped_path: JSON-lines file that lists audio found unusable (on_bad_audio="skip").
+      skipped_path: JSON-lines file that lists what was unusable (on_bad_audio="skip").
 
     Yields:
       {"mel": float32 [B, F, M], "mel_length": int32 [B], "tokens": int32 [B, T] (transcripts only),
-      "token_length": int32 [B], "index": int32 [B], row in `utterances`}. A row whose audio turned
-      out unusable is a filler: index -1, token_length 0, silence.
+      "token_length": int32 [B], "index": int32 [B], row in `utterances`}. With features="step",
+      "audio": float32 [B, N] and "audio_length": int32 [B] stand in for mel and mel_length. A row
+      whose audio turned out unusable is a filler: index -1, token_length 0, silence.
 
     Raises:
-      ValueError: no utterances, or a batch size that the hosts cannot share.
-      BadAudio (a ValueError): an audio file is unusable (on_bad_audio="raise").
+      ValueError: no usable utterance, a batch size that the hosts cannot share, or unusable
+        utterances (on_bad_audio="raise"); where all audio fits in memory it is read before the
+        first step, and the message lists every unusable file.
     """
-    if batch_size % host_count:
-        raise ValueError(f"batch_size={batch_size} does not divide among {host_count} hosts")
     corpus = _tokenize(utterances, tokenizer)
-    buckets = choose_buckets(corpus.frames, corpus.token_lengths, data_config.num_buckets)
-    bucket_N = _smallest_bucket(corpus, buckets)
-    share = batch_size // host_count
-    mine = slice(host_index * share, (host_index + 1) * share)
-    load = _loader(corpus, data_config, skipped_path)
-    if host_index == 0:
-        _print_buckets(corpus, buckets, _epoch(bucket_N, batch_size, seed, 0))
+    rows_N = _within_token_limit(corpus, data_config, skipped_path)
+    speeds = tuple(data_config.augment.speeds)
+    buckets = choose_buckets(
+        np.concatenate([_frames(corpus.samples[rows_N], speed) for speed in speeds]),
+        np.tile(corpus.token_length[rows_N], len(speeds)),
+        data_config.num_buckets,
+    )
+    groups = _groups([utterances[row] for row in rows_N], data_config.mixture)
 
-    steps_per_epoch = -(-len(utterances) // batch_size)
+    def plan_epoch(epoch: int) -> Plan:
+        rng = _rng(_ORDER, seed, epoch)
+        draws_N = rows_N[_draw(groups, data_config.temperature, seed, epoch)]
+        draws_N = rng.permutation(draws_N)
+        speed_N = rng.choice(speeds, size=len(draws_N))
+        plan = _deal(corpus, draws_N, speed_N, buckets, batch_size)
+        order_S = rng.permutation(len(plan.bucket_S))
+        return Plan(*(part[order_S] for part in plan))
+
+    if host_index == 0:
+        _print_plan(corpus, buckets, plan_epoch(0), [(name, rows_N[r]) for name, r in groups])
+    steps_per_epoch = -(-len(rows_N) // batch_size)
     plans = {}  # of the epoch in use and of the next, which workers read ahead
 
-    def batch(step: int) -> Batch:
+    def plan_step(step: int) -> tuple[Plan, int]:
         epoch = step // steps_per_epoch
         if epoch not in plans:
             plans.pop(epoch - 2, None)
-            plans[epoch] = _epoch(bucket_N, batch_size, seed, epoch)
-        rows_SB, bucket_S = plans[epoch]
-        within = step % steps_per_epoch
-        shape = buckets[bucket_S[within]]
-        return _assemble(rows_SB[within, mine], shape, corpus, load, data_config.num_mels)
+            plans[epoch] = plan_epoch(epoch)
+        return plans[epoch], step % steps_per_epoch
+
+    mine = _share(batch_size, host_index, host_count)
+    read = _reader(corpus, rows_N, data_config, data_config.augment, skipped_path)
+
+    def batch(step: int) -> Batch:
+        plan, s = plan_step(step)
+        rows_B = plan.rows_SB[s, mine]
+        examples = [
+            read(row, speed, _rng(_AUGMENT, seed, step, i))
+            for i, (row, speed) in enumerate(
+                zip(rows_B, plan.speed_SB[s, mine], strict=True), mine.start
+            )
+        ]
+        return _assemble(corpus, rows_B, examples, buckets[plan.bucket_S[s]], data_config)
 
     return _iterate(batch, start_step, num_steps, data_config.num_workers)
 
@@ -114,39 +144,73 @@ def eval_batches(
     host_count: int = 1,
     skipped_path: str | None = None,
 ) -> Iterator[Batch]:
-    """Yields every utterance once, short ones first, in batches as `train_batches` makes them.
+    """Yields every utterance once, short ones first, without augmentation.
 
-    The last batch is completed with fillers: a repeated utterance with index -1 and token_length 0.
-    Every host yields the same number of batches.
+    Arguments, batches and errors as for `train_batches`. The last batch is completed with fillers:
+    repeated utterances with index -1 and token_length 0. All hosts yield equally many batches.
     """
-    if batch_size % host_count:
-        raise ValueError(f"batch_size={batch_size} does not divide among {host_count} hosts")
     corpus = _tokenize(utterances, tokenizer)
-    buckets = choose_buckets(corpus.frames, corpus.token_lengths, data_config.num_buckets)
-    rows_SB, bucket_S = _deal(
-        np.argsort(corpus.frames, kind="stable"), _smallest_bucket(corpus, buckets), batch_size
-    )
-    share = batch_size // host_count
-    mine = slice(host_index * share, (host_index + 1) * share)
-    load = _loader(corpus, data_config, skipped_path)
-    repeated_SB = np.zeros(rows_SB.size, bool)
-    repeated_SB[len(utterances) :] = True
-    repeated_SB = repeated_SB.reshape(rows_SB.shape)
+    rows_N = _within_token_limit(corpus, data_config, skipped_path)
+    rows_N = rows_N[np.argsort(corpus.samples[rows_N], kind="stable")]
+    frames_N, tokens_N = _frames(corpus.samples[rows_N]), corpus.token_length[rows_N]
+    buckets = choose_buckets(frames_N, tokens_N, data_config.num_buckets)
+    plan = _deal(corpus, rows_N, np.ones(len(rows_N)), buckets, batch_size)
+    repeated_SB = (np.arange(plan.rows_SB.size) >= len(rows_N)).reshape(plan.rows_SB.shape)
+    mine = _share(batch_size, host_index, host_count)
+    read = _reader(corpus, rows_N, data_config, None, skipped_path)
 
     def batch(step: int) -> Batch:
-        shape = buckets[bucket_S[step]]
-        made = _assemble(rows_SB[step, mine], shape, corpus, load, data_config.num_mels)
-        filler = repeated_SB[step, mine]
-        made["index"] = np.where(filler, -1, made["index"])
-        made["token_length"] = np.where(filler, 0, made["token_length"])
+        rows_B, repeated_B = plan.rows_SB[step, mine], repeated_SB[step, mine]
+        examples = [read(row, 1.0, None) for row in rows_B]
+        made = _assemble(corpus, rows_B, examples, buckets[plan.bucket_S[step]], data_config)
+        made["index"] = np.where(repeated_B, -1, made["index"]).astype(np.int32)
+        made["token_length"] = np.where(repeated_B, 0, made["token_length"]).astype(np.int32)
         return made
 
-    return _iterate(batch, 0, len(rows_SB), data_config.num_workers)
+    return _iterate(batch, 0, len(plan.rows_SB), data_config.num_workers)
 
 
 # ------------------------------------------------------------------------------------------------
 # Which utterances, in which shape, at which step
 # ------------------------------------------------------------------------------------------------
+
+_ORDER, _GROUP, _AUGMENT = range(3)  # what a random generator is for: no two share a stream
+
+
+def _rng(purpose: int, *seeds: int) -> np.random.Generator:
+    return np.random.default_rng([purpose, *seeds])
+
+
+def _tokenize(utterances: Sequence[Utterance], tokenizer) -> Corpus:
+    if not utterances:
+        raise ValueError("there are no utterances to batch")
+    ids = [np.asarray(tokenizer.encode(u.text), np.int32) for u in utterances]
+    return Corpus(
+        utterances,
+        np.array([round(u.duration * features.SAMPLE_RATE) for u in utterances]),
+        np.concatenate(ids),
+        np.cumsum([len(i) for i in ids], dtype=np.int64),
+    )
+
+
+def _frames(samples_N: np.ndarray, speed=1.0) -> np.ndarray:
+    return features.num_frames(np.ceil(samples_N / speed).astype(np.int64))
+
+
+def _within_token_limit(corpus: Corpus, data_config, skipped_path) -> np.ndarray:
+    """Rows of utterances whose transcripts are not over `max_tokens` (0: no limit)."""
+    length_N, limit = corpus.token_length, data_config.max_tokens or np.inf
+    problems = [
+        Problem(
+            "too_many_tokens", corpus.utterances[row].where, f"{length_N[row]} tokens: {limit=}"
+        )
+        for row in np.flatnonzero(length_N > limit)
+    ]
+    sources.handle(problems, data_config.on_bad_audio, skipped_path)
+    rows_N = np.flatnonzero(length_N <= limit)
+    if not len(rows_N):
+        raise ValueError(f"every transcript is longer than data.max_tokens={limit}")
+    return rows_N
 
 
 def choose_buckets(
@@ -165,78 +229,114 @@ def choose_buckets(
     Returns:
       ((frames, tokens), ...), both rising; frames are multiples of FRAMES_MULTIPLE.
     """
-    if not len(frames_N):
-        raise ValueError("there are no utterances to batch")
     rounded_N = -(-frames_N // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
     widths, counts = np.unique(rounded_N, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)])  # utterances narrower than width i
-    # cost[j]: frames computed for the widths[:j], in the number of buckets reached so far
-    cost = np.concatenate([[0.0], np.full(len(widths), np.inf)])
-    chosen = []
+    below = np.concatenate([[0], np.cumsum(counts)])  # utterances narrower than widths[i]
+    # padded[i, j]: frames of one bucket as wide as widths[j] that takes all from widths[i] on
+    padded = (below[None, 1:] - below[:-1, None]) * widths.astype(float)
+    padded[np.tril_indices(len(widths), -1)] = np.inf
+    cost = np.concatenate([[0.0], np.full(len(widths), np.inf)])  # of the narrowest j widths
+    starts = []
     for _ in range(min(num_buckets, len(widths))):
-        # One more bucket, of width j - 1, that takes everything from width i on.
-        total = cost[:-1, None] + (below[None, 1:] - below[:-1, None]) * widths
-        total[np.tril_indices(len(widths), -1)] = np.inf
-        chosen.append(total.argmin(axis=0))
+        total = cost[:-1, None] + padded
+        starts.append(total.argmin(axis=0))
         cost = np.concatenate([[0.0], total.min(axis=0)])
-    edges, j = [], len(widths)
-    for start in reversed(chosen):
-        if j == 0:
-            break
-        edges.append(int(widths[j - 1]))
-        j = int(start[j - 1])
-    edges.reverse()
-    return tuple((edge, max(1, int(tokens_N[frames_N <= edge].max()))) for edge in edges)
+    edges, end = [], len(widths)
+    for start in reversed(starts):
+        if end:
+            edges.append(int(widths[end - 1]))
+            end = int(start[end - 1])
+    return tuple((edge, max(1, int(tokens_N[frames_N <= edge].max()))) for edge in edges[::-1])
 
 
-def _smallest_bucket(corpus: Corpus, buckets) -> np.ndarray:
-    """int [N]: the first bucket that each utterance fits."""
-    frames, tokens = np.array(buckets).T
-    return np.maximum(
-        np.searchsorted(frames, corpus.frames), np.searchsorted(tokens, corpus.token_lengths)
-    )
+def _groups(utterances: Sequence[Utterance], mixture: str) -> list[tuple[str, np.ndarray]]:
+    """[(name, rows), ...]: the utterances of each language or manifest, or all of them."""
+    kinds = {
+        "": lambda u: "all",
+        "lang": lambda u: u.lang or "unknown",
+        "corpus": lambda u: u.where.rpartition(":")[0],
+    }
+    if mixture not in kinds:
+        raise ValueError(f"data.mixture={mixture!r} is not one of {', '.join(map(repr, kinds))}")
+    names = np.array([kinds[mixture](u) for u in utterances])
+    return [(str(name), np.flatnonzero(names == name)) for name in np.unique(names)]
 
 
-def _deal(order_N, bucket_N, batch_size):
-    """Deals utterances, in order, into batches of one bucket each.
+def _draw(groups, temperature: float, seed: int, epoch: int) -> np.ndarray:
+    """As many rows as there are utterances, from each group in proportion to size^(1/temperature).
 
-    Returns rows [steps, batch_size] and the bucket of each step [steps]. Flattened, the rows are
-    all utterances once, then those that complete the last batch.
+    Each group is gone through in a fresh order each time, and goes on in the next epoch where it
+    stopped in this one. (Conneau et al. 2020, XLM-R, section 3, sample languages this way.)
     """
-    batches, steps, left = [], [], order_N[:0]
-    for bucket in range(bucket_N.max() + 1):
-        waiting = np.concatenate([left, order_N[bucket_N[order_N] == bucket]])
+    size_G = np.array([len(rows) for _, rows in groups])
+    share_G = size_G ** (1 / temperature)
+    share_G = share_G / share_G.sum() * size_G.sum()
+    count_G = np.floor(share_G).astype(int)
+    count_G[np.argsort(count_G - share_G, kind="stable")[: size_G.sum() - count_G.sum()]] += 1
+    drawn = []
+    for g, ((_, rows), size, count) in enumerate(zip(groups, size_G, count_G, strict=True)):
+        start = epoch * count
+        rounds = range(start // size, -(-(start + count) // size))
+        stream = [rows[_rng(_GROUP, seed, g, r).permutation(size)] for r in rounds]
+        drawn += [np.concatenate([rows[:0], *stream])[start % size :][:count]]
+    return np.concatenate(drawn)
+
+
+def _deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:
+    """Deals draws, in order, into batches of one bucket each, narrow buckets first.
+
+    Flattened, the rows are all draws once, then those that complete the last batch.
+    """
+    frames, tokens = np.array(buckets).T
+    bucket_N = np.maximum(
+        np.searchsorted(frames, _frames(corpus.samples[draws_N], speed_N)),
+        np.searchsorted(tokens, corpus.token_length[draws_N]),
+    )
+    batches, bucket_S, left = [], [], np.zeros(0, int)
+    for bucket in range(len(buckets)):
+        waiting = np.concatenate([left, np.flatnonzero(bucket_N == bucket)])
         full = len(waiting) // batch_size * batch_size
         batches.append(waiting[:full])
-        steps += [bucket] * (full // batch_size)
+        bucket_S += [bucket] * (full // batch_size)
         left = waiting[full:]
     if len(left):
-        batches += [left, np.resize(order_N, batch_size - len(left))]
-        steps.append(bucket_N.max())
-    return np.concatenate(batches).reshape(-1, batch_size), np.array(steps)
+        batches += [left, np.resize(np.arange(len(draws_N)), batch_size - len(left))]
+        bucket_S.append(len(buckets) - 1)
+    dealt_SB = np.concatenate(batches).reshape(-1, batch_size)
+    return Plan(draws_N[dealt_SB], speed_N[dealt_SB], np.array(bucket_S))
 
 
-def _epoch(bucket_N, batch_size, seed, epoch):
-    """The batches of an epoch, shuffled: as `_deal` returns them."""
-    rng = np.random.default_rng([seed, epoch])
-    rows_SB, bucket_S = _deal(rng.permutation(len(bucket_N)), bucket_N, batch_size)
-    shuffled_S = rng.permutation(len(bucket_S))
-    return rows_SB[shuffled_S], bucket_S[shuffled_S]
+def _share(batch_size: int, host_index: int, host_count: int) -> slice:
+    if batch_size % host_count:
+        raise ValueError(f"batch_size={batch_size} does not divide among {host_count} hosts")
+    share = batch_size // host_count
+    return slice(host_index * share, (host_index + 1) * share)
 
 
-def _print_buckets(corpus: Corpus, buckets, plan) -> None:
-    rows_SB, bucket_S = plan
+def padding(corpus: Corpus, buckets, plan: Plan) -> tuple[float, float]:
+    """The fractions of frames and of tokens in an epoch's batches that are padding."""
     frames, tokens = np.array(buckets).T
-    padding = [
-        1 - lengths[rows_SB].sum() / (widths[bucket_S].sum() * rows_SB.shape[1])
-        for lengths, widths in ((corpus.frames, frames), (corpus.token_lengths, tokens))
-    ]
+    frames_SB = _frames(corpus.samples[plan.rows_SB], plan.speed_SB)
+    tokens_SB = corpus.token_length[plan.rows_SB]
+    batch_size = plan.rows_SB.shape[1]
+    return tuple(
+        float(1 - used_SB.sum() / (width[plan.bucket_S].sum() * batch_size))
+        for used_SB, width in ((frames_SB, frames), (tokens_SB, tokens))
+    )
+
+
+def _print_plan(corpus: Corpus, buckets, plan: Plan, groups) -> None:
+    frames, tokens = padding(corpus, buckets, plan)
+    hours = corpus.samples.sum() / features.SAMPLE_RATE / 3600
     shapes = " ".join(f"{f}x{t}" for f, t in buckets)
     print(
-        f"data: {len(corpus.utterances)} utterances, {corpus.frames.sum() / 360000:.2f} h, "
-        f"{len(rows_SB)} steps an epoch; buckets (frames x tokens) {shapes}; "
-        f"padding {padding[0]:.1%} of frames, {padding[1]:.1%} of tokens"
+        f"data: {len(corpus.utterances)} utterances, {hours:.2f} h, {len(plan.rows_SB)} steps an "
+        f"epoch; buckets (frames x tokens) {shapes}; padding {frames:.1%} of frames, {tokens:.1%} "
+        "of tokens"
     )
+    for name, rows in groups if len(groups) > 1 else ():
+        share = np.isin(plan.rows_SB, rows).mean()
+        print(f"data: {share:6.1%} of an epoch from {name} ({len(rows)} utterances)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -244,72 +344,77 @@ def _print_buckets(corpus: Corpus, buckets, plan) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _tokenize(utterances: Sequence[Utterance], tokenizer) -> Corpus:
-    ids = [np.asarray(tokenizer.encode(u.text), np.int32) for u in utterances]
-    samples = [round(u.duration * features.SAMPLE_RATE) for u in utterances]
-    return Corpus(
-        utterances,
-        features.num_frames(np.array(samples, np.int64)).astype(np.int32),
-        np.concatenate(ids) if ids else np.zeros(0, np.int32),
-        np.cumsum([len(i) for i in ids], dtype=np.int64),
-    )
+def _reader(corpus: Corpus, rows_N, data_config, augmentation, skipped_path) -> Callable:
+    """Returns read(row, speed, rng): mel [F, M], or audio [N], or None for unusable audio.
 
+    augmentation: `data.augment`, or None. What does not change from epoch to epoch is kept in
+    memory if all of it fits. It is then read here, and every unusable file is found before the
+    first step.
+    """
 
-def _loader(corpus: Corpus, data_config, skipped_path) -> Callable[[int], np.ndarray | None]:
-    """Returns a function from an utterance's row to its mel [F, M], or None for unusable audio."""
-    reported = set()
-
-    def load(row: int) -> np.ndarray | None:
+    def load(row):
         try:
-            audio = sources.load_audio(corpus.utterances[row])
+            return sources.load_audio(corpus.utterances[row])
         except BadAudio as error:
-            if data_config.on_bad_audio != "skip":
-                raise
-            if row not in reported:
-                reported.add(row)
-                problem = Problem(error.kind, corpus.utterances[row].where, str(error))
-                sources.record_skipped([problem], skipped_path)
-            return None
+            return Problem(error.kind, corpus.utterances[row].where, error.reason)
+
+    def finish(audio):
+        if isinstance(audio, Problem) or data_config.features == "step":
+            return audio
         return features.log_mel(audio, data_config.num_mels)
 
-    # Worker processes would each keep a cache of their own.
-    return load if data_config.num_workers else _remembering(load, CACHE_BYTES)
+    def handle(problems):
+        sources.handle(problems, data_config.on_bad_audio, skipped_path)
+
+    noises, impulses = (
+        sources.read_manifest(path, require_text=False) if path else []
+        for path in (augmentation and (augmentation.noise, augmentation.rir)) or ("", "")
+    )
+    fixed = not augmentation or not (noises or impulses or tuple(augmentation.speeds) != (1.0,))
+    keep = (lambda row: finish(load(row))) if fixed else load
+    kept, handled = {}, set()
+    size = corpus.samples[rows_N].sum() * 4
+    if fixed and data_config.features == "host":
+        size = _frames(corpus.samples[rows_N]).sum() * data_config.num_mels * 4
+    if size <= MEMORY_BYTES and not data_config.num_workers:  # every worker would keep its own
+        kept = dict(zip(rows_N, sources.in_threads(keep, rows_N, "reading audio"), strict=True))
+        problems = {row: found for row, found in kept.items() if isinstance(found, Problem)}
+        handle(problems.values())
+        handled = set(problems)
+
+    def read(row, speed, rng):
+        found = kept[row] if kept else keep(row)
+        if isinstance(found, Problem):
+            if row not in handled:
+                handled.add(row)
+                handle([found])
+            return None
+        if fixed:
+            return found
+        audio = augment.change_speed(found, speed)
+        return finish(augment.augment(audio, rng, augmentation, noises, impulses))
+
+    return read
 
 
-def _remembering(load: Callable[[int], np.ndarray | None], room: int):
-    """`load` that keeps its results until they fill `room` bytes."""
-    kept, lock = {}, threading.Lock()
-
-    def remembered(row: int) -> np.ndarray | None:
-        nonlocal room
-        if row not in kept:
-            mel = load(row)
-            size = 0 if mel is None else mel.nbytes
-            with lock:
-                if size > room:
-                    return mel
-                room -= size
-                kept[row] = mel
-        return kept[row]
-
-    return remembered
-
-
-def _assemble(rows_B, bucket, corpus: Corpus, load, num_mels: int) -> Batch:
+def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config) -> Batch:
     frames, tokens = bucket
+    on_host = data_config.features == "host"
+    speech, *shape = (
+        ("mel", frames, data_config.num_mels) if on_host else ("audio", frames * features.HOP)
+    )
     batch = {
-        "mel": np.zeros((len(rows_B), frames, num_mels), np.float32),
-        "mel_length": np.full(len(rows_B), frames, np.int32),
+        speech: np.zeros((len(rows_B), *shape), np.float32),
+        f"{speech}_length": np.full(len(rows_B), shape[0], np.int32),
         "tokens": np.zeros((len(rows_B), tokens), np.int32),
         "token_length": np.zeros(len(rows_B), np.int32),
         "index": np.full(len(rows_B), -1, np.int32),
     }
-    for i, row in enumerate(rows_B.tolist()):
-        mel = load(row)
-        if mel is not None:
-            mel, transcript = mel[:frames], corpus.transcript(row)
-            batch["mel"][i, : len(mel)] = mel
-            batch["mel_length"][i] = len(mel)
+    for i, (row, example) in enumerate(zip(rows_B, examples, strict=True)):
+        if example is not None:
+            transcript = corpus.transcript(row)
+            batch[speech][i, : len(example)] = example
+            batch[f"{speech}_length"][i] = len(example)
             batch["tokens"][i, : len(transcript)] = transcript
             batch["token_length"][i] = len(transcript)
             batch["index"][i] = row
@@ -318,9 +423,8 @@ def _assemble(rows_B, bucket, corpus: Corpus, load, num_mels: int) -> Batch:
 
 def _iterate(batch: Callable[[int], Batch], start: int, stop: int, num_workers: int):
     """batch(start), …, batch(stop - 1), made ahead of use by threads or by worker processes."""
-    dataset = grain.MapDataset.range(start, stop).map(batch)
     threads = grain.ReadOptions(num_threads=1 if num_workers else 2, prefetch_buffer_size=4)
-    dataset = dataset.to_iter_dataset(threads)
+    dataset = grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(threads)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # grain's workers read its flags
             flags.FLAGS.mark_as_parsed()

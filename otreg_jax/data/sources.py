@@ -13,7 +13,7 @@ import math
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,27 +50,32 @@ class Problem(NamedTuple):
 
 
 class BadAudio(ValueError):
-    """Audio that cannot be used; `kind` says why in a word that can be counted."""
+    """Audio, or a manifest's line, that cannot be used.
 
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
+    `kind` says why in a word that can be counted, `reason` in full; the message adds `where`.
+    """
+
+    def __init__(self, kind: str, reason: str, where: str = ""):
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.kind, self.reason = kind, reason
 
 
-def read_manifest(path: str | os.PathLike, data_root: str = "") -> list[Utterance]:
+def read_manifest(
+    path: str | os.PathLike, data_root: str = "", require_text: bool = True
+) -> list[Utterance]:
     """Reads a manifest. Arguments and result as for `scan_manifest`.
 
     Raises:
       FileNotFoundError: there is no such manifest.
       ValueError: something is wrong with it; the message lists every problem with its line.
     """
-    utterances, problems = scan_manifest(path, data_root)
+    utterances, problems = scan_manifest(path, data_root, require_text)
     raise_problems(problems)
     return utterances
 
 
 def scan_manifest(
-    path: str | os.PathLike, data_root: str = ""
+    path: str | os.PathLike, data_root: str = "", require_text: bool = True
 ) -> tuple[list[Utterance], list[Problem]]:
     """Reads a manifest, leaving aside the lines that cannot be used.
 
@@ -80,6 +85,7 @@ def scan_manifest(
       path: the manifest, local or remote.
       data_root: folder at which relative audio paths start and which no path may leave; by default
         the manifest's own, and absolute paths are then taken as they are.
+      require_text: whether a line without a transcript is a problem; noise has none.
 
     Returns:
       Utterances and problems, both in the order of the lines.
@@ -96,14 +102,14 @@ def scan_manifest(
             continue
         where = f"{path}:{number}"
         try:
-            utterance = _parse_line(raw, where, root, strict=bool(data_root))
+            utterance = _parse_line(raw, where, root, bool(data_root), require_text)
             if utterance.id in first_line:
                 before = first_line[utterance.id]
                 raise BadAudio("duplicate_id", f"{utterance.id!r} stands already in line {before}")
             first_line[utterance.id] = number
             utterances.append(utterance)
         except BadAudio as error:
-            problems.append(Problem(error.kind, where, str(error)))
+            problems.append(Problem(error.kind, where, error.reason))
     utterances, missing = _split_missing(utterances)
     utterances, unreadable = _fill_durations(utterances)
     problems += missing + unreadable
@@ -113,7 +119,7 @@ def scan_manifest(
     return utterances, problems
 
 
-def _parse_line(raw: bytes, where: str, root: str, strict: bool) -> Utterance:
+def _parse_line(raw: bytes, where: str, root: str, strict: bool, require_text: bool) -> Utterance:
     try:
         line = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -124,6 +130,8 @@ def _parse_line(raw: bytes, where: str, root: str, strict: bool) -> Utterance:
         ) from None
     if not isinstance(line, dict):
         raise BadAudio("invalid_json", "the line is not a JSON object")
+    if not require_text:
+        line.setdefault("text", "")
     absent = [key for key in ("audio_filepath", "text") if not isinstance(line.get(key), str)]
     if absent:
         raise BadAudio("missing_key", f"no string under {' and '.join(map(repr, absent))}")
@@ -132,7 +140,7 @@ def _parse_line(raw: bytes, where: str, root: str, strict: bool) -> Utterance:
         number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
         if value is not None and not number:
             raise BadAudio("bad_value", f"{key} is {value!r}, not a number of seconds")
-    if not line["text"].strip():
+    if require_text and not line["text"].strip():
         raise BadAudio("empty_text", "the transcript is empty")
     audio = _resolve(line["audio_filepath"], root, strict)
     offset = times["offset"]
@@ -202,17 +210,17 @@ def _fill_durations(utterances: list[Utterance]) -> tuple[list[Utterance], list[
                 raise BadAudio("zero_length", f"{utterance.audio} holds no audio")
             return utterance._replace(duration=duration)
         except BadAudio as error:
-            return Problem(error.kind, utterance.where, str(error))
+            return Problem(error.kind, utterance.where, error.reason)
 
     filled, problems = list(utterances), []
-    for i, outcome in zip(without, _in_threads(read, without, "reading durations"), strict=True):
+    for i, outcome in zip(without, in_threads(read, without, "reading durations"), strict=True):
         filled[i] = outcome
     problems = [outcome for outcome in filled if isinstance(outcome, Problem)]
     return [outcome for outcome in filled if isinstance(outcome, Utterance)], problems
 
 
-def _in_threads(function, items: Sequence, label: str) -> list:
-    """function over items in threads, in order, with a progress bar once it takes longer."""
+def in_threads(function: Callable, items: Sequence, label: str) -> list:
+    """[function(item) for item in items], in threads, with a progress bar if it takes seconds."""
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         results = pool.map(function, items)
         return list(tqdm.tqdm(results, desc=label, total=len(items), unit="utt", delay=2))
@@ -226,6 +234,14 @@ def _open_audio(path: str) -> soundfile.SoundFile:
         raise BadAudio("unreadable", f"{path} cannot be read as audio: {reason}") from None
 
 
+def from_file(path: str) -> Utterance:
+    """An audio file as an utterance without a transcript. Raises BadAudio if it is unreadable."""
+    utterances, problems = _fill_durations([Utterance(path, path, "", 0.0, where=path)])
+    if problems:
+        raise BadAudio(problems[0].kind, problems[0].message)
+    return utterances[0]
+
+
 def load_audio(utterance: Utterance, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Reads an utterance's audio as mono at `sample_rate`.
 
@@ -234,16 +250,16 @@ def load_audio(utterance: Utterance, sample_rate: int = SAMPLE_RATE) -> np.ndarr
       sample_rate: Hz.
 
     Returns:
-      float32 [N] in [-1, 1].
+      float32 [N] in [-1, 1], N no more than the manifest's duration.
 
     Raises:
-      BadAudio (a ValueError): the file is unreadable, truncated, empty, not as long as the manifest
-        says, or holds NaN. The message names the file and the manifest's line.
+      BadAudio (a ValueError): the file is unreadable, truncated or empty, holds NaN, or is shorter
+        or longer by 0.1 s than the manifest says. The message names the file and the line.
     """
     try:
         return _load_audio(utterance, sample_rate)
     except BadAudio as error:
-        raise BadAudio(error.kind, f"{utterance.where}: {error}") from None
+        raise BadAudio(error.kind, error.reason, utterance.where) from None
 
 
 def _load_audio(utterance: Utterance, sample_rate: int) -> np.ndarray:
@@ -254,21 +270,36 @@ def _load_audio(utterance: Utterance, sample_rate: int) -> np.ndarray:
         try:
             if utterance.offset:
                 file.seek(min(round(utterance.offset * rate), file.frames))
-            audio = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+            audio = file.read(frames, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise BadAudio("unreadable", f"{path} is damaged: {error.error_string}") from None
         promised = file.frames
+    audio = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if not len(audio):
         raise BadAudio("zero_length", f"{path} holds no audio")
     if frames == -1 and len(audio) < promised:
         raise BadAudio("unreadable", f"{path} is truncated: {len(audio)} of {promised} samples")
     seconds = len(audio) / rate
-    if abs(seconds - duration) > max(0.1, 0.02 * duration):
+    if abs(seconds - duration) > 0.1:
         message = f"{path} holds {seconds:.2f} s of audio, the manifest says {duration:.2f} s"
         raise BadAudio("duration_mismatch", message + f" (its header says {rate} Hz)")
     if not np.isfinite(audio).all():
         raise BadAudio("nan_samples", f"{path} holds samples that are not finite")
-    return audio if rate == sample_rate else soxr.resample(audio, rate, sample_rate)
+    if rate != sample_rate:
+        audio = soxr.resample(audio, rate, sample_rate)
+    return audio[: round(duration * sample_rate)]
+
+
+def handle(
+    problems: Iterable[Problem], on_bad_audio: str, skipped_path: str | os.PathLike | None
+) -> None:
+    """Raises a ValueError that lists the problems, or records them, as `on_bad_audio` asks."""
+    if on_bad_audio not in ("raise", "skip"):
+        raise ValueError(f"data.on_bad_audio={on_bad_audio!r} is neither 'raise' nor 'skip'")
+    if on_bad_audio == "raise":
+        raise_problems(list(problems))
+    else:
+        record_skipped(list(problems), skipped_path)
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
@@ -287,12 +318,99 @@ def count(problems: Iterable[Problem]) -> str:
     return f"{total} unusable utterance{'s' if total != 1 else ''} ({by_kind})"
 
 
-def record_skipped(problems: Sequence[Problem], path: str | os.PathLike) -> None:
-    """Appends problems to a JSON-lines file, one write a line, and prints their counts."""
-    if problems:
+def record_skipped(
+    problems: Sequence[Problem], path: str | os.PathLike | None, note: str = "skipped"
+) -> None:
+    """Prints how many problems of which kind there are and appends them to a JSON-lines file."""
+    if not problems:
+        return
+    print(f"{note} {count(problems)}" + (f": see {path}" if path else ""))
+    if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             for problem in problems:
                 file.write(json.dumps(problem._asdict(), ensure_ascii=False) + "\n")
-                file.flush()
-        print(f"skipped {count(problems)}: see {path}")
+
+
+def load_utterances(
+    manifests: str, data_config, *, max_duration: float, skipped_path: str | None = None
+) -> list[Utterance]:
+    """Reads manifests and sets aside what cannot be used.
+
+    Args:
+      manifests: paths, separated by commas.
+      data_config: on_bad_audio ("raise" | "skip"), long_audio ("reject" | "chunk"), data_root.
+      max_duration: seconds that the model can take.
+      skipped_path: JSON-lines file to which what is set aside is appended.
+
+    Returns:
+      Utterances of at most `max_duration`. Longer ones are left out, counted and recorded; with
+      long_audio="chunk" those with word times ("words") are divided between words instead, and the
+      parts listed in segments.jsonl beside `skipped_path`.
+
+    Raises:
+      FileNotFoundError: a manifest does not exist.
+      ValueError: on_bad_audio="raise" and a line cannot be used; lists all of them.
+    """
+    scans = [scan_manifest(path.strip(), data_config.data_root) for path in manifests.split(",")]
+    handle([p for _, problems in scans for p in problems], data_config.on_bad_audio, skipped_path)
+    if data_config.long_audio not in ("reject", "chunk"):
+        raise ValueError(f"data.long_audio={data_config.long_audio!r} is not 'reject' or 'chunk'")
+    kept, segments, refused = [], [], []
+    for utterance in (u for utterances, _ in scans for u in utterances):
+        if utterance.duration <= max_duration:
+            kept.append(utterance)
+        elif data_config.long_audio == "chunk" and utterance.words:
+            segments += chunk(utterance, max_duration)
+        else:
+            message = (
+                f"{utterance.audio} is {utterance.duration:.2f} s long, over {max_duration:g} s"
+            )
+            refused.append(Problem("too_long", utterance.where, message))
+    record_skipped(refused, skipped_path, note="refused")
+    if segments and skipped_path:
+        path = Path(skipped_path).with_name("segments.jsonl")
+        write_manifest(path, segments)
+        print(f"divided long audio into {len(segments)} segments: see {path}")
+    return kept + segments
+
+
+def chunk(utterance: Utterance, max_duration: float) -> list[Utterance]:
+    """Divides an utterance with word times into parts of at most `max_duration` seconds.
+
+    The cuts lie in the middle of the pauses between words, each as late as the limit allows. A word
+    that is longer than the limit gets a part of its own, which is longer too.
+    """
+    _, starts, ends = zip(*utterance.words, strict=True)
+    cuts = [(end + start) / 2 for end, start in zip(ends, starts[1:], strict=False)]
+    edges = [0.0, *cuts, utterance.duration]  # edges[i], edges[i + 1]: around word i
+    parts, first = [], 0
+    for i in range(1, len(edges)):
+        last = i == len(edges) - 1
+        if last or edges[i + 1] - edges[first] > max_duration:
+            parts.append((first, i))
+            first = i
+    return [_part(utterance, edges[a], edges[b], utterance.words[a:b]) for a, b in parts]
+
+
+def _part(utterance: Utterance, start: float, end: float, words) -> Utterance:
+    offset = (utterance.offset or 0.0) + start
+    return utterance._replace(
+        id=f"{utterance.id}@{offset:.3f}",
+        text=" ".join(word for word, _, _ in words),
+        offset=offset,
+        duration=end - start,
+        words=tuple((word, a - start, b - start) for word, a, b in words),
+    )
+
+
+def write_manifest(path: str | os.PathLike, utterances: Iterable[Utterance]) -> None:
+    """Writes utterances as a manifest, with absolute audio paths."""
+    with open(path, "w", encoding="utf-8") as file:
+        for utterance in utterances:
+            line = utterance._asdict()
+            del line["where"]
+            audio = line.pop("audio")
+            line["audio_filepath"] = audio if "://" in audio else os.path.abspath(audio)
+            given = {key: value for key, value in line.items() if value not in (None, "", ())}
+            file.write(json.dumps(given, ensure_ascii=False) + "\n")
