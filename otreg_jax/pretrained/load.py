@@ -1,0 +1,297 @@
+"""Weights from a Hugging Face directory or hub id: config.json and safetensors to model and params.
+
+Strict: every tensor must be known, wanted once, of the right shape and finite. Light: tensors are
+read one at a time, by slices, into the sharding and dtype they are to have, so the host never holds
+much more than one of them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import traverse_util
+
+from otreg_jax.models.llm import LLM
+from otreg_jax.models.speech_encoder import SpeechEncoder
+from otreg_jax.pretrained import tables
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+Shardings = Callable[[dict], dict]
+
+
+def load_llm(
+    source: str | pathlib.Path,
+    revision: str | None = None,
+    dtype: str = "float32",
+    shardings: Shardings | None = None,
+) -> tuple[LLM, dict]:
+    """The LLM of a Hugging Face directory (config.json + safetensors) or hub id.
+
+    Args:
+      source: a directory, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct" with its `revision`, the
+        commit to pin. Only JSON, safetensors and tokenizer files are fetched; no code is run.
+      dtype: of the params and of the computation.
+      shardings: from the tree of the params' shapes to a tree of the shardings they are loaded
+        into; all on the default device when None.
+
+    Returns:
+      The module and its params, a nested dict.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: an architecture or value that is not supported, or weights that do not fit it;
+        every problem is listed.
+    """
+    directory = resolve(source, revision)
+    config = tables.llm_config(*_config_json(directory))
+    model = LLM(dataclasses.replace(config, dtype=dtype))
+    shapes = _shapes(model, dtype, jnp.zeros((1, 1), jnp.int32))
+    return model, read_params(directory, tables.llm_table(config), shapes, shardings)
+
+
+def load_speech_encoder(
+    source: str | pathlib.Path,
+    revision: str | None = None,
+    dtype: str = "float32",
+    shardings: Shardings | None = None,
+) -> tuple[SpeechEncoder, dict]:
+    """The encoder of a Whisper model; arguments, result and errors as for `load_llm`."""
+    directory = resolve(source, revision)
+    config = tables.speech_encoder_config(*_config_json(directory))
+    model = SpeechEncoder(dataclasses.replace(config, dtype=dtype))
+    shapes = _shapes(model, dtype, jnp.zeros((1, 8, config.num_mels)), jnp.array([8]))
+    return model, read_params(directory, tables.speech_encoder_table(config), shapes, shardings)
+
+
+def resolve(source: str | pathlib.Path, revision: str | None = None) -> pathlib.Path:
+    """The local directory of `source`: itself, or a hub id's snapshot at a pinned revision."""
+    directory = pathlib.Path(source)
+    if directory.is_dir():
+        return directory
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"{source}: no such directory, and not a hub id (owner/name)")
+    if revision is None:
+        raise ValueError(
+            f"{source}: no such directory; to fetch it from the hub give the commit to pin as its "
+            "revision"
+        )
+    import huggingface_hub  # only here: nothing else needs the network
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    return pathlib.Path(
+        huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns)
+    )
+
+
+def _config_json(directory: pathlib.Path) -> tuple[dict[str, Any], str]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; is this a Hugging Face model directory?")
+    try:
+        return json.loads(path.read_text()), str(path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def _shapes(model, dtype: str, *inputs) -> dict:
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+class _Tensor(NamedTuple):
+    """A tensor in an open file: where it is, and what reads slices of it."""
+
+    name: str
+    file: pathlib.Path
+    slices: Any
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_params(
+    directory: pathlib.Path, table: tables.Table, shapes: dict, shardings: Shardings | None = None
+) -> dict:
+    """Params of the given shapes and dtypes from the safetensors files of a directory.
+
+    Raises ValueError listing every unreadable file and every missing, unexpected, duplicate,
+    mis-shaped or non-finite tensor.
+    """
+    targets = traverse_util.flatten_dict(shapes, sep="/")
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        placed = dict.fromkeys(targets, here)
+    else:
+        placed = traverse_util.flatten_dict(shardings(shapes), sep="/")
+    with contextlib.ExitStack() as stack:
+        tensors = _open_all(directory, stack)
+        sources = _match(directory, tensors, table, targets)
+        axes = {row.path: row.axes for row in table.rows}
+        flat, finite = {}, {}
+        for path, target in targets.items():
+            flat[path] = _read_leaf(target, sources[path], axes[path], placed[path], finite)
+    _raise(directory, [f"not finite: {name}" for name, ok in finite.items() if not ok])
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _files(directory: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
+    """The safetensors files and, where an index says so, the tensors each should hold."""
+    index = directory / INDEX
+    if not index.is_file():
+        if not (directory / SINGLE).is_file():
+            raise FileNotFoundError(
+                f"{directory}: holds neither {SINGLE} nor {INDEX}; other formats (pickles such as "
+                "pytorch_model.bin) are not read: convert them to safetensors"
+            )
+        return {directory / SINGLE: None}
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: not a safetensors index ({error!r})") from error
+    files: dict[pathlib.Path, set[str] | None] = {}
+    for name, file in weight_map.items():
+        files.setdefault(directory / file, set()).add(name)
+    return files
+
+
+def _open_all(directory: pathlib.Path, stack: contextlib.ExitStack) -> list[_Tensor]:
+    tensors, problems = [], []
+    for file, expected in sorted(_files(directory).items()):
+        if not file.is_file():
+            problems.append(f"{file.name}: named in {INDEX} but missing")
+            continue
+        try:
+            opened = stack.enter_context(safetensors.safe_open(file, "np"))
+        except safetensors.SafetensorError as error:
+            problems.append(f"{file.name}: {error}{_cut_tensors(file)}")
+            continue
+        for name in opened.keys():
+            slices = opened.get_slice(name)
+            shape = tuple(slices.get_shape())
+            tensors.append(_Tensor(name, file, slices, shape, slices.get_dtype()))
+        if expected is not None:
+            for name in sorted(expected - set(opened.keys())):
+                problems.append(f"{file.name}: lacks {name}, which {INDEX} says it holds")
+    _raise(directory, problems)
+    return tensors
+
+
+def _cut_tensors(file: pathlib.Path) -> str:
+    """Which tensors of a truncated file are not whole, for the error message."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        try:
+            (header_size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(header_size, size)))
+            ends = {n: 8 + header_size + t["data_offsets"][1] for n, t in header.items() if t}
+        except (struct.error, ValueError, TypeError, KeyError, AttributeError):
+            return "; its header cannot be read"
+    cut = [name for name, end in ends.items() if end > size]
+    return f"; cut off: {', '.join(cut)}" if cut else ""
+
+
+def _match(
+    directory: pathlib.Path, tensors: list[_Tensor], table: tables.Table, targets: dict
+) -> dict[str, dict[int | None, _Tensor]]:
+    """For every path its tensors by layer number (None for a parameter outside the layers)."""
+    patterns = [(tables.name_pattern(table, row), row) for row in table.rows]
+    sources: dict[str, dict[int | None, _Tensor]] = {path: {} for path in targets}
+    problems = []
+    for tensor in tensors:
+        if any(re.fullmatch(pattern, tensor.name) for pattern in table.ignored):
+            continue
+        label = f"{tensor.name} {list(tensor.shape)} in {tensor.file.name}"
+        matches = ((pattern.fullmatch(tensor.name), row) for pattern, row in patterns)
+        match, row = next((pair for pair in matches if pair[0]), (None, None))
+        if match is None:
+            problems.append(f"unexpected: {label}")
+            continue
+        layer = match.groupdict().get("layer")
+        layer = None if layer is None else int(layer)
+        shape = targets[row.path].shape
+        if layer is not None:
+            if layer >= shape[0]:
+                problems.append(f"unexpected: {label}: the model has {shape[0]} layers")
+                continue
+            shape = shape[1:]
+        wanted = shape if row.axes is None else tuple(shape[axis] for axis in row.axes)
+        if layer in sources[row.path]:
+            first = sources[row.path][layer]
+            problems.append(f"duplicate: {label}, also {first.name} in {first.file.name}")
+        elif tensor.shape != wanted:
+            problems.append(f"mis-shaped: {label}: the model has {list(wanted)}")
+        elif not re.fullmatch(r"B?F\d+", tensor.dtype):
+            problems.append(f"not floating point: {label} is {tensor.dtype}")
+        sources[row.path].setdefault(layer, tensor)
+    for row in table.rows:
+        stacked = "{layer}" in row.name
+        layers = range(targets[row.path].shape[0]) if stacked else (None,)
+        for layer in layers:
+            if layer not in sources[row.path]:
+                problems.append(f"missing: {row.name.format(layer=layer)}")
+    _raise(directory, problems)
+    return sources
+
+
+def _read_leaf(
+    target: jax.ShapeDtypeStruct,
+    sources: dict[int | None, _Tensor],
+    axes: tuple[int, ...] | None,
+    sharding: jax.sharding.Sharding,
+    finite: dict[str, bool],
+) -> jax.Array:
+    """One parameter in its sharding; a stacked one is filled in place, layer by layer."""
+    if None in sources:
+        leaf = _read_tensor(sources[None], target.shape, target.dtype, axes, sharding)
+        finite[sources[None].name] = bool(jnp.isfinite(leaf).all())
+        return leaf
+    layer_sharding = sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
+        layer_sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+    leaf = jnp.zeros(target.shape, target.dtype, device=sharding)
+    for layer, tensor in sources.items():
+        one = _read_tensor(tensor, target.shape[1:], target.dtype, axes, layer_sharding)
+        leaf, ok = _set_layer(leaf, one, layer)
+        finite[tensor.name] = bool(ok)  # waits, so that host buffers do not pile up
+    return leaf
+
+
+def _set_layer_impl(leaf: jax.Array, one: jax.Array, layer: jax.Array):
+    return jax.lax.dynamic_update_index_in_dim(leaf, one, layer, 0), jnp.isfinite(one).all()
+
+
+_set_layer = jax.jit(_set_layer_impl, donate_argnums=0)
+
+
+def _read_tensor(
+    tensor: _Tensor,
+    shape: tuple[int, ...],
+    dtype: Any,
+    axes: tuple[int, ...] | None,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    axes = tuple(range(len(shape))) if axes is None else axes
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        # Axis i here is axis axes[i] of the file; each `axes` is its own inverse.
+        ours = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+        theirs = tuple(ours[axis] for axis in axes)
+        return np.ascontiguousarray(tensor.slices[theirs].transpose(axes).astype(dtype))
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _raise(directory: pathlib.Path, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{directory}: the weights cannot be used:\n  " + "\n  ".join(problems))
