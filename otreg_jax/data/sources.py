@@ -360,13 +360,14 @@ def load_utterances(
     for utterance in (u for utterances, _ in scans for u in utterances):
         if utterance.duration <= max_duration:
             kept.append(utterance)
-        elif data_config.long_audio == "chunk" and utterance.words:
-            segments += chunk(utterance, max_duration)
-        else:
-            message = (
-                f"{utterance.audio} is {utterance.duration:.2f} s long, over {max_duration:g} s"
-            )
-            refused.append(Problem("too_long", utterance.where, message))
+            continue
+        divide = data_config.long_audio == "chunk" and utterance.words
+        for part in chunk(utterance, max_duration) if divide else [utterance]:
+            if part.duration <= max_duration:
+                segments.append(part)
+            else:
+                length = f"{part.id} is {part.duration:.2f} s long, over {max_duration:g} s"
+                refused.append(Problem("too_long", part.where, length))
     record_skipped(refused, skipped_path, note="refused")
     if segments and skipped_path:
         path = Path(skipped_path).with_name("segments.jsonl")
