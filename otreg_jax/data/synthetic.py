@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 SAMPLE_RATE = 16000
 CHUNK = 100  # utterances a process; changing it changes the audio
-VERSION = 1  # part of the cache key: raise it when the audio or the manifest changes
+VERSION = 2  # part of the cache key: raise it when the audio or the manifest changes
 
 
 class Speech(NamedTuple):
@@ -200,7 +200,7 @@ def _set_voice(library, voice: str) -> None:
 
 
 def _pronounce(library, item: Speech):
-    """Returns int16 samples at eSpeak's rate and [[word, start s], ...]."""
+    """Returns int16 samples at eSpeak's rate and [(word, start s), ...]."""
     import numpy as np
 
     pieces, words = [], []
@@ -211,9 +211,7 @@ def _pronounce(library, item: Speech):
         i = 0
         while events[i].type:
             if events[i].type == _WORD:
-                first = events[i].text_position - 1
-                word = item.text[first : first + events[i].length]
-                words.append([word, events[i].audio_position / 1000])
+                words.append((events[i].text_position - 1, events[i].audio_position / 1000))
             i += 1
         return 0
 
@@ -224,7 +222,12 @@ def _pronounce(library, item: Speech):
     library.espeak_SetParameter(_PITCH, item.pitch, 0)
     text = item.text.encode() + b"\0"
     library.espeak_Synth(text, len(text), 0, 1, 0, _UTF8, None, None)
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.int16), words
+    # eSpeak speaks some pairs ("on the") as one word: a word reaches to where the next begins.
+    ends = [first for first, _ in words[1:]] + [len(item.text)]
+    timed = [
+        (item.text[first:end].strip(), time) for (first, time), end in zip(words, ends, strict=True)
+    ]
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int16), timed
 
 
 def _trim(audio, rate):
