@@ -1,4 +1,4 @@
-"""Optimal Transport Regularization (OTReg): the method, in one file that imports nothing of the project.
+"""Optimal Transport Regularization (OTReg): the method, in one file to be read in one sitting.
 
 For one utterance with speech embeddings x_s (adapter outputs, s < S) and transcript embeddings y_t
 (t < T), OTReg (arXiv 2508.08131) finds the entropic optimal transport plan between the two sets and
@@ -19,6 +19,8 @@ Shape suffixes: B batch, S speech positions, T transcript positions, D embedding
 The paper publishes neither epsilon, gamma, the marginals nor the layer: all are arguments here.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -61,6 +63,7 @@ def regularizer(
     num_iters: int = 50,
     speech_tau: float = 1.0,
     plan: str = "ot",
+    backend: str = "auto",
     num_examples: jax.Array | None = None,
 ) -> OTReg:
     """OTReg loss of a batch: equations (1) to (3) of the module, averaged over the examples.
@@ -74,8 +77,8 @@ def regularizer(
       token_ids_BT: int, the transcript's token ids; needed by `text_set="unique"`.
       text_set: "sequence" (every token) or "unique" (the first occurrence of every token id).
       text_mass: "uniform", or "count": unique tokens weigh as often as they occur.
-      center: "none"; "mean": subtract the mean text vector of the batch from both sides; "pcs": also
-        project out the text's top principal directions; or a `Centering` computed elsewhere.
+      center: "none"; "mean": subtract the mean text vector of the batch from both sides; "pcs":
+        also project out the text's top principal directions; or a `Centering` computed elsewhere.
       cost: "cosine" (1 - cos) or "sqeuclidean" (|x - y|^2; scale `epsilon` with the embeddings).
       position_weight: gamma of (1); enters the plan only. May be traced (a schedule).
       epsilon: absolute entropic regularization, in units of the cost.
@@ -84,22 +87,23 @@ def regularizer(
         noise) may give up mass at a Kullback-Leibler price of epsilon * rho / (1 - rho).
       plan: "ot", or "position": the plan of the position term alone. It never looks at the
         embeddings: the control that shows what the similarity term adds.
+      backend: the solver, see `transport_plan`.
       num_examples: the number to divide the sum over examples by; by default those of this batch
         that have speech and text. Pass the global number when a batch comes in pieces.
 
     Returns:
       OTReg(loss, plan, metrics); metrics are means over the same examples: `transport_cost` (the
-      loss), `marginal_error` (L1), `entropy` (of the plan, nats), `nearest_cosine` (mean over speech
-      positions of the cosine to the nearest transcript vector; rises in useless runs too: it is no
-      evidence of alignment).
+      loss), `marginal_error` (L1), `entropy` (of the plan, nats), `nearest_cosine` (mean over
+      speech positions of the cosine to the nearest transcript vector; rises in useless runs too:
+      it is no evidence of alignment).
 
     Raises:
       ValueError: an option is unknown, out of range, or lacks its input.
     """
     _check_options(
         text_set=text_set, text_mass=text_mass, center=center, cost=cost, plan=plan,
-        epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau, token_ids_BT=token_ids_BT,
-        position_weight=position_weight,
+        backend=backend, epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau,
+        token_ids_BT=token_ids_BT, position_weight=position_weight,
     )  # fmt: skip
     nonempty_B = speech_mask_BS.any(axis=1) & text_mask_BT.any(axis=1)
     speech_mask_BS = speech_mask_BS & nonempty_B[:, None]
@@ -128,13 +132,16 @@ def regularizer(
     if plan == "ot":
         plan_cost_BST = plan_cost_BST + feature_cost_BST
     plan_BST = transport_plan(
-        jax.lax.stop_gradient(plan_cost_BST), a_BS, b_BT, epsilon=epsilon,
-        num_iters=num_iters, speech_tau=speech_tau,
+        plan_cost_BST, a_BS, b_BT, epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau,
+        backend=backend,
     )  # fmt: skip
 
     if num_examples is None:
         num_examples = nonempty_B.sum()
-    mean = lambda x_B: jnp.sum(x_B) / jnp.maximum(num_examples, 1)  # noqa: E731
+
+    def mean(x_B):
+        return jnp.sum(x_B) / jnp.maximum(num_examples, 1)
+
     loss = mean(jnp.sum(plan_BST * feature_cost_BST, axis=(1, 2)))
     metrics = jax.lax.stop_gradient(
         {
@@ -162,27 +169,28 @@ def pairwise_cost(
         "bsd,btd->bst", speech_BSD, text_BTD, precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    inverse_norm = lambda square: jax.lax.rsqrt(jnp.maximum(square, 1e-12))  # noqa: E731
-    cosine_BST = dot_BST * inverse_norm(speech_sq_BS)[:, :, None] * inverse_norm(text_sq_BT)[:, None]
+    speech_scale_BS = jax.lax.rsqrt(jnp.maximum(speech_sq_BS, 1e-12))
+    text_scale_BT = jax.lax.rsqrt(jnp.maximum(text_sq_BT, 1e-12))
+    cosine_BST = dot_BST * speech_scale_BS[:, :, None] * text_scale_BT[:, None]
     if cost == "cosine":
         return cosine_BST, 1.0 - cosine_BST
     return cosine_BST, speech_sq_BS[:, :, None] + text_sq_BT[:, None] - 2.0 * dot_BST
 
 
 def position_cost(speech_mask_BS: jax.Array, text_mask_BT: jax.Array) -> jax.Array:
-    """(s/(S_b - 1) - t/(T_b - 1))^2 [B, S, T] float32, S_b and T_b the valid lengths (1 is safe)."""
+    """(s/(S_b - 1) - t/(T_b - 1))^2 [B, S, T] float32, S_b, T_b the valid lengths (1 is safe)."""
 
     def relative_position(mask):
         position = jnp.cumsum(mask, axis=1) - 1
         last = jnp.maximum(mask.sum(axis=1, keepdims=True) - 1, 1)
         return jnp.where(mask, position / last, 0.0).astype(jnp.float32)
 
-    difference = relative_position(speech_mask_BS)[:, :, None] - relative_position(text_mask_BT)[:, None]
-    return jnp.square(difference)
+    speech_BS, text_BT = relative_position(speech_mask_BS), relative_position(text_mask_BT)
+    return jnp.square(speech_BS[:, :, None] - text_BT[:, None])
 
 
 def first_occurrences(ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """True at the first valid occurrence of every id [B, T], and the id's count [B, T] (float32)."""
+    """True at the first valid occurrence of every id [B, T]; every id's count [B, T] (float32)."""
     same_BTT = (ids_BT[:, :, None] == ids_BT[:, None]) & mask_BT[:, :, None] & mask_BT[:, None]
     earlier_BTT = jnp.tril(same_BTT, k=-1)
     return mask_BT & ~earlier_BTT.any(axis=2), same_BTT.sum(axis=2).astype(jnp.float32)
@@ -226,38 +234,135 @@ def transport_plan(
     epsilon: float,
     num_iters: int,
     speech_tau: float = 1.0,
+    backend: str = "auto",
 ) -> jax.Array:
-    """Entropic transport plans [B, S, T] float32 by `num_iters` log-domain Sinkhorn iterations.
+    """Entropic transport plans [B, S, T] float32: `num_iters` Sinkhorn iterations from potential 0.
 
     Args:
-      cost_BST: finite costs, also at padding; cast to float32 (a bfloat16 cost never converges).
+      cost_BST: costs; cast to float32 (a bfloat16 cost never converges).
       a_BS, b_BT: marginals, each row summing to 1, or all zero: such an example gets an all-zero
-        plan. Positions of zero mass are padding and carry exactly none of the plan.
+        plan. Positions of zero mass are padding: they carry exactly none of the plan, and their
+        costs may be anything.
       epsilon, num_iters, speech_tau: as in `regularizer`.
+      backend: "xla", blocks of matrix scalings; "pallas", the same with an example's whole tile on
+        chip; "ott", ott-jax's log-domain iterations, the reference; "auto", what measured best.
 
-    Not differentiable on purpose: take `stop_gradient` of the result. Padding by zero mass is exact
-    because epsilon is absolute; ott's relative epsilon and cost scaling would read padded entries.
+    Every backend runs the same iterations. None is differentiable, on purpose: the plan is a
+    constant to `jax.grad`. Padding by zero mass is exact because epsilon is absolute; ott's
+    relative epsilon and cost scaling would read padded entries.
     """
-    # min == max iterations: a convergence test would put an all-reduce into the loop of a sharded batch.
+    nonempty_B = (a_BS.sum(axis=1) > 0) & (b_BT.sum(axis=1) > 0)
+    a_BS = jnp.where(nonempty_B[:, None], a_BS, 0.0)
+    b_BT = jnp.where(nonempty_B[:, None], b_BT, 0.0)
+    valid_BST = (a_BS[:, :, None] > 0) & (b_BT[:, None] > 0)
+    cost_BST = jnp.where(valid_BST, cost_BST.astype(jnp.float32), 0.0)
+    solve = BACKENDS["xla" if backend == "auto" else backend]
+    cost_BST, a_BS, b_BT = jax.lax.stop_gradient((cost_BST, a_BS, b_BT))
+    return solve(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau)
+
+
+def _solve_ott(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
+    # min == max: a convergence test would put an all-reduce into the loop of a sharded batch.
     solver = sinkhorn.Sinkhorn(
         lse_mode=True, threshold=0.0, norm_error=1, inner_iterations=num_iters,
         min_iterations=num_iters, max_iterations=num_iters,
     )  # fmt: skip
 
     def solve(cost_ST, a_S, b_T):
-        # An empty example would make logarithms meet as inf - inf; give it one unit of mass to move.
-        empty = (a_S.sum() == 0) | (b_T.sum() == 0)
+        # Without any mass logarithms would meet as inf - inf: give such an example some to move.
+        empty = a_S.sum() == 0
         a_S = jnp.where(empty, jnp.zeros_like(a_S).at[0].set(1.0), a_S)
         b_T = jnp.where(empty, jnp.zeros_like(b_T).at[0].set(1.0), b_T)
         problem = linear_problem.LinearProblem(
             geometry.Geometry(cost_matrix=cost_ST, epsilon=epsilon), a_S, b_T, tau_a=speech_tau
         )
         f_S, g_T = solver(problem).potentials
-        plan_ST = jnp.exp((f_S[:, None] + g_T[None] - cost_ST) / epsilon)
-        return jnp.where(empty, 0.0, plan_ST)
+        return jnp.where(empty, 0.0, jnp.exp((f_S[:, None] + g_T[None] - cost_ST) / epsilon))
 
-    plan_BST = jax.vmap(solve)(cost_BST.astype(jnp.float32), a_BS, b_BT)
-    return jax.lax.stop_gradient(plan_BST)
+    return jax.vmap(solve)(cost_BST, a_BS, b_BT)
+
+
+def _solve_xla(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
+    def weighted_sum(kernel_BST, weight_BST, axis):
+        equation = {1: "bst,bsi->bit", 2: "bst,bit->bsi"}[axis]
+        return jnp.einsum(equation, kernel_BST, weight_BST, precision="highest")
+
+    return absorbed_sinkhorn(
+        cost_BST, a_BS[:, :, None], b_BT[:, None], epsilon=epsilon, num_iters=num_iters,
+        speech_tau=speech_tau, weighted_sum=weighted_sum,
+    )  # fmt: skip
+
+
+def _solve_pallas(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
+    from otreg_jax import sinkhorn_pallas  # here: this file needs it for this backend alone
+
+    solve = functools.partial(
+        absorbed_sinkhorn, epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau
+    )
+    return sinkhorn_pallas.solve_tiles(solve, cost_BST, a_BS, b_BT)
+
+
+BACKENDS = {"xla": _solve_xla, "pallas": _solve_pallas, "ott": _solve_ott}
+
+
+def _multiply_sum(kernel_BST, weight_BST, axis):
+    return jnp.sum(kernel_BST * weight_BST, axis=axis, keepdims=True)
+
+
+def absorbed_sinkhorn(
+    cost_BST, a_BS1, b_B1T, *, epsilon, num_iters, speech_tau, weighted_sum=_multiply_sum
+):
+    """Plans by block-absorbed Sinkhorn (Schmitzer 2019, "Stabilized sparse scaling algorithms").
+
+    Log-domain iterations pay an exponential for every entry every time. Here the first iteration is
+    exact, in the log domain; then the potentials f, g (in units of epsilon) are absorbed into the
+    kernel exp(f + g - C / epsilon), exponentiated once for a block of iterations that only multiply
+    and sum; their scalings u, v are folded back into f, g.
+
+    Nothing overflows at any epsilon. With masses of at least 1/S and 1/T, the first iteration leaves
+    column sums between 1/(S T) and 1, so an iteration changes a scaling by a factor between
+    1/max(S, T) and max(S, T); a block is as long as the product of such factors fits float32.
+
+    `weighted_sum(kernel, weight, axis)` is their product summed over the axis, which is kept.
+    """
+    log_kernel_BST = -cost_BST / epsilon
+    log_a_BS1, log_b_B1T = jnp.log(a_BS1), jnp.log(b_B1T)  # -inf at padding
+    size = max(cost_BST.shape[1:])
+    block = max(1, int(80 / math.log(max(size, 2))) - 1)
+
+    def log_sum_exp(x_BST, axis):
+        return jax.nn.logsumexp(x_BST, axis=axis, keepdims=True)
+
+    f_BS1 = jnp.where(a_BS1 > 0, 0.0, -jnp.inf)
+    g_B1T = jnp.where(b_B1T > 0, log_b_B1T - log_sum_exp(log_kernel_BST + f_BS1, 1), -jnp.inf)
+    f_BS1 = jnp.where(a_BS1 > 0, log_a_BS1 - log_sum_exp(log_kernel_BST + g_B1T, 2), -jnp.inf)
+    f_BS1 = speech_tau * f_BS1
+
+    def run_block(potentials, iterations):
+        f_BS1, g_B1T = potentials
+        kernel_BST = jnp.exp(log_kernel_BST + f_BS1 + g_B1T)
+
+        def iterate(_, scalings):
+            u_BS1, v_B1T = scalings
+            sum_B1T = weighted_sum(kernel_BST, u_BS1, 1)
+            v_B1T = jnp.where(sum_B1T > 0, b_B1T / sum_B1T, 1.0)  # padding sums to 0
+            sum_BS1 = weighted_sum(kernel_BST, v_B1T, 2)
+            u_BS1 = a_BS1 / sum_BS1
+            if speech_tau < 1:  # what is scaled by tau is f + log(u), f being absorbed in the sum
+                u_BS1 = jnp.exp(speech_tau * jnp.log(u_BS1) + (speech_tau - 1) * f_BS1)
+            return jnp.where(sum_BS1 > 0, u_BS1, 1.0), v_B1T
+
+        ones = jnp.ones_like(a_BS1), jnp.ones_like(b_B1T)
+        u_BS1, v_B1T = jax.lax.fori_loop(0, iterations, iterate, ones)
+        return f_BS1 + jnp.log(u_BS1), g_B1T + jnp.log(v_B1T)
+
+    blocks, rest = divmod(num_iters - 1, block)
+    potentials = f_BS1, g_B1T
+    potentials = jax.lax.fori_loop(0, blocks, lambda _, p: run_block(p, block), potentials)
+    if rest:
+        potentials = run_block(potentials, rest)
+    f_BS1, g_B1T = potentials
+    return jnp.exp(log_kernel_BST + f_BS1 + g_B1T)
 
 
 def _normalize(weight_BN: jax.Array) -> jax.Array:
@@ -279,8 +384,8 @@ def _nearest_cosine(cosine_BST, speech_mask_BS, text_mask_BT):
 
 
 def _check_options(
-    *, text_set, text_mass, center, cost, plan, epsilon, num_iters, speech_tau, token_ids_BT,
-    position_weight,
+    *, text_set, text_mass, center, cost, plan, backend, epsilon, num_iters, speech_tau,
+    token_ids_BT, position_weight,
 ):  # fmt: skip
     problems = []
     for name, value, known in (
@@ -289,6 +394,7 @@ def _check_options(
         ("center", center, ("none", "mean", "pcs")),
         ("cost", cost, ("cosine", "sqeuclidean")),
         ("plan", plan, ("ot", "position")),
+        ("backend", backend, ("auto", *BACKENDS)),
     ):
         if not isinstance(value, Centering) and value not in known:
             problems.append(f"{name}={value!r} is not one of {', '.join(known)}")

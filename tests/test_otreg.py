@@ -1,0 +1,507 @@
+"""The method against its definition: exact padding, envelope gradient, linear program, sharding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ot
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ott.geometry import costs, geometry, pointcloud
+from ott.problems.linear import linear_problem
+from ott.solvers.linear import sinkhorn
+
+from otreg_jax import otreg
+
+B, S, T, D = 4, 11, 6, 8
+SPEECH_LENGTH_B = np.array([11, 7, 5, 9])
+TEXT_LENGTH_B = np.array([6, 4, 3, 1])
+
+
+def make_batch(speech_length_B=SPEECH_LENGTH_B, text_length_B=TEXT_LENGTH_B, seed=0, fill=0.0):
+    """(speech, text, speech mask, text mask) of sizes B, S, T, D, padding holding `fill`."""
+    rng = np.random.default_rng(seed)
+    size = len(speech_length_B)
+    speech_BSD = rng.normal(size=(size, S, D)).astype(np.float32)
+    text_BTD = rng.normal(size=(size, T, D)).astype(np.float32)
+    speech_mask_BS = np.arange(S) < np.asarray(speech_length_B)[:, None]
+    text_mask_BT = np.arange(T) < np.asarray(text_length_B)[:, None]
+    speech_BSD[~speech_mask_BS] = fill
+    text_BTD[~text_mask_BT] = fill
+    return speech_BSD, text_BTD, speech_mask_BS, text_mask_BT
+
+
+STATIC = ["text_set", "text_mass", "center", "plan", "epsilon", "num_iters", "speech_tau"]
+transport_plan = jax.jit(
+    otreg.transport_plan, static_argnames=["epsilon", "num_iters", "speech_tau", "backend"]
+)
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def loss_and_grad(speech_BSD, text_BTD, speech_mask_BS, text_mask_BT, token_ids_BT=None, **options):
+    """(OTReg, gradient with respect to the speech embeddings)."""
+
+    def loss(speech_BSD):
+        out = otreg.regularizer(
+            speech_BSD, text_BTD, speech_mask_BS, text_mask_BT, token_ids_BT=token_ids_BT, **options
+        )
+        return out.loss, out
+
+    grad_BSD, out = jax.grad(loss, has_aux=True)(speech_BSD)
+    return out, grad_BSD
+
+
+def log_sinkhorn(cost_ST, a_S, b_T, epsilon, num_iters=3000, speech_tau=1.0):
+    """Entropic plan and dual value in float64 by plain log-domain iterations."""
+    cost_ST = np.asarray(cost_ST, np.float64)
+    f_S, g_T = np.zeros(len(a_S)), np.zeros(len(b_T))
+    for _ in range(num_iters):
+        g_T = epsilon * (np.log(b_T) - np.logaddexp.reduce((f_S[:, None] - cost_ST) / epsilon, 0))
+        f_S = epsilon * (np.log(a_S) - np.logaddexp.reduce((g_T - cost_ST) / epsilon, 1))
+        f_S = speech_tau * f_S
+    plan_ST = np.exp((f_S[:, None] + g_T - cost_ST) / epsilon)
+    return plan_ST, f_S @ a_S + g_T @ b_T - epsilon * plan_ST.sum()
+
+
+def cosine_cost(x_ND, y_MD):
+    x_ND, y_MD = np.array(x_ND, np.float64), np.array(y_MD, np.float64)
+    x_ND /= np.linalg.norm(x_ND, axis=-1, keepdims=True)
+    y_MD /= np.linalg.norm(y_MD, axis=-1, keepdims=True)
+    return 1 - x_ND @ y_MD.T
+
+
+@pytest.mark.parametrize("fill", [1e4, np.nan])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(position_weight=0.5),
+        dict(center="mean", speech_tau=0.5),
+        dict(center="pcs", text_set="unique", text_mass="count"),
+    ],
+    ids=str,
+)
+def test_content_of_padding_never_matters(options, fill):
+    ids_BT = np.random.default_rng(1).integers(0, 4, (B, T)) if "text_set" in options else None
+    clean, clean_grad_BSD = loss_and_grad(*make_batch(), ids_BT, **options)
+    dirty, dirty_grad_BSD = loss_and_grad(*make_batch(fill=fill), ids_BT, **options)
+    assert np.isfinite(clean.loss) and clean.loss > 0
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+    np.testing.assert_array_equal(clean_grad_BSD, dirty_grad_BSD)
+    speech_mask_BS, text_mask_BT = make_batch()[2:]
+    assert not np.any(np.asarray(clean_grad_BSD)[~speech_mask_BS])
+    assert not np.any(np.asarray(clean.plan)[~speech_mask_BS])
+    assert not np.any(np.asarray(clean.plan).swapaxes(1, 2)[~text_mask_BT])
+
+
+@pytest.mark.parametrize("options", [dict(position_weight=0.5), dict(speech_tau=0.5)], ids=str)
+def test_amount_of_padding_does_not_matter(options):
+    batch = make_batch()
+    out, grad_BSD = loss_and_grad(*batch, **options)
+    for b, (s, t) in enumerate(zip(SPEECH_LENGTH_B, TEXT_LENGTH_B, strict=True)):
+        speech_BSD, text_BTD, speech_mask_BS, text_mask_BT = (x[b : b + 1] for x in batch)
+        alone, alone_grad_BSD = loss_and_grad(
+            speech_BSD[:, :s],
+            text_BTD[:, :t],
+            speech_mask_BS[:, :s],
+            text_mask_BT[:, :t],
+            **options,
+        )
+        np.testing.assert_allclose(out.plan[b, :s, :t], alone.plan[0], atol=1e-7)
+        np.testing.assert_allclose(grad_BSD[b, :s] * B, alone_grad_BSD[0], atol=1e-6)
+
+
+def test_examples_without_speech_or_text_do_not_count():
+    empty_out, empty_grad_BSD = loss_and_grad(
+        *make_batch([11, 0, 5, 0], [6, 4, 0, 0], fill=np.nan), position_weight=0.5
+    )
+    alone, alone_grad_BSD = loss_and_grad(*(x[:1] for x in make_batch()), position_weight=0.5)
+    np.testing.assert_allclose(empty_out.loss, alone.loss, rtol=1e-6)
+    np.testing.assert_allclose(empty_grad_BSD[0], alone_grad_BSD[0], atol=1e-7)
+    assert not np.any(empty_out.plan[1:]) and not np.any(empty_grad_BSD[1:])
+    for name, value in empty_out.metrics.items():
+        np.testing.assert_allclose(value, alone.metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+    nothing, nothing_grad_BSD = loss_and_grad(*make_batch([0] * B, [0] * B, fill=np.nan))
+    assert nothing.loss == 0 and not np.any(nothing.plan) and not np.any(nothing_grad_BSD)
+    assert all(value == 0 for value in nothing.metrics.values())
+
+
+def test_one_token_transcript_receives_all_mass():
+    batch = make_batch([11, 7, 5, 1], [1, 1, 1, 1])
+    out, _ = loss_and_grad(*batch, position_weight=0.5)
+    expected_BS = batch[2] / batch[2].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(out.plan[:, :, 0], expected_BS, atol=1e-6)
+    lengths = batch[2].sum(axis=1)
+    cost = [cosine_cost(batch[0][b, :s], batch[1][b, :1]).mean() for b, s in enumerate(lengths)]
+    np.testing.assert_allclose(out.loss, np.mean(cost), rtol=1e-5)
+
+
+def test_bfloat16_input_loses_only_its_own_rounding():
+    speech_BSD, text_BTD, *masks = make_batch()
+    low = jnp.asarray(speech_BSD, jnp.bfloat16), jnp.asarray(text_BTD, jnp.bfloat16)
+    out, grad_BSD = loss_and_grad(*low, *masks)
+    same, same_grad_BSD = loss_and_grad(*(x.astype(jnp.float32) for x in low), *masks)
+    assert out.plan.dtype == out.loss.dtype == jnp.float32 and grad_BSD.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.loss, same.loss, rtol=1e-6)
+    np.testing.assert_allclose(out.plan, same.plan, atol=1e-6)
+    scale = np.abs(same_grad_BSD).max()
+    np.testing.assert_allclose(grad_BSD.astype(jnp.float32), same_grad_BSD, atol=2**-7 * scale)
+
+
+def test_text_sets_are_equivalent_where_they_should_be():
+    speech_BSD, _, speech_mask_BS, text_mask_BT = make_batch()
+    rng = np.random.default_rng(2)
+    table_VD = rng.normal(size=(20, D)).astype(np.float32)
+    ids_BT = rng.integers(0, 3, (B, T))
+
+    def loss(ids_BT, text_mask_BT=text_mask_BT, **options):
+        batch = speech_BSD, table_VD[ids_BT], speech_mask_BS, text_mask_BT
+        return loss_and_grad(*batch, ids_BT, num_iters=200, **options)
+
+    sequence, sequence_grad_BSD = loss(ids_BT)
+    count, count_grad_BSD = loss(ids_BT, text_set="unique", text_mass="count")
+    np.testing.assert_allclose(count.loss, sequence.loss, rtol=1e-5)
+    np.testing.assert_allclose(count_grad_BSD, sequence_grad_BSD, atol=1e-6)
+
+    unique, unique_grad_BSD = loss(ids_BT, text_set="unique")
+    assert abs(unique.loss - sequence.loss) > 1e-3  # three ids in six tokens: another problem ...
+    first_BT = text_mask_BT.copy()
+    for b, t in np.ndindex(B, T):
+        first_BT[b, t] &= ids_BT[b, t] not in ids_BT[b, :t]
+    by_hand, by_hand_grad_BSD = loss(ids_BT, first_BT)  # ... that of the first occurrences alone
+    np.testing.assert_allclose(unique.loss, by_hand.loss, rtol=1e-6)
+    np.testing.assert_allclose(unique_grad_BSD, by_hand_grad_BSD, atol=1e-7)
+
+    distinct_BT = np.tile(np.arange(T), (B, 1))
+    for text_mass in "uniform", "count":
+        same, _ = loss(distinct_BT, text_set="unique", text_mass=text_mass)
+        np.testing.assert_allclose(same.loss, loss(distinct_BT)[0].loss, rtol=1e-6)
+
+
+def test_gradient_is_that_of_the_regularized_optimal_value():
+    """Envelope theorem: no derivative of the plan is needed. The value is computed in float64."""
+    epsilon, gamma = 0.1, 0.5
+    speech_BSD, text_BTD, speech_mask_BS, text_mask_BT = (x[:1] for x in make_batch())
+    _, grad_BSD = loss_and_grad(
+        speech_BSD, text_BTD, speech_mask_BS, text_mask_BT,
+        position_weight=gamma, epsilon=epsilon, num_iters=1000,
+    )  # fmt: skip
+    position_ST = np.square(np.linspace(0, 1, S)[:, None] - np.linspace(0, 1, T))
+
+    def value(speech_SD):
+        cost_ST = cosine_cost(speech_SD, text_BTD[0]) + gamma * position_ST
+        return log_sinkhorn(cost_ST, np.full(S, 1 / S), np.full(T, 1 / T), epsilon)[1]
+
+    speech_SD, step = speech_BSD[0].astype(np.float64), 1e-5
+    for s, d in [(0, 0), (3, 5), (7, 2), (10, 7)]:
+        bump_SD = np.zeros((S, D))
+        bump_SD[s, d] = step
+        difference = (value(speech_SD + bump_SD) - value(speech_SD - bump_SD)) / (2 * step)
+        np.testing.assert_allclose(grad_BSD[0, s, d], difference, rtol=1e-4, atol=1e-7)
+
+
+def test_no_gradient_flows_into_text_or_through_the_plan():
+    speech_BSD, text_BTD, *masks = make_batch()
+    grad_BTD = jax.grad(lambda text: otreg.regularizer(speech_BSD, text, *masks).loss)(text_BTD)
+    assert not np.any(grad_BTD)
+    cost_BST, a_BS, b_BT = random_problem()
+
+    def one_entry(cost_BST):
+        return transport_plan(cost_BST, a_BS, b_BT, epsilon=0.1, num_iters=9)[0, 0, 0]
+
+    assert not np.any(jax.grad(one_entry)(cost_BST))
+
+
+def random_problem(size=3, seed=0):
+    cost_BST = np.random.default_rng(seed).uniform(size=(size, S, T)).astype(np.float32)
+    return cost_BST, np.full((size, S), 1 / S, np.float32), np.full((size, T), 1 / T, np.float32)
+
+
+def test_plan_tends_to_the_exact_linear_program():
+    cost_BST, a_BS, b_BT = random_problem()
+    plan_BST = np.asarray(
+        transport_plan(cost_BST, a_BS, b_BT, epsilon=1e-3, num_iters=5000), np.float64
+    )
+    for b in range(len(cost_BST)):
+        exact_ST = ot.emd(np.full(S, 1 / S), np.full(T, 1 / T), cost_BST[b].astype(np.float64))
+        assert np.abs(plan_BST[b] - exact_ST).sum() < 1e-3
+        cost, exact_cost = np.sum(plan_BST[b] * cost_BST[b]), np.sum(exact_ST * cost_BST[b])
+        np.testing.assert_allclose(cost, exact_cost, rtol=1e-3)
+
+
+def test_relaxed_speech_side_drops_outlier_frames():
+    speech_BSD, text_BTD, *_ = make_batch([S] * B, [T] * B)
+    nearest_BS = np.arange(S) % T
+    speech_BSD = text_BTD[:, nearest_BS] + 0.1 * speech_BSD
+    speech_BSD[:, -3:] = -text_BTD.sum(axis=1, keepdims=True)  # silence: like no token
+    batch = speech_BSD, text_BTD, np.ones((B, S), bool), np.ones((B, T), bool)
+    kept, _ = loss_and_grad(*batch, epsilon=0.05, num_iters=300)
+    relaxed, _ = loss_and_grad(*batch, epsilon=0.05, num_iters=300, speech_tau=0.5)
+    np.testing.assert_allclose(kept.plan.sum(axis=2), 1 / S, atol=1e-5)
+    np.testing.assert_allclose(relaxed.plan.sum(axis=1), 1 / T, atol=1e-5)  # text side stays
+    assert relaxed.plan.sum(axis=2)[:, -3:].max() < 0.05 / S
+    assert relaxed.loss < 0.5 * kept.loss
+    for b in range(B):
+        cost_ST = cosine_cost(speech_BSD[b], text_BTD[b])
+        reference_ST, _ = log_sinkhorn(
+            cost_ST, np.full(S, 1 / S), np.full(T, 1 / T), 0.05, speech_tau=0.5
+        )
+        assert np.abs(relaxed.plan[b] - reference_ST).sum() < 1e-5
+
+
+def test_relaxed_plan_is_pots_unbalanced_plan():
+    """speech_tau = rho means a Kullback-Leibler price of epsilon * rho / (1 - rho)."""
+    cost_BST, a_BS, b_BT = random_problem()
+    plan_BST = transport_plan(cost_BST, a_BS, b_BT, epsilon=0.1, num_iters=1000, speech_tau=0.8)
+    for b in range(len(cost_BST)):
+        reference_ST = ot.unbalanced.sinkhorn_unbalanced(
+            a_BS[b].astype(np.float64), b_BT[b].astype(np.float64), cost_BST[b].astype(np.float64),
+            reg=0.1, reg_m=(0.1 * 0.8 / 0.2, np.inf), reg_type="kl", numItermax=5000,
+            stopThr=1e-12,
+        )  # fmt: skip
+        assert np.abs(plan_BST[b] - reference_ST).sum() < 1e-5
+
+
+def test_mean_centring_removes_a_common_offset():
+    speech_BSD, text_BTD, speech_mask_BS, text_mask_BT = make_batch()
+    offset_D = 10 * np.ones(D, np.float32)
+    center = otreg.text_centering(text_BTD, text_mask_BT, "mean")
+    np.testing.assert_allclose(center.mean_D, text_BTD[text_mask_BT].mean(axis=0), atol=1e-6)
+    here, _ = loss_and_grad(speech_BSD, text_BTD, speech_mask_BS, text_mask_BT, center="mean")
+    there, _ = loss_and_grad(
+        speech_BSD + offset_D, text_BTD + offset_D, speech_mask_BS, text_mask_BT, center="mean"
+    )
+    np.testing.assert_allclose(there.loss, here.loss, rtol=1e-4)
+
+
+def test_pcs_centring_finds_the_principal_directions_and_removes_them():
+    _, text_BTD, _, text_mask_BT = make_batch()
+    scale_D = np.array([9, 6, 4, 1, 1, 1, 0.5, 0.5], np.float32)
+    text_BTD = text_BTD * scale_D
+    center = otreg.text_centering(text_BTD, text_mask_BT, "pcs")
+    valid_ND = text_BTD[text_mask_BT].astype(np.float64)
+    _, _, rows_DD = np.linalg.svd(valid_ND - valid_ND.mean(axis=0))
+    expected_ND = rows_DD[: otreg.NUM_DIRECTIONS]
+    np.testing.assert_allclose(  # the same subspace
+        center.directions_ND.T @ center.directions_ND, expected_ND.T @ expected_ND, atol=1e-3
+    )
+
+    clean_BTD = otreg.remove_common(text_BTD, text_mask_BT, center)
+    assert np.abs(clean_BTD @ center.directions_ND.T).max() < 1e-4
+    np.testing.assert_allclose(clean_BTD.sum(axis=(0, 1)), 0, atol=1e-4)
+    assert not np.any(np.asarray(clean_BTD)[~text_mask_BT])
+
+
+def test_given_centring_equals_its_own():
+    batch = make_batch()
+    for how in "mean", "pcs":
+        center = otreg.text_centering(batch[1], batch[3], how)
+        given = otreg.regularizer(*batch, center=center)
+        own, _ = loss_and_grad(*batch, center=how)
+        np.testing.assert_allclose(given.loss, own.loss, rtol=1e-6)
+
+
+def test_position_plan_never_looks_at_the_embeddings():
+    masks = make_batch()[2:]
+    options = dict(plan="position", position_weight=3.0, epsilon=0.05)
+    first, _ = loss_and_grad(*make_batch(seed=1)[:2], *masks, **options)
+    second, _ = loss_and_grad(*make_batch(seed=2)[:2], *masks, **options)
+    np.testing.assert_array_equal(first.plan, second.plan)
+    assert abs(first.loss - second.loss) > 1e-3
+    # monotone: the mean transcript position rises with the speech position
+    centre_S = first.plan[0] @ np.arange(T) / first.plan[0].sum(axis=1)
+    assert np.all(np.diff(centre_S) > 0)
+
+
+def test_position_cost_uses_valid_lengths():
+    _, _, speech_mask_BS, text_mask_BT = make_batch()
+    position_BST = otreg.position_cost(speech_mask_BS, text_mask_BT)
+    for b, (s, t) in enumerate(zip(SPEECH_LENGTH_B, TEXT_LENGTH_B, strict=True)):
+        expected_ST = np.square(np.linspace(0, 1, s)[:, None] - np.linspace(0, 1, t))
+        np.testing.assert_allclose(position_BST[b, :s, :t], expected_ST, atol=1e-6)
+
+
+def test_loss_charges_the_similarity_not_the_position():
+    batch = make_batch()
+    out, _ = loss_and_grad(*batch, position_weight=2.0)
+    cost_ST = cosine_cost(batch[0][0], batch[1][0])
+    assert abs(out.metrics["transport_cost"] - out.loss) == 0
+    one, _ = loss_and_grad(*(x[:1] for x in batch), position_weight=2.0)
+    np.testing.assert_allclose(one.loss, np.sum(one.plan[0] * cost_ST), rtol=1e-5)
+
+
+def test_squared_euclidean_cost():
+    speech_BSD, text_BTD, *masks = (x[:1] for x in make_batch())
+    out = otreg.regularizer(speech_BSD, text_BTD, *masks, cost="sqeuclidean", epsilon=1.0)
+    cost_ST = np.square(speech_BSD[0][:, None] - text_BTD[0]).sum(axis=-1)
+    plan_ST, _ = log_sinkhorn(cost_ST, np.full(S, 1 / S), np.full(T, 1 / T), 1.0, num_iters=50)
+    assert np.abs(out.plan[0] - plan_ST).sum() < 1e-5
+    np.testing.assert_allclose(out.loss, np.sum(plan_ST * cost_ST), rtol=1e-5)
+
+
+def test_metrics_are_what_they_say():
+    batch = (x[:1] for x in make_batch())
+    speech_BSD, text_BTD, speech_mask_BS, text_mask_BT = batch
+    out, _ = loss_and_grad(speech_BSD, text_BTD, speech_mask_BS, text_mask_BT, num_iters=3)
+    plan_ST = np.asarray(out.plan[0], np.float64)
+    error = np.abs(plan_ST.sum(0) - 1 / T).sum() + np.abs(plan_ST.sum(1) - 1 / S).sum()
+    assert error > 1e-3  # three iterations are not enough, and the metric must say so
+    np.testing.assert_allclose(out.metrics["marginal_error"], error, rtol=1e-3)
+    entropy = -np.sum(plan_ST * np.log(plan_ST))
+    np.testing.assert_allclose(out.metrics["entropy"], entropy, rtol=1e-5)
+    nearest = 1 - cosine_cost(speech_BSD[0], text_BTD[0]).min(axis=1)
+    np.testing.assert_allclose(out.metrics["nearest_cosine"], nearest.mean(), rtol=1e-5)
+
+
+def test_num_examples_makes_pieces_add_up():
+    batch = make_batch([11, 7, 0, 9], TEXT_LENGTH_B)
+    whole, whole_grad_BSD = loss_and_grad(*batch)
+    halves = [loss_and_grad(*(x[i : i + 2] for x in batch), num_examples=3) for i in (0, 2)]
+    np.testing.assert_allclose(halves[0][0].loss + halves[1][0].loss, whole.loss, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate([half_grad_BSD for _, half_grad_BSD in halves]), whole_grad_BSD, atol=1e-7
+    )
+
+
+# Sharding
+
+
+def data_sharding():
+    return NamedSharding(Mesh(np.array(jax.devices()[:8]), ("data",)), P("data"))
+
+
+def while_bodies(compiled_text):
+    """The text of every computation that a while loop of the HLO module runs, nested ones too."""
+    computations = {}
+    for block in compiled_text.split("\n\n"):
+        header = block.strip().split("\n", 1)[0].removeprefix("ENTRY ")
+        computations[header.split(" ", 1)[0].lstrip("%")] = block
+    names = set(computations)
+    calls = {
+        name: {other for other in names - {name} if f"%{other}," in block or f"%{other}\n" in block}
+        for name, block in computations.items()
+    }
+    reached = set()
+    frontier = {
+        part.split("%", 1)[1].split(",")[0].split("\n")[0]
+        for block in computations.values()
+        for part in block.replace("condition=", "body=").split("body=")[1:]
+    }
+    while frontier:
+        reached |= frontier
+        frontier = {callee for name in frontier for callee in calls.get(name, ())} - reached
+    return "\n".join(computations[name] for name in reached)
+
+
+def test_sinkhorn_loop_of_a_sharded_batch_has_no_collective():
+    problem = jax.device_put(random_problem(size=8), data_sharding())
+    ours = functools.partial(otreg.transport_plan, epsilon=0.1, num_iters=20)
+
+    def adaptive(cost_BST, a_BS, b_BT):
+        def solve(cost_ST, a_S, b_T):
+            geom = geometry.Geometry(cost_matrix=cost_ST, epsilon=0.1)
+            return sinkhorn.Sinkhorn()(linear_problem.LinearProblem(geom, a_S, b_T)).matrix
+
+        return jax.vmap(solve)(cost_BST, a_BS, b_BT)
+
+    loops = while_bodies(jax.jit(ours).lower(*problem).compile().as_text())
+    assert loops and "all-reduce" not in loops and "all-gather" not in loops
+    # a convergence test on the batch makes every iteration wait for every device
+    assert "all-reduce" in while_bodies(jax.jit(adaptive).lower(*problem).compile().as_text())
+
+
+@pytest.mark.parametrize("center", ["none", "pcs"])
+def test_sharded_equals_unsharded(center):
+    batch = make_batch([11, 7, 0, 9, 3, 1, 11, 4], [6, 4, 3, 1, 2, 6, 0, 5], fill=np.nan)
+    one, one_grad_BSD = loss_and_grad(*batch, position_weight=0.5, center=center)
+    eight, eight_grad_BSD = loss_and_grad(
+        *jax.device_put(batch, data_sharding()), position_weight=0.5, center=center
+    )
+    assert len(eight.plan.sharding.device_set) == 8
+    np.testing.assert_allclose(eight.loss, one.loss, rtol=1e-5)
+    np.testing.assert_allclose(eight.plan, one.plan, atol=1e-6)
+    np.testing.assert_allclose(eight_grad_BSD, one_grad_BSD, atol=1e-6)
+
+
+# Traps that the obvious implementations fall into
+
+
+def solve_with_ott(cost_ST, epsilon=None, **options):
+    geom = geometry.Geometry(cost_matrix=cost_ST, epsilon=epsilon)
+    return sinkhorn.Sinkhorn(**options)(linear_problem.LinearProblem(geom)).matrix
+
+
+def test_costs_at_padding_do_not_reach_the_plan():
+    cost_BST, a_BS, b_BT = random_problem()
+    a_BS[:, -2:], b_BT[:, -2:] = 0, 0
+    a_BS, b_BT = a_BS / a_BS.sum(1, keepdims=True), b_BT / b_BT.sum(1, keepdims=True)
+    plan_BST = transport_plan(cost_BST, a_BS, b_BT, epsilon=0.1, num_iters=50)
+    far_BST = cost_BST.copy()
+    far_BST[:, -2:], far_BST[:, :, -2:] = 100, 100
+    np.testing.assert_array_equal(
+        plan_BST, transport_plan(far_BST, a_BS, b_BT, epsilon=0.1, num_iters=50)
+    )
+
+    def default_epsilon(cost_ST):
+        geom = geometry.Geometry(cost_matrix=cost_ST)
+        return sinkhorn.Sinkhorn()(linear_problem.LinearProblem(geom, a_BS[0], b_BT[0])).matrix
+
+    assert np.abs(default_epsilon(cost_BST[0]) - default_epsilon(far_BST[0])).sum() > 0.1
+
+
+def test_sharp_costs_keep_their_mass():
+    cost_BST, a_BS, b_BT = random_problem()
+    sharp_BST = 1 + cost_BST  # bounded away from 0, so that exp(-cost / epsilon) is 0 in float32
+    plan_BST = transport_plan(sharp_BST, a_BS, b_BT, epsilon=5e-4, num_iters=50)
+    # float32 carries cost / epsilon = 4000 to 2.4e-4, and so the plan's entries
+    np.testing.assert_allclose(plan_BST.sum(axis=(1, 2)), 1, rtol=5e-4)
+    options = dict(min_iterations=50, max_iterations=50)
+    lost_ST = solve_with_ott(sharp_BST[0], 5e-4, lse_mode=False, **options)
+    assert not lost_ST.sum() > 0.5  # ott's kernel mode returns nothing, silently
+
+
+def test_bfloat16_costs_are_solved_in_float32():
+    cost_BST, a_BS, b_BT = random_problem()
+    low_BST = jnp.asarray(cost_BST, jnp.bfloat16)
+    plan_BST = transport_plan(low_BST, a_BS, b_BT, epsilon=0.05, num_iters=500)
+    assert plan_BST.dtype == jnp.float32
+    assert np.abs(plan_BST.sum(axis=1) - b_BT).sum(axis=1).max() < 1e-4
+    assert np.abs(solve_with_ott(low_BST[0], 0.05, max_iterations=500).sum(0) - 1 / T).sum() > 1e-3
+
+
+def test_zero_vectors_have_finite_gradients():
+    speech_BSD, text_BTD, *masks = make_batch()
+    speech_BSD[:, 0] = 0  # a valid position, not padding
+    out, grad_BSD = loss_and_grad(speech_BSD, text_BTD, *masks)
+    assert np.isfinite(out.loss) and np.all(np.isfinite(grad_BSD))
+
+    def with_pointcloud(speech_SD):
+        geom = pointcloud.PointCloud(speech_SD, text_BTD[0], cost_fn=costs.Cosine(), epsilon=0.1)
+        return jnp.sum(geom.cost_matrix)
+
+    assert not np.all(np.isfinite(jax.grad(with_pointcloud)(speech_BSD[0])))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(text_set="bag"), "text_set='bag' is not one of sequence, unique"),
+        (dict(text_mass="sum"), "text_mass='sum'"),
+        (dict(center="median"), "center='median'"),
+        (dict(cost="dot"), "cost='dot'"),
+        (dict(plan="dtw"), "plan='dtw'"),
+        (dict(epsilon=0.0), "epsilon=0.0 must be above 0"),
+        (dict(num_iters=0), "num_iters=0 must be at least 1"),
+        (dict(speech_tau=0.0), "speech_tau=0.0 must be in"),
+        (dict(speech_tau=1.5), "speech_tau=1.5 must be in"),
+        (dict(text_set="unique"), "needs token_ids_BT"),
+        (dict(plan="position"), "needs position_weight > 0"),
+        (dict(cost="dot", epsilon=-1.0), "cost='dot'.*epsilon=-1.0"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        otreg.regularizer(*make_batch(), **options)
