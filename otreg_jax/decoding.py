@@ -1,0 +1,206 @@
+"""Greedy and beam search over a KV cache: batched, jitted, static shapes, early stop.
+
+Prompts are embeddings, right-padded; every example decodes at its own positions (cache slot index
+is position), so an example's result does not depend on what shares its batch.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from otreg_jax.models.llm import LLM, Cache, init_cache
+
+NEVER = -1e9  # a log probability that no hypothesis reaches
+
+
+class Decoded(NamedTuple):
+    """Hypotheses. greedy: [B]; beam_search: [B, W], the best first.
+
+    tokens: int32 [..., N], the end of sequence left out, zeros from `length` on.
+    length: int32 [...].
+    score: float32 [...], log probability of the tokens, the end of sequence included where it was
+      reached; beam_search divides it by (number of tokens, that one included) ** length_penalty.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    score: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("llm", "max_tokens", "eos", "no_repeat_ngram"))
+def greedy(
+    llm: LLM,
+    params: dict,
+    x_BPD: jax.Array,
+    length_B: jax.Array,
+    *,
+    max_tokens: int,
+    eos: int,
+    no_repeat_ngram: int = 0,
+) -> Decoded:
+    """The most probable token at every step, until `eos` or `max_tokens` (N) tokens.
+
+    Args:
+      llm, params: the model and its weights.
+      x_BPD: prompt embeddings as the LLM receives them; positions ≥ length_B may hold anything.
+      length_B: int32, valid prompt positions, at least 1.
+      no_repeat_ngram: n > 0 forbids any sequence of n tokens to occur twice in a hypothesis.
+    """
+    batch, prompt_size = x_BPD.shape[:2]
+    logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
+    tokens_BN = jnp.zeros((batch, max_tokens), jnp.int32)
+    zeros_B = jnp.zeros(batch, jnp.int32)
+
+    def emit(n, logits_BV, tokens_BN, emitted_B, score_B, done_B):
+        log_prob_BV = jax.nn.log_softmax(logits_BV)
+        allowed_BV = _forbid_repeats(log_prob_BV, tokens_BN, n, no_repeat_ngram)
+        token_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
+        chosen_B = jnp.take_along_axis(log_prob_BV, token_B[:, None], axis=-1)[:, 0]
+        score_B += jnp.where(done_B, 0.0, chosen_B)
+        done_B |= token_B == eos
+        tokens_BN = tokens_BN.at[:, n].set(jnp.where(done_B, 0, token_B))
+        return tokens_BN, emitted_B + ~done_B, score_B, done_B
+
+    def step(state):
+        n, cache, tokens_BN, *rest = state
+        positions_B = length_B + n - 1
+        logits_BV, cache = _next_logits(llm, params, tokens_BN[:, n - 1], positions_B, cache)
+        return n + 1, cache, *emit(n, logits_BV, tokens_BN, *rest)
+
+    start = emit(0, logits_BV, tokens_BN, zeros_B, jnp.zeros(batch), zeros_B.astype(bool))
+    running = lambda state: (state[0] < max_tokens) & ~state[-1].all()
+    state = jax.lax.while_loop(running, step, (1, cache, *start))
+    return Decoded(*state[2:5])
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("llm", "max_tokens", "eos", "width", "length_penalty", "no_repeat_ngram"),
+)
+def beam_search(
+    llm: LLM,
+    params: dict,
+    x_BPD: jax.Array,
+    length_B: jax.Array,
+    *,
+    max_tokens: int,
+    eos: int,
+    width: int,
+    length_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
+) -> Decoded:
+    """Beam search; returns the `width` (W) best hypotheses of every example.
+
+    The rules are those of transformers' `generate(num_beams=W, early_stopping=False)`: each step
+    ranks 2 W continuations, those of the first W that end are candidates for the result, the best W
+    that go on are the next beams. An example is settled once all W results beat the best beam's
+    score at its current length; with length_penalty 0 nothing better can follow.
+
+    Args: as in `greedy`, and
+      length_penalty: exponent of the length that a hypothesis's log probability is divided by;
+        above 0 favours longer hypotheses.
+    """
+    batch, prompt_size = x_BPD.shape[:2]
+    logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
+    vocab = logits_BV.shape[-1]
+    cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, width, axis=1), cache)
+    first_row_B = jnp.arange(batch)[:, None] * width
+
+    def advance(n, logits_BWV, cache, beams: Decoded, results: Decoded, open_B):
+        log_prob_BWV = jax.nn.log_softmax(logits_BWV)
+        flat = (batch * width, -1)
+        log_prob_BWV = _forbid_repeats(
+            log_prob_BWV.reshape(flat), beams.tokens.reshape(flat), n, no_repeat_ngram
+        ).reshape(batch, width, vocab)
+        total_BV = (log_prob_BWV + beams.score[..., None]).reshape(batch, -1)
+        score_BC, index_BC = jax.lax.top_k(total_BV, 2 * width)
+        parent_BC, token_BC = index_BC // vocab, (index_BC % vocab).astype(jnp.int32)
+        ended_BC = token_BC == eos
+        final_BC = ended_BC | (n + 1 == max_tokens)
+        tokens_BCN = jnp.take_along_axis(beams.tokens, parent_BC[..., None], axis=1)
+        tokens_BCN = tokens_BCN.at[:, :, n].set(jnp.where(ended_BC, 0, token_BC))
+        candidates = Decoded(tokens_BCN, n + 1 - ended_BC, score_BC)
+
+        on_score_BC = score_BC + jnp.where(final_BC, NEVER, 0.0)
+        beams, chosen_BW = _best(candidates._replace(score=on_score_BC), width)
+        rows = (first_row_B + jnp.take_along_axis(parent_BC, chosen_BW, axis=1)).reshape(-1)
+        cache = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=1), cache)
+
+        # Beyond the first W, candidates are only there to keep W beams going.
+        enters_BC = final_BC & (jnp.arange(2 * width) < width) & open_B[:, None]
+        penalty = jnp.asarray(n + 1, jnp.float32) ** length_penalty
+        entry_BC = jnp.where(enters_BC, score_BC / penalty, NEVER)
+        entries = candidates._replace(score=entry_BC)
+        both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), results, entries)
+        results, _ = _best(both, width)
+        open_B &= beams.score[:, 0] / penalty > results.score[:, -1]
+        return n + 1, cache, beams, results, open_B
+
+    def step(state):
+        n, cache, beams, results, open_B = state
+        tokens = beams.tokens[:, :, n - 1].reshape(-1)
+        positions = jnp.repeat(length_B + n - 1, width)
+        logits, cache = _next_logits(llm, params, tokens, positions, cache)
+        return advance(n, logits.reshape(batch, width, -1), cache, beams, results, open_B)
+
+    empty = Decoded(
+        jnp.zeros((batch, width, max_tokens), jnp.int32),
+        jnp.zeros((batch, width), jnp.int32),
+        jnp.full((batch, width), NEVER),
+    )
+    # All beams start equal: only the first may be continued, or every result would come W times.
+    beams = empty._replace(score=empty.score.at[:, 0].set(0.0))
+    logits_BWV = jnp.broadcast_to(logits_BV[:, None], (batch, width, vocab))
+    state = advance(0, logits_BWV, cache, beams, empty, jnp.ones(batch, bool))
+    running = lambda state: (state[0] < max_tokens) & state[-1].any()
+    return jax.lax.while_loop(running, step, state)[3]
+
+
+def _best(hypotheses: Decoded, count: int) -> tuple[Decoded, jax.Array]:
+    """The `count` best of hypotheses [B, C], best first, and their indices [B, count]."""
+    score, index = jax.lax.top_k(hypotheses.score, count)
+    tokens = jnp.take_along_axis(hypotheses.tokens, index[..., None], axis=1)
+    length = jnp.take_along_axis(hypotheses.length, index, axis=1)
+    return Decoded(tokens, length, score), index
+
+
+def _prefill(llm: LLM, params, x_BPD, length_B, slots: int) -> tuple[jax.Array, Cache]:
+    """Runs the prompts; next-token logits [B, V] and a cache of `slots` positions.
+
+    Padding writes to slots behind the prompt; each is overwritten before anything may attend to it.
+    """
+    batch, prompt_size = x_BPD.shape[:2]
+    positions_BP = jnp.broadcast_to(jnp.arange(prompt_size), (batch, prompt_size))
+    x_BPD = jnp.where((positions_BP < length_B[:, None])[..., None], x_BPD, 0)
+    cache = init_cache(llm.config, batch, slots)
+    hidden_BPD, cache = llm.apply(
+        {"params": params}, x_BPD, positions_BP, cache, method="hidden"
+    )
+    last_B1D = jnp.take_along_axis(hidden_BPD, (length_B - 1)[:, None, None], axis=1)
+    return llm.apply({"params": params}, last_B1D[:, 0], method="logits"), cache
+
+
+def _next_logits(llm: LLM, params, token_B, position_B, cache) -> tuple[jax.Array, Cache]:
+    """One token through the LLM: logits [B, V] for what follows it, and the cache with it."""
+    x_B1D = llm.apply({"params": params}, token_B[:, None], method="embed")
+    hidden_B1D, cache = llm.apply(
+        {"params": params}, x_B1D, position_B[:, None], cache, method="hidden"
+    )
+    return llm.apply({"params": params}, hidden_B1D[:, 0], method="logits"), cache
+
+
+def _forbid_repeats(log_prob_BV, tokens_BN, n, size: int) -> jax.Array:
+    """-inf at tokens that would complete a `size`-gram already among the first n tokens."""
+    starts = tokens_BN.shape[1] - size + 1
+    if not size or starts < 1:
+        return log_prob_BV
+    first = jnp.arange(starts)
+    context = jnp.maximum(n - size + 1 + jnp.arange(size - 1), 0)
+    windows_BWG = tokens_BN[:, first[:, None] + jnp.arange(size)]
+    same_BW = (windows_BWG[..., :-1] == tokens_BN[:, None, context]).all(axis=-1)
+    forbidden_BW = same_BW & (first + size <= n)
+    ban_BW = jnp.where(forbidden_BW, -jnp.inf, jnp.inf)
+    rows = jnp.arange(len(tokens_BN))[:, None]
+    return log_prob_BV.at[rows, windows_BWG[..., -1]].min(ban_BW)
