@@ -223,7 +223,7 @@ def _pronounce(library, item: Speech):
     text = item.text.encode() + b"\0"
     library.espeak_Synth(text, len(text), 0, 1, 0, _UTF8, None, None)
     # eSpeak speaks some pairs ("on the") as one word: a word reaches to where the next begins.
-    ends = [first for first, _ in words[1:]] + [len(item.text)]
+    ends = [*(first for first, _ in words), len(item.text)][1:]
     timed = [
         (item.text[first:end].strip(), time) for (first, time), end in zip(words, ends, strict=True)
     ]
@@ -303,7 +303,7 @@ def _main(folder: Path) -> None:
         line = {
             "audio_filepath": path,
             "text": item.text,
-            "duration": round(len(audio) / SAMPLE_RATE, 4),
+            "duration": len(audio) / SAMPLE_RATE,
             "lang": item.lang,
             "speaker": item.speaker or item.voice,
             "words": words,
