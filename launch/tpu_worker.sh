@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# What train_tpu.sh runs on each worker of a TPU slice.
+#
+#   tpu_worker.sh setup           make the environment
+#   tpu_worker.sh running         succeeds while training runs here
+#   tpu_worker.sh start [FLAG …]  start otreg_jax.train detached, unless it runs already
+#   tpu_worker.sh follow          print train.log until training ends
+#   tpu_worker.sh finish          wait for the end and print exit=STATUS; "running" if it does not
+#                                 end in time, "lost" if it was killed together with its shell
+#   tpu_worker.sh log             print train.log, each line after this worker's name
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+running() {
+  [[ -f train.pid ]] && kill -0 "$(cat train.pid)" 2>/dev/null
+}
+
+run() {
+  local status=0
+  .venv/bin/python -m otreg_jax.train "$@" || status=$?
+  echo "$status" >train.exit
+}
+
+case $1 in
+  setup)
+    # Ubuntu 22.04 images come with Python 3.10; uv brings a newer one without root.
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      python3 -m pip install --quiet --user uv
+      PATH=$HOME/.local/bin:$PATH
+      uv python install --quiet 3.12
+      PYTHON=$(uv python find --system 3.12)
+      export PYTHON
+    fi
+    OTREG_ACCELERATOR=tpu bash launch/setup.sh
+    ;;
+  running) running ;;
+  start)
+    # Detached, because training must outlive the ssh connection; and only once, because gcloud
+    # repeats a command whose connection broke.
+    running && exit
+    rm -f train.exit
+    nohup bash launch/tpu_worker.sh run "${@:2}" >train.log 2>&1 </dev/null &
+    echo $! >train.pid
+    ;;
+  run) run "${@:2}" ;;
+  follow) tail -n +1 -F -s 0.5 --pid="$(cat train.pid)" train.log ;;
+  finish)
+    timeout "${OTREG_FINISH_SECONDS:-300}" tail -f -s 0.5 --pid="$(cat train.pid)" /dev/null || true
+    if running; then echo exit=running; else echo "exit=$(cat train.exit 2>/dev/null || echo lost)"; fi
+    ;;
+  log) sed "s/^/$(hostname): /" train.log ;;
+esac
