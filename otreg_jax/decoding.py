@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.llm import LLM, Cache, init_cache
 
 NEVER = -1e9  # a log probability that no hypothesis reaches
@@ -27,6 +28,35 @@ class Decoded(NamedTuple):
     tokens: jax.Array
     length: jax.Array
     score: jax.Array
+
+
+class Settings(NamedTuple):
+    """How to decode; beam_width 1 is greedy search."""
+
+    max_tokens: int
+    beam_width: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+
+
+@functools.partial(jax.jit, static_argnames=("slm", "settings"))
+def recognize(
+    slm: slm_lib.SLM, params: dict, mel_BFM: jax.Array, mel_length_B: jax.Array, settings: Settings
+) -> Decoded:
+    """Log-mel frames -> the best hypothesis of each utterance, [B, N]."""
+    speech_BSD, speech_length_B = slm_lib.speech_embeddings(slm, params, mel_BFM, mel_length_B)
+    x_BPD, last_B = slm_lib.assemble(slm, params, speech_BSD, speech_length_B, None)
+    limits = dict(
+        max_tokens=settings.max_tokens, eos=slm.prompt.eos,
+        no_repeat_ngram=settings.no_repeat_ngram,
+    )  # fmt: skip
+    if settings.beam_width == 1:
+        return greedy(slm.llm, params["llm"], x_BPD, last_B + 1, **limits)
+    beams = beam_search(
+        slm.llm, params["llm"], x_BPD, last_B + 1, width=settings.beam_width,
+        length_penalty=settings.length_penalty, **limits,
+    )  # fmt: skip
+    return jax.tree.map(lambda leaf: leaf[:, 0], beams)
 
 
 @functools.partial(jax.jit, static_argnames=("llm", "max_tokens", "eos", "no_repeat_ngram"))

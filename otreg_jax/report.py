@@ -462,7 +462,9 @@ def _worst(run: Run) -> str:
                 "insert": f"<ins>{_e(heard)}</ins> ",
                 "substitute": f"<del>{_e(said)}</del> <ins>{_e(heard)}</ins> ",
             }[operation]
-            for operation, said, heard in metrics.word_diff(row["reference"], row["hypothesis"])
+            for operation, said, heard in metrics.word_diff(
+                *(metrics.normalize(row[key], row.get("lang")) for key in ("reference", "hypothesis"))
+            )
         )
         count = f"{row['errors']} error{'s' if row['errors'] > 1 else ''}"
         items.append(
