@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TPU = "--name=run --zone=us-east5-a --type=v5p-16 --config=configs/x.py --workdir=gs://b/run".split()
+TPU = (
+    "--name=run --zone=us-east5-a --type=v5p-16 --config=configs/x.py --workdir=gs://b/run".split()
+)
 
 RECORD = """#!/usr/bin/env bash
 set -eu
@@ -307,10 +309,13 @@ def test_tpu_provisions_trains_on_all_workers_and_deletes(fake):
     printed = launch("train_tpu.sh", *TPU, "--spot", "--config.a=it's a test")
     assert verbs(fake) == ["create", *ATTEMPT, "delete"]
     create = calls(fake, "gcloud")[1]
-    assert create == (
-        "compute tpus queued-resources create run --node-id=run --accelerator-type=v5p-16 "
-        "--runtime-version=v2-alpha-tpuv5 --spot --zone=us-east5-a --quiet"
-    ).split()
+    assert (
+        create
+        == (
+            "compute tpus queued-resources create run --node-id=run --accelerator-type=v5p-16 "
+            "--runtime-version=v2-alpha-tpuv5 --spot --zone=us-east5-a --quiet"
+        ).split()
+    )
     flags = ["--config=configs/x.py", "--workdir=gs://b/run", "--config.a=it's a test"]
     assert calls(fake, "train") == [flags, flags]
     assert "STILL EXISTS" not in printed
