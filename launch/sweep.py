@@ -262,7 +262,9 @@ def plot(
                 numbers = rows[point][column]
                 ax.plot([x] * len(numbers), numbers, ".", color=color, alpha=0.4)
             means = [mean_and_spread(rows[point][column]) for point in points]
-            name = ", ".join(f"{a}={short(v)}" for a, v in zip(rest(tuple(axes)), line, strict=True))
+            name = ", ".join(
+                f"{a}={short(v)}" for a, v in zip(rest(tuple(axes)), line, strict=True)
+            )
             bars = [0 if math.isnan(spread) else spread for _, spread in means]
             ax.errorbar(
                 xs, [m for m, _ in means], bars, marker="o", capsize=3, color=color, label=name
