@@ -62,7 +62,7 @@ def place_frozen(frozen, config, mesh):
 
 
 def llm_path(config, workdir) -> str:
-    """Where the LLM's weights are: `llm.path`; WORKDIR/llm if pretrained there; "" if from scratch."""
+    """Where the LLM's weights are: `llm.path`, else WORKDIR/llm if pretrained, else "" (none)."""
     if config.llm.path or not config.llm.pretrain.num_steps:
         return config.llm.path
     return str(Path(workdir) / "llm")
@@ -88,9 +88,9 @@ def build(config, tokenizer: text.Tokenizer, llm_dir: str = "") -> tuple[SLM, di
             **config.adapter.to_dict(),
         )
     )
-    adapter_params = adapter.init(
-        jax.random.fold_in(key, 2), jnp.zeros((1, 8, encoder.config.embed_dim)), jnp.array([8])
-    )["params"]
+    adapter_params = _init(
+        adapter, jax.random.fold_in(key, 2), jnp.zeros((1, 8, encoder.config.embed_dim)), [8]
+    )
     prompt = text.build_prompt(tokenizer, config.prompt)
     params = {"encoder": encoder_params, "adapter": adapter_params, "llm": llm_params}
     if config.ctc.weight:
@@ -118,7 +118,7 @@ def load_encoder(config, key) -> tuple[SpeechEncoder, dict]:
         )
     )  # fmt: skip
     mel = jnp.zeros((1, 16, config.data.num_mels))
-    return encoder, encoder.init(key, mel, jnp.array([16]))["params"]
+    return encoder, _init(encoder, key, mel, [16])
 
 
 def load_llm(config, llm_dir: str, vocab_size: int, key) -> tuple[LLM, dict]:
@@ -127,8 +127,8 @@ def load_llm(config, llm_dir: str, vocab_size: int, key) -> tuple[LLM, dict]:
         llm, params = pretrained.load_llm(llm_dir, revision=config.llm.revision or None)
         if llm.config.vocab_size < vocab_size:
             raise ValueError(
-                f"{llm_dir}: the LLM has {llm.config.vocab_size} tokens, its tokenizer {vocab_size}: "
-                "they do not belong together"
+                f"{llm_dir}: the LLM has {llm.config.vocab_size} tokens, its tokenizer "
+                f"{vocab_size}: they do not belong together"
             )
         return LLM(_compute_in(llm.config, config)), params
     c = config.llm
@@ -139,7 +139,13 @@ def load_llm(config, llm_dir: str, vocab_size: int, key) -> tuple[LLM, dict]:
             mlp_dim=c.mlp_dim, tied_head=c.tie_embeddings, dtype=config.compute_dtype,
         )
     )  # fmt: skip
-    return llm, llm.init(key, jnp.zeros((1, 4), jnp.int32))["params"]
+    return llm, _init(llm, key, jnp.zeros((1, 4), jnp.int32))
+
+
+def _init(module, key, *inputs):
+    inputs = [jnp.asarray(x) for x in inputs]
+    # Op by op, initialisation would compile hundreds of small programs.
+    return jax.jit(module.init)(key, *inputs)["params"]
 
 
 def _compute_in(module_config, config):

@@ -28,7 +28,7 @@ def make_schedules(config) -> Schedules:
     if c.ramp_steps:
         ramp = optax.linear_schedule(0.0, c.weight, c.ramp_steps, transition_begin=c.start_step)
     else:
-        ramp = lambda step: jnp.where(step >= c.start_step, c.weight, 0.0)  # noqa: E731
+        ramp = lambda step: jnp.where(step >= c.start_step, c.weight, 0.0)
     final = c.position_weight if c.position_weight_final < 0 else c.position_weight_final
     decay = optax.linear_schedule(
         c.position_weight, final, max(config.num_steps - c.start_step, 1), c.start_step
@@ -99,7 +99,7 @@ def cross_entropy(logits_BTV, tokens_BT, length_B, real_B, eos: int):
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, labels_BT)
     count = jnp.maximum(mask_BT.sum(), 1)
     correct_BT = logits_BTV.argmax(axis=-1) == labels_BT
-    mean = lambda x: jnp.sum(x, where=mask_BT) / count  # noqa: E731
+    mean = lambda x: jnp.sum(x, where=mask_BT) / count
     return mean(losses_BT), mean(correct_BT.astype(jnp.float32))
 
 
@@ -119,12 +119,8 @@ def ctc_loss(speech_BSD, speech_length_B, tokens_BT, text_mask_BT, table_VD, ctc
       (loss per transcript token, number of utterances left out).
     """
     speech_mask_BS = _mask(speech_BSD.shape[1], speech_length_B)
-    unit = lambda x: (
-        x
-        * jax.lax.rsqrt(  # noqa: E731
-            jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12)
-        )
-    )
+    square = lambda x: jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(square(x), 1e-12))
     speech_BSD = unit(jnp.where(speech_mask_BS[..., None], speech_BSD, 0).astype(jnp.float32))
     table_VD = jax.lax.stop_gradient(table_VD).astype(jnp.float32)
     classes_VD = unit(jnp.concatenate([table_VD, ctc_params["blank"][None]]))

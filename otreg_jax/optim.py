@@ -15,8 +15,8 @@ def flat_paths(params) -> dict[str, jax.Array]:
 def split(params, frozen_regex: str):
     """(trainable, frozen): nested dicts that together are `params`; "" freezes nothing."""
     flat = flat_paths(params)
-    is_frozen = lambda path: bool(frozen_regex) and re.search(frozen_regex, path)  # noqa: E731
-    part = lambda wanted: traverse_util.unflatten_dict(  # noqa: E731
+    is_frozen = lambda path: bool(frozen_regex) and re.search(frozen_regex, path)
+    part = lambda wanted: traverse_util.unflatten_dict(
         {path: x for path, x in flat.items() if bool(is_frozen(path)) == wanted}, sep="/"
     )
     return part(False), part(True)
@@ -40,7 +40,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW; decay on matrices only; `optim.multipliers`, a tuple
     of (regex, factor), scales the update of parameters whose path matches (first match wins)."""
     c = config.optim
-    is_matrix = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)  # noqa: E731
+    is_matrix = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
 
     def scale_by_path(updates, params=None):
         del params

@@ -41,7 +41,7 @@ def pretrain(config, tokenizer, sentences: list[str]):
 
     @jax.jit
     def step(params, opt_state, batch, key):
-        loss_of = lambda p: copy_loss(slm, {"llm": p}, batch, key, c.noise)  # noqa: E731
+        loss_of = lambda p: copy_loss(slm, {"llm": p}, batch, key, c.noise)
         (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state)
         return optax.apply_updates(params, updates), opt_state, loss, accuracy

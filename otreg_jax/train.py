@@ -77,7 +77,7 @@ def train(config, workdir) -> train_step.TrainState:
         out_shardings=(state_sharding, None),
     )
     metadata = {"tokenizer": tokenizer.fingerprint, "prompt": config.prompt}
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     print(
         f"model: {count(params):,} trained and {count(frozen):,} frozen parameters on "
         f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s); "

@@ -55,7 +55,7 @@ def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, sche
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    keep = lambda new, old: jnp.where(finite, new, old)
     new_state = TrainState(
         step=state.step + 1,
         params=jax.tree.map(keep, params, state.params),

@@ -1,20 +1,13 @@
-"""Eight CPU devices and a strict JAX for every test."""
+"""Eight CPU devices, and a compilation cache that the second run of a test finds filled."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+cache = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
-import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-# The second run of a test, in this process or the next, should not compile again.
-cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-if cache:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-@pytest.fixture
-def tmp_workdir(tmp_path):
-    """A run directory."""
-    return tmp_path / "run"

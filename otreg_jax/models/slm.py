@@ -71,7 +71,7 @@ def assemble(
     batch, num_speech = speech_BSD.shape[:2]
     prefix = jnp.asarray(slm.prompt.prefix, jnp.int32)
     suffix = jnp.asarray(slm.prompt.suffix, jnp.int32)
-    embed_all = lambda ids: jnp.broadcast_to(  # noqa: E731
+    embed_all = lambda ids: jnp.broadcast_to(
         embed(slm, params, ids), (batch, len(ids), speech_BSD.shape[-1])
     ).astype(speech_BSD.dtype)
     parts = [embed_all(prefix), speech_BSD, embed_all(suffix)]

@@ -1,0 +1,71 @@
+"""A spoken language model and batches small enough for any test."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from otreg_jax import config as config_lib
+from otreg_jax import losses
+from otreg_jax.data.text import Prompt
+from otreg_jax.models.adapter import Adapter, AdapterConfig
+from otreg_jax.models.llm import LLM, LLMConfig
+from otreg_jax.models.slm import SLM
+from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+
+VOCAB = 24
+
+
+def toy_slm(width: int = 16, ctc: bool = False):
+    """(SLM, params) with random weights from a fixed seed."""
+    encoder = SpeechEncoder(
+        SpeechEncoderConfig(
+            embed_dim=width, num_layers=1, num_heads=2, mlp_dim=2 * width, num_mels=8,
+            max_positions=64, strides=(1, 2),
+        )
+    )  # fmt: skip
+    adapter = Adapter(AdapterConfig(in_dim=width, out_dim=width, hidden_dim=width, stack=2))
+    llm = LLM(
+        LLMConfig(
+            vocab_size=VOCAB, embed_dim=width, num_layers=2, num_heads=2, num_kv_heads=1,
+            head_dim=width // 2, mlp_dim=2 * width,
+        )
+    )  # fmt: skip
+    key = jax.random.key(0)
+
+    @jax.jit  # op by op, initialisation compiles hundreds of programs
+    def init():
+        return {
+            "encoder": encoder.init(key, jnp.zeros((1, 8, 8)), jnp.array([8]))["params"],
+            "adapter": adapter.init(key, jnp.zeros((1, 4, width)), jnp.array([4]))["params"],
+            "llm": llm.init(key, jnp.zeros((1, 2), jnp.int32))["params"],
+        }
+
+    params = init()
+    if ctc:
+        params["ctc"] = losses.init_ctc(key, width, 10.0)
+    return SLM(encoder, adapter, llm, Prompt(prefix=(1,), suffix=(3, 4), eos=2)), params
+
+
+def toy_batch(rows: int = 4, seed: int = 0):
+    """Rows of mixed lengths; the second has one token, the last has none."""
+    rng = np.random.default_rng(seed)
+    mel_length = rng.integers(12, 41, rows).astype(np.int32)
+    mel_length[0] = 40
+    token_length = rng.integers(1, 6, rows).astype(np.int32)
+    token_length[[0, 1, -1]] = 5, 1, 0
+    return {
+        "mel": rng.normal(size=(rows, 40, 8)).astype(np.float32),
+        "mel_length": mel_length,
+        "tokens": rng.integers(5, VOCAB, (rows, 5)).astype(np.int32),
+        "token_length": token_length,
+        "index": np.arange(rows, dtype=np.int32),
+    }
+
+
+def toy_config(**changes):
+    """A configuration for `toy_slm`; keys as "otreg.weight", dots written as __."""
+    config = config_lib.default()
+    config.batch_size, config.num_steps, config.log_every = 8, 20, 1
+    config.optim.warmup_steps = 2
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
