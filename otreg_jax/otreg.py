@@ -283,35 +283,35 @@ def _solve_ott(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
 
 
 def _solve_xla(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
-    def weighted_sum(kernel_BST, weight_BST, axis):
+    def weighted_sum(kernel_BST, weight, axis):
         equation = {1: "bst,bsi->bit", 2: "bst,bit->bsi"}[axis]
-        return jnp.einsum(equation, kernel_BST, weight_BST, precision="highest")
+        return jnp.einsum(equation, kernel_BST, weight, precision="highest")
 
     return absorbed_sinkhorn(
-        cost_BST, a_BS[:, :, None], b_BT[:, None], epsilon=epsilon, num_iters=num_iters,
-        speech_tau=speech_tau, weighted_sum=weighted_sum,
+        cost_BST, a_BS[:, :, None], b_BT[:, None], weighted_sum,
+        epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau, speech_axis=1,
     )  # fmt: skip
 
 
 def _solve_pallas(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
     from otreg_jax import sinkhorn_pallas  # here: this file needs it for this backend alone
 
+    def weighted_sum(kernel_BTS, weight, axis):
+        return jnp.sum(kernel_BTS * weight, axis=axis, keepdims=True)
+
     solve = functools.partial(
-        absorbed_sinkhorn, epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau
-    )
+        absorbed_sinkhorn, weighted_sum=weighted_sum,
+        epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau, speech_axis=2,
+    )  # fmt: skip
     return sinkhorn_pallas.solve_tiles(solve, cost_BST, a_BS, b_BT)
 
 
 BACKENDS = {"xla": _solve_xla, "pallas": _solve_pallas, "ott": _solve_ott}
 
 
-def _multiply_sum(kernel_BST, weight_BST, axis):
-    return jnp.sum(kernel_BST * weight_BST, axis=axis, keepdims=True)
-
-
 def absorbed_sinkhorn(
-    cost_BST, a_BS1, b_B1T, *, epsilon, num_iters, speech_tau, weighted_sum=_multiply_sum
-):
+    cost, a, b, weighted_sum, *, epsilon, num_iters, speech_tau, speech_axis
+) -> jax.Array:
     """Plans by block-absorbed Sinkhorn (Schmitzer 2019, "Stabilized sparse scaling algorithms").
 
     Log-domain iterations pay an exponential for every entry every time. Here the first iteration is
@@ -319,50 +319,45 @@ def absorbed_sinkhorn(
     kernel exp(f + g - C / epsilon), exponentiated once for a block of iterations that only multiply
     and sum; their scalings u, v are folded back into f, g.
 
-    Nothing overflows at any epsilon. With masses of at least 1/S and 1/T, the first iteration leaves
-    column sums between 1/(S T) and 1, so an iteration changes a scaling by a factor between
+    Nothing overflows at any epsilon. With masses of at least 1/S and 1/T, the first iteration
+    leaves column sums between 1/(S T) and 1, so an iteration changes a scaling by a factor between
     1/max(S, T) and max(S, T); a block is as long as the product of such factors fits float32.
 
-    `weighted_sum(kernel, weight, axis)` is their product summed over the axis, which is kept.
+    Costs are [B, S, T] or, with `speech_axis=2`, [B, T, S]; a, f, u (speech) and b, g, v (text)
+    broadcast against them. `weighted_sum(kernel, weight, axis)` is the sum of their product over
+    an axis, which is kept.
     """
-    log_kernel_BST = -cost_BST / epsilon
-    log_a_BS1, log_b_B1T = jnp.log(a_BS1), jnp.log(b_B1T)  # -inf at padding
-    size = max(cost_BST.shape[1:])
-    block = max(1, int(80 / math.log(max(size, 2))) - 1)
+    text_axis = 3 - speech_axis
+    block = max(1, int(80 / math.log(max(*cost.shape[1:], 2))) - 1)
+    log_kernel = -cost / epsilon
+    log_sum_exp = functools.partial(jax.nn.logsumexp, keepdims=True)
 
-    def log_sum_exp(x_BST, axis):
-        return jax.nn.logsumexp(x_BST, axis=axis, keepdims=True)
+    f = jnp.where(a > 0, 0.0, -jnp.inf)  # padding has potentials -inf throughout
+    g = jnp.where(b > 0, jnp.log(b) - log_sum_exp(log_kernel + f, speech_axis), -jnp.inf)
+    f = jnp.where(a > 0, jnp.log(a) - log_sum_exp(log_kernel + g, text_axis), -jnp.inf)
+    f = speech_tau * f
 
-    f_BS1 = jnp.where(a_BS1 > 0, 0.0, -jnp.inf)
-    g_B1T = jnp.where(b_B1T > 0, log_b_B1T - log_sum_exp(log_kernel_BST + f_BS1, 1), -jnp.inf)
-    f_BS1 = jnp.where(a_BS1 > 0, log_a_BS1 - log_sum_exp(log_kernel_BST + g_B1T, 2), -jnp.inf)
-    f_BS1 = speech_tau * f_BS1
-
-    def run_block(potentials, iterations):
-        f_BS1, g_B1T = potentials
-        kernel_BST = jnp.exp(log_kernel_BST + f_BS1 + g_B1T)
+    def run_block(num_iters, potentials):
+        f, g = potentials
+        kernel = jnp.exp(log_kernel + f + g)
 
         def iterate(_, scalings):
-            u_BS1, v_B1T = scalings
-            sum_B1T = weighted_sum(kernel_BST, u_BS1, 1)
-            v_B1T = jnp.where(sum_B1T > 0, b_B1T / sum_B1T, 1.0)  # padding sums to 0
-            sum_BS1 = weighted_sum(kernel_BST, v_B1T, 2)
-            u_BS1 = a_BS1 / sum_BS1
-            if speech_tau < 1:  # what is scaled by tau is f + log(u), f being absorbed in the sum
-                u_BS1 = jnp.exp(speech_tau * jnp.log(u_BS1) + (speech_tau - 1) * f_BS1)
-            return jnp.where(sum_BS1 > 0, u_BS1, 1.0), v_B1T
+            u, v = scalings
+            reached = weighted_sum(kernel, u, speech_axis)
+            v = jnp.where(reached > 0, b / reached, 1.0)  # padding reaches 0 and stays where it is
+            reached = weighted_sum(kernel, v, text_axis)
+            u = a / reached
+            if speech_tau < 1:  # tau scales the whole potential f + log(u); `reached` contains f
+                u = jnp.exp(speech_tau * jnp.log(u) + (speech_tau - 1) * f)
+            return jnp.where(reached > 0, u, 1.0), v
 
-        ones = jnp.ones_like(a_BS1), jnp.ones_like(b_B1T)
-        u_BS1, v_B1T = jax.lax.fori_loop(0, iterations, iterate, ones)
-        return f_BS1 + jnp.log(u_BS1), g_B1T + jnp.log(v_B1T)
+        u, v = jax.lax.fori_loop(0, num_iters, iterate, (jnp.ones_like(a), jnp.ones_like(b)))
+        return f + jnp.log(u), g + jnp.log(v)
 
     blocks, rest = divmod(num_iters - 1, block)
-    potentials = f_BS1, g_B1T
-    potentials = jax.lax.fori_loop(0, blocks, lambda _, p: run_block(p, block), potentials)
-    if rest:
-        potentials = run_block(potentials, rest)
-    f_BS1, g_B1T = potentials
-    return jnp.exp(log_kernel_BST + f_BS1 + g_B1T)
+    f, g = jax.lax.fori_loop(0, blocks, lambda _, fg: run_block(block, fg), (f, g))
+    f, g = run_block(rest, (f, g)) if rest else (f, g)
+    return jnp.exp(log_kernel + f + g)
 
 
 def _normalize(weight_BN: jax.Array) -> jax.Array:
