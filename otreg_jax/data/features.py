@@ -58,7 +58,7 @@ def _window() -> np.ndarray:
 
 @functools.cache
 def _sparse_filters(num_mels: int) -> scipy.sparse.csr_array:
-    """[num_mels, bins], 1 % of it not zero: no threaded BLAS to contend with the model for cores."""
+    """[num_mels, bins], 1 % not zero: no threaded BLAS to contend with the model for cores."""
     return scipy.sparse.csr_array(mel_filters(num_mels).T)
 
 

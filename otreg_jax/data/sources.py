@@ -1,4 +1,4 @@
-"""Where utterances come from: manifests in the NeMo convention, and the audio files they name.
+"""Where utterances come from: manifests in the NeMo convention, and data sets in ArrayRecord files.
 
 A manifest is a text file with one JSON object a line:
 `{"audio_filepath": "a/b.flac", "text": "hello", "duration": 1.23}`, optionally with `offset`
@@ -22,6 +22,8 @@ import soundfile
 import soxr
 import tqdm
 from etils import epath
+
+from otreg_jax.data import records
 
 SAMPLE_RATE = 16000
 THREADS = 16  # of readers that wait for files
@@ -95,33 +97,63 @@ def scan_manifest(
         content = epath.Path(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such manifest") from None
+    lines = (
+        (f"{path}:{number}", line)
+        for number, line in enumerate(content.split(b"\n"), start=1)
+        if line.strip()
+    )
     root = data_root or os.path.dirname(path) or "."
-    utterances, problems, first_line = [], [], {}
-    for number, raw in enumerate(content.split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            utterance = _parse_line(raw, where, root, bool(data_root), require_text)
-            if utterance.id in first_line:
-                before = first_line[utterance.id]
-                raise BadAudio("duplicate_id", f"{utterance.id!r} stands already in line {before}")
-            first_line[utterance.id] = number
-            utterances.append(utterance)
-        except BadAudio as error:
-            problems.append(Problem(error.kind, where, error.reason))
-    utterances, missing = _split_missing(utterances)
-    utterances, unreadable = _fill_durations(utterances)
-    problems += missing + unreadable
-    problems.sort(key=lambda problem: int(problem.where.rpartition(":")[2]))
+    utterances, problems = check_lines(lines, root, bool(data_root), require_text)
     if not utterances and not problems:
         problems.append(Problem("empty_manifest", f"{path}:0", "the manifest holds no utterance"))
     return utterances, problems
 
 
-def _parse_line(raw: bytes, where: str, root: str, strict: bool, require_text: bool) -> Utterance:
+def check_lines(
+    lines: Iterable[tuple[str, bytes | dict]], root: str, strict: bool, require_text: bool = True
+) -> tuple[list[Utterance], list[Problem]]:
+    """Utterances from (where, manifest line) pairs, and the problems of the others, in order.
+
+    strict: absolute audio paths, too, must lie below root.
+    """
+    utterances, problems, order, first = [], [], {}, {}
+    for where, line in lines:
+        order[where] = len(order)
+        try:
+            utterance = _parse_line(line, where, root, strict, require_text)
+            if utterance.id in first:
+                before = first[utterance.id]
+                raise BadAudio("duplicate_id", f"{utterance.id!r} stands already in {before}")
+            first[utterance.id] = where
+            utterances.append(utterance)
+        except BadAudio as error:
+            problems.append(Problem(error.kind, where, error.reason))
+    utterances, missing = _split_missing(utterances)
+    utterances, unreadable = _fill_durations(utterances)
+    problems = sorted(problems + missing + unreadable, key=lambda problem: order[problem.where])
+    return utterances, problems
+
+
+def scan_records(folder: str, split: str) -> tuple[list[Utterance], list[Problem]]:
+    """Reads the utterances of a TFDS data set in ArrayRecord files. Result as for `scan_manifest`.
+
+    Raises:
+      FileNotFoundError: there is no such split, or shards of it are missing.
+      ValueError: the data set holds no audio or no transcripts.
+    """
+    lines = (
+        (f"{folder}:{split}:{i}", {**line, "audio_filepath": records.address(folder, split, i)})
+        for i, line in enumerate(records.read_index(folder, split))
+    )
+    return check_lines(lines, folder, strict=False)
+
+
+def _parse_line(
+    line: bytes | dict, where: str, root: str, strict: bool, require_text: bool
+) -> Utterance:
     try:
-        line = json.loads(raw.decode("utf-8"))
+        if isinstance(line, bytes):
+            line = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadAudio("not_utf8", f"byte {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -142,11 +174,10 @@ def _parse_line(raw: bytes, where: str, root: str, strict: bool, require_text: b
             raise BadAudio("bad_value", f"{key} is {value!r}, not a number of seconds")
     if require_text and not line["text"].strip():
         raise BadAudio("empty_text", "the transcript is empty")
-    audio = _resolve(line["audio_filepath"], root, strict)
-    offset = times["offset"]
+    path, offset = line["audio_filepath"], times["offset"]
     return Utterance(
-        id=str(line.get("id", audio if offset is None else f"{audio}@{offset}")),
-        audio=audio,
+        id=str(line.get("id") or (path if offset is None else f"{path}@{offset}")),
+        audio=_resolve(path, root, strict),
         text=line["text"].strip(),
         duration=times["duration"] or 0.0,
         offset=offset,
@@ -159,7 +190,7 @@ def _parse_line(raw: bytes, where: str, root: str, strict: bool, require_text: b
 
 def _resolve(audio: str, root: str, strict: bool) -> str:
     """The path of an audio file named in a manifest; relative paths must stay below root."""
-    absolute = "://" in audio or os.path.isabs(audio)
+    absolute = "://" in audio or os.path.isabs(audio) or audio.startswith(records.PREFIX)
     path = audio if absolute else posixpath.join(root, audio)
     if ".." in audio or (
         absolute and strict
@@ -172,7 +203,8 @@ def _resolve(audio: str, root: str, strict: bool) -> str:
 
 def _split_missing(utterances: list[Utterance]) -> tuple[list[Utterance], list[Problem]]:
     """Sets aside utterances whose file does not exist; lists each folder once, in threads."""
-    folders = sorted({posixpath.dirname(u.audio) for u in utterances})
+    in_files = [u for u in utterances if not u.audio.startswith(records.PREFIX)]
+    folders = sorted({posixpath.dirname(u.audio) for u in in_files})
 
     def names(folder):
         try:
@@ -187,7 +219,7 @@ def _split_missing(utterances: list[Utterance]) -> tuple[list[Utterance], list[P
     present, problems = [], []
     for utterance in utterances:
         folder, name = posixpath.split(utterance.audio)
-        if name in content[folder]:
+        if utterance.audio.startswith(records.PREFIX) or name in content[folder]:
             present.append(utterance)
         else:
             message = f"audio file {utterance.audio} does not exist"
@@ -264,21 +296,15 @@ def load_audio(utterance: Utterance, sample_rate: int = SAMPLE_RATE) -> np.ndarr
 
 def _load_audio(utterance: Utterance, sample_rate: int) -> np.ndarray:
     path, duration = utterance.audio, utterance.duration
-    with _open_audio(path) as file:
-        rate = file.samplerate
-        frames = -1 if utterance.offset is None else round(duration * rate)
-        try:
-            if utterance.offset:
-                file.seek(min(round(utterance.offset * rate), file.frames))
-            audio = file.read(frames, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise BadAudio("unreadable", f"{path} is damaged: {error.error_string}") from None
-        promised = file.frames
-    audio = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
+    from_records = path.startswith(records.PREFIX)
+    audio, rate = records.read_audio(path) if from_records else _read_file(utterance)
+    if from_records and utterance.offset is not None:
+        start = round(utterance.offset * rate)
+        audio = audio[start : start + round(duration * rate)]
+    if audio.ndim == 2:
+        audio = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     if not len(audio):
         raise BadAudio("zero_length", f"{path} holds no audio")
-    if frames == -1 and len(audio) < promised:
-        raise BadAudio("unreadable", f"{path} is truncated: {len(audio)} of {promised} samples")
     seconds = len(audio) / rate
     if abs(seconds - duration) > 0.1:
         message = f"{path} holds {seconds:.2f} s of audio, the manifest says {duration:.2f} s"
@@ -288,6 +314,25 @@ def _load_audio(utterance: Utterance, sample_rate: int) -> np.ndarray:
     if rate != sample_rate:
         audio = soxr.resample(audio, rate, sample_rate)
     return audio[: round(duration * sample_rate)]
+
+
+def _read_file(utterance: Utterance) -> tuple[np.ndarray, int]:
+    """float32 [N, channels] and the rate of a file, or of the part of it that is the utterance."""
+    path, offset = utterance.audio, utterance.offset
+    with _open_audio(path) as file:
+        rate = file.samplerate
+        try:
+            if offset is None:
+                audio = file.read(dtype="float32", always_2d=True)
+            else:
+                file.seek(min(round(offset * rate), file.frames))
+                audio = file.read(round(utterance.duration * rate), "float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise BadAudio("unreadable", f"{path} is damaged: {error.error_string}") from None
+        if offset is None and 0 < len(audio) < file.frames:
+            found = f"{len(audio)} of {file.frames} samples"
+            raise BadAudio("unreadable", f"{path} is truncated: {found}")
+    return audio, rate
 
 
 def handle(
@@ -338,7 +383,8 @@ def load_utterances(
     """Reads manifests and sets aside what cannot be used.
 
     Args:
-      manifests: paths, separated by commas.
+      manifests: paths separated by commas; FOLDER or FOLDER:SPLIT is a TFDS data set in ArrayRecord
+        files (split "train" by default), anything else a manifest.
       data_config: on_bad_audio ("raise" | "skip"), long_audio ("reject" | "chunk"), data_root.
       max_duration: seconds that the model can take.
       skipped_path: JSON-lines file to which what is set aside is appended.
@@ -352,7 +398,7 @@ def load_utterances(
       FileNotFoundError: a manifest does not exist.
       ValueError: on_bad_audio="raise" and a line cannot be used; lists all of them.
     """
-    scans = [scan_manifest(path.strip(), data_config.data_root) for path in manifests.split(",")]
+    scans = [_scan(path.strip(), data_config.data_root) for path in manifests.split(",")]
     handle([p for _, problems in scans for p in problems], data_config.on_bad_audio, skipped_path)
     if data_config.long_audio not in ("reject", "chunk"):
         raise ValueError(f"data.long_audio={data_config.long_audio!r} is not 'reject' or 'chunk'")
@@ -374,6 +420,14 @@ def load_utterances(
         write_manifest(path, segments)
         print(f"divided long audio into {len(segments)} segments: see {path}")
     return kept + segments
+
+
+def _scan(path: str, data_root: str) -> tuple[list[Utterance], list[Problem]]:
+    folder, _, split = path.rpartition(":")
+    for place, part in ((path, "train"), (folder, split)):
+        if os.path.exists(os.path.join(place, "dataset_info.json")):
+            return scan_records(place, part)
+    return scan_manifest(path, data_root)
 
 
 def chunk(utterance: Utterance, max_duration: float) -> list[Utterance]:

@@ -1,0 +1,255 @@
+"""Turns a corpus into sharded ArrayRecord files that train at disk speed.
+
+    python -m otreg_jax.data.prepare --input=train.jsonl,more.jsonl --output=data/mine
+    python -m otreg_jax.data.prepare --layout=librispeech --split=train-clean-100 \\
+        --input=LibriSpeech --output=data/librispeech
+    python -m otreg_jax.train --config.data.train=data/mine ...
+
+The output is a TFDS data set (16 kHz int16; `tfds.data_source` reads it). Beside it stand
+SPLIT.jsonl (what every record holds), report-SPLIT.json (hours by language, lengths, what was
+refused and how often), refused-SPLIT.jsonl (each refusal with its reason) and SHA256SUMS
+(`sha256sum -c SHA256SUMS`).
+Run the same command again after an interruption: finished shards stay as they are.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tqdm
+from absl import app, flags
+
+from otreg_jax.data import corpora, records, sources
+from otreg_jax.data.sources import BadAudio, Problem, Utterance
+
+_INPUT = flags.DEFINE_string("input", None, "Manifests separated by commas, or a corpus folder.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of the data set; made if missing.")
+_LAYOUT = flags.DEFINE_enum(
+    "layout", "manifest", ["manifest", *corpora.LAYOUTS], "How the input is laid out."
+)
+_SPLIT = flags.DEFINE_string("split", "train", "Split of a corpus, and its name in the output.")
+_MAX_DURATION = flags.DEFINE_float("max_duration", 30.0, "Seconds; longer audio is refused.")
+_SHARD_HOURS = flags.DEFINE_float("shard_hours", 1.0, "Audio in a shard; an hour is 115 MB.")
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.")
+
+
+def read_corpus(layout: str, paths: str, split: str) -> tuple[list[Utterance], list[Problem]]:
+    """The utterances of manifests or of a corpus folder, and what is wrong with the others.
+
+    Raises:
+      FileNotFoundError: there is no such manifest, corpus or split.
+    """
+    utterances, problems = [], []
+    for path in paths.split(","):
+        if layout == "manifest":
+            found, wrong = sources.scan_manifest(path.strip())
+        else:
+            lines = list(corpora.LAYOUTS[layout](Path(path.strip()), split))
+            if not lines:
+                raise FileNotFoundError(f"{path}: no split {split!r} in the layout of {layout}")
+            found, wrong = sources.check_lines(lines, path, strict=False)
+        utterances += found
+        problems += wrong
+    return utterances, problems
+
+
+def prepare(
+    utterances: Sequence[Utterance],
+    problems: Sequence[Problem],
+    output: str | os.PathLike,
+    split: str,
+    *,
+    max_duration: float = 30.0,
+    shard_hours: float = 1.0,
+    workers: int = 1,
+) -> dict:
+    """Writes a split of a data set, going on where an interrupted call stopped.
+
+    Args:
+      utterances, problems: what `read_corpus` found.
+      output: folder; splits written before stay in it.
+      split: name of the split.
+      max_duration: seconds; longer utterances are refused.
+      shard_hours: hours of audio in a shard.
+      workers: processes.
+
+    Returns:
+      The report, as report-SPLIT.json holds it.
+
+    Raises:
+      ValueError: `output` holds the same split of other input, or nothing is left to write.
+    """
+    output = Path(output)
+    kept, refused = [], list(problems)
+    for utterance in utterances:
+        if utterance.duration <= max_duration:
+            kept.append(utterance)
+        else:
+            length = (
+                f"{utterance.audio} is {utterance.duration:.2f} s long, over {max_duration:g} s"
+            )
+            refused.append(Problem("too_long", utterance.where, length))
+    if not kept:
+        raise ValueError(f"nothing is left to write: {sources.count(refused)}")
+    shards = _divide(kept, 3600 * shard_hours)
+    output.mkdir(parents=True, exist_ok=True)
+    _check_plan(output / f".plan-{split}", shards)
+
+    names = [
+        f"{records.NAME}-{split}.array_record-{i:05d}-of-{len(shards):05d}"
+        for i in range(len(shards))
+    ]
+    jobs = {
+        name: shard
+        for name, shard in zip(names, shards, strict=True)
+        if not _summary_path(output / name).exists()
+    }
+    _write_shards(output, jobs, workers)
+
+    summaries = [json.loads(_summary_path(output / name).read_text()) for name in names]
+    refused += [Problem(*problem) for summary in summaries for problem in summary["refused"]]
+    lines = [line for summary in summaries for line in summary["lines"]]
+    records.write_index(output / f"{split}.jsonl", lines)
+    records.write_index(output / f"refused-{split}.jsonl", [p._asdict() for p in refused])
+    report = _report(lines, refused, len(shards))
+    (output / f"report-{split}.json").write_text(json.dumps(report, indent=2) + "\n")
+    _write_metadata(output)
+    return report
+
+
+def _divide(utterances: Sequence[Utterance], seconds: float) -> list[list[Utterance]]:
+    """Consecutive parts of about `seconds` each."""
+    starts = np.cumsum([0.0, *(u.duration for u in utterances[:-1])])
+    part = np.unique((starts // seconds).astype(int), return_inverse=True)[1]
+    edges = np.searchsorted(part, np.arange(part[-1] + 2))
+    return [list(utterances[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _check_plan(path: Path, shards: list[list[Utterance]]) -> None:
+    key = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    if path.exists() and path.read_text() != key:
+        raise ValueError(
+            f"{path.parent} holds this split already, made from other input or with other "
+            "settings: remove it or choose another --output"
+        )
+    path.write_text(key)
+
+
+def _summary_path(shard: Path) -> Path:
+    return shard.with_name(f".{shard.name}.json")
+
+
+def _write_shards(output: Path, jobs: dict[str, list[Utterance]], workers: int) -> None:
+    if not jobs:
+        return
+    total = sum(len(shard) for shard in jobs.values())
+    # Spawned, not forked: the caller may have threads.
+    context = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context) as pool,
+        tqdm.tqdm(total=total, desc=f"writing {len(jobs)} shards", unit="utt") as progress,
+    ):
+        futures = {
+            pool.submit(write_shard, output / name, shard): len(shard)
+            for name, shard in jobs.items()
+        }
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                progress.update(futures[future])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write_shard(path: Path, utterances: Sequence[Utterance]) -> None:
+    """Writes one shard, and then, as the sign that it is whole, the summary beside it."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
+    lines, refused = [], []
+    for utterance in utterances:
+        try:
+            audio = sources.load_audio(utterance)
+        except BadAudio as error:
+            refused.append(Problem(error.kind, utterance.where, error.reason))
+            continue
+        line = {key: getattr(utterance, key) for key in ("id", "text", "lang", "speaker")}
+        line["duration"] = len(audio) / sources.SAMPLE_RATE
+        writer.write(records.encode(audio, line))
+        if utterance.words:
+            line["words"] = utterance.words
+        lines.append(line)
+    writer.close()
+    with open(unfinished, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    summary = {
+        "sha256": checksum,
+        "bytes": unfinished.stat().st_size,
+        "lines": lines,
+        "refused": refused,
+    }
+    unfinished.replace(path)
+    unfinished = path.with_name(f".{path.name}.json.unfinished")
+    unfinished.write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+    unfinished.replace(_summary_path(path))
+
+
+def _report(lines: list[dict], refused: list[Problem], num_shards: int) -> dict:
+    durations = np.array([line["duration"] for line in lines])
+    hours = Counter()
+    for line in lines:
+        hours[line["lang"] or "unknown"] += line["duration"] / 3600
+    return {
+        "utterances": len(lines),
+        "hours": round(float(durations.sum() / 3600), 4),
+        "shards": num_shards,
+        "hours_by_language": {lang: round(n, 4) for lang, n in sorted(hours.items())},
+        "speakers": len({line["speaker"] for line in lines if line["speaker"]}),
+        "seconds_at_percentile": {
+            str(q): round(float(np.percentile(durations, q)), 2) for q in (0, 5, 50, 95, 100)
+        } if lines else {},
+        "characters": sum(len(line["text"]) for line in lines),
+        "refused": dict(Counter(problem.kind for problem in refused).most_common()),
+    }  # fmt: skip
+
+
+def _write_metadata(output: Path) -> None:
+    """The TFDS description and the checksums of all splits in the folder."""
+    splits, sums = {}, []
+    for path in sorted(output.glob(f".{records.NAME}-*.array_record-*.json")):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        name = path.name.removeprefix(".").removesuffix(".json")
+        split = name.removeprefix(f"{records.NAME}-").rpartition(".array_record-")[0]
+        splits.setdefault(split, []).append((len(summary["lines"]), summary["bytes"]))
+        sums.append(f"{summary['sha256']}  {name}\n")
+    records.write_metadata(output, splits)
+    (output / "SHA256SUMS").write_text("".join(sums))
+
+
+def main(argv):
+    del argv
+    try:
+        utterances, problems = read_corpus(_LAYOUT.value, _INPUT.value, _SPLIT.value)
+        report = prepare(
+            utterances, problems, _OUTPUT.value, _SPLIT.value, max_duration=_MAX_DURATION.value,
+            shard_hours=_SHARD_HOURS.value, workers=_WORKERS.value,
+        )  # fmt: skip
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(json.dumps(report, indent=2))
+    refused = sum(report["refused"].values())
+    if refused:
+        print(f"refused {refused} utterances: see {_OUTPUT.value}/refused-{_SPLIT.value}.jsonl")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["input", "output"])
+    app.run(main)

@@ -1,0 +1,195 @@
+"""Speech in ArrayRecord files as TFDS lays them out, read and written without TensorFlow.
+
+Data sets made by `otreg_jax.data.prepare` hold 16 kHz int16 audio as bytes; `tfds.data_source`
+reads them too. Data sets that others made with the TFDS feature `Audio` (LibriSpeech, Common Voice,
+FLEURS, ...) are read here from their records: `Audio` itself cannot be had without TensorFlow.
+"""
+
+import functools
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+
+PREFIX = "record:"  # an utterance's audio: "record:FOLDER:SPLIT:INDEX"
+NAME = "speech"  # of the data sets written here
+SAMPLE_RATE = 16000
+
+# Names that published data sets give to the same thing, the preferred one first.
+_TEXT = ("text", "transcription", "sentence", "normalized_text", "transcript", "raw_transcription")
+_LANG = ("lang", "locale", "language")
+_SPEAKER = ("speaker", "speaker_id", "client_id")
+# Where features.json does not say: Common Voice's clips.
+_RATES = {"common_voice": 48000, "commonvoice": 48000}
+
+
+class Schema(NamedTuple):
+    """Which features of a data set hold what; "" for what it does not have."""
+
+    audio: str
+    rate: int
+    encoded: bool  # the audio is a FLAC, MP3, ... file, not samples
+    text: str
+    lang: str
+    speaker: str
+    id: str
+
+
+@functools.cache
+def schema(folder: str) -> Schema:
+    """Reads a TFDS data set's features.json.
+
+    Raises:
+      ValueError: it has no audio or no transcript.
+    """
+    content = json.loads((Path(folder) / "features.json").read_text(encoding="utf-8"))
+    features = content["featuresDict"]["features"]
+    info = json.loads((Path(folder) / "dataset_info.json").read_text(encoding="utf-8"))
+    classes = {name: f["pythonClassName"].rpartition(".")[2] for name, f in features.items()}
+    audio = [name for name, kind in classes.items() if kind == "Audio"]
+    audio += [name for name in ("audio", "speech") if classes.get(name) == "Tensor"]
+    strings = [name for name, kind in classes.items() if kind == "Text"]
+    first = lambda names: next((name for name in names if name in strings), "")  # noqa: E731
+    if not audio or not first(_TEXT):
+        raise ValueError(f"{folder}: no audio or no transcript among {', '.join(sorted(features))}")
+    details = features[audio[0]].get("audio", {})
+    rate = int(details.get("sampleRate") or _RATES.get(info["name"], SAMPLE_RATE))
+    lazy = bool(details.get("lazyDecode"))
+    speaker, identity = first(_SPEAKER), first(("id",))
+    return Schema(audio[0], rate, lazy, first(_TEXT), first(_LANG), speaker, identity)
+
+
+@functools.lru_cache(maxsize=64)
+def _source(folder: str, split: str):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    paths = sorted(Path(folder).glob(f"*-{split}.array_record-?????-of-?????"))
+    promised = {int(path.name.rpartition("-of-")[2]) for path in paths}
+    if promised != {len(paths)}:
+        known = {re.sub(r".*-(\w+)\.array_record.*", r"\1", p) for p in os.listdir(folder)}
+        splits = ", ".join(sorted(name for name in known if "." not in name)) or "none"
+        wrong = f"{len(paths)} of {max(promised)} shards" if paths else f"splits here: {splits}"
+        raise FileNotFoundError(
+            f"{folder}: no whole split {split!r} in ArrayRecord files ({wrong})"
+        )
+    return ArrayRecordDataSource([os.fspath(path) for path in paths])
+
+
+def _example(folder: str, split: str, index: int):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    record = _source(folder, split)[index]
+    return tf_example_pb2.Example.FromString(record).features.feature
+
+
+def address(folder: str | os.PathLike, split: str, index: int) -> str:
+    """What stands for an audio file's path when the audio is a record."""
+    return f"{PREFIX}{os.fspath(folder)}:{split}:{index}"
+
+
+def read_audio(audio: str) -> tuple[np.ndarray, int]:
+    """Reads the audio at an `address`: float32 [N] or [N, channels], and its rate in Hz."""
+    folder, split, index = audio.removeprefix(PREFIX).rsplit(":", 2)
+    form = schema(folder)
+    return _decode(_example(folder, split, int(index))[form.audio], form)
+
+
+def _decode(value, form: Schema) -> tuple[np.ndarray, int]:
+    if form.encoded:
+        return soundfile.read(io.BytesIO(value.bytes_list.value[0]), dtype="float32")
+    if value.HasField("bytes_list"):
+        samples = np.frombuffer(value.bytes_list.value[0], np.int16)
+    elif value.HasField("int64_list"):
+        samples = np.array(value.int64_list.value, np.int32)
+    else:
+        return np.array(value.float_list.value, np.float32), form.rate
+    return samples.astype(np.float32) / 32768, form.rate
+
+
+def read_index(folder: str | os.PathLike, split: str) -> list[dict]:
+    """One manifest line (without `audio_filepath`) for every record of a split, in order.
+
+    It is kept in the data set's folder as SPLIT.jsonl: the records themselves, audio and all, are
+    gone through only the first time.
+    """
+    path = Path(folder) / f"{split}.jsonl"
+    if path.exists():
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    import tqdm
+
+    folder = os.fspath(folder)
+    form, lines = schema(folder), []
+    for i in tqdm.trange(len(_source(folder, split)), desc=f"indexing {folder}", delay=2):
+        example = _example(folder, split, i)
+        samples, rate = _decode(example[form.audio], form)
+        line = {"duration": len(samples) / rate}
+        for key in ("text", "lang", "speaker", "id"):
+            name = getattr(form, key)
+            if name:
+                line[key] = example[name].bytes_list.value[0].decode("utf-8", "replace")
+        lines.append(line)
+    try:
+        write_index(path, lines)
+    except OSError as error:
+        print(f"{path} cannot be written ({error.strerror}): every start will index the data again")
+    return lines
+
+
+def write_index(path: Path, lines: list[dict]) -> None:
+    """Writes an index whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    unfinished.write_text(content, encoding="utf-8")
+    unfinished.replace(path)
+
+
+@functools.cache
+def features():
+    """The TFDS features of the data sets written here."""
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
+            "text": tfds.features.Text(),
+            "lang": tfds.features.Text(),
+            "speaker": tfds.features.Text(),
+            "duration": tfds.features.Scalar(dtype=np.float32),
+        }
+    )
+
+
+def encode(audio_N: np.ndarray, line: dict) -> bytes:
+    """A record: float32 [N] audio at 16 kHz, and the utterance's manifest line."""
+    samples = np.clip(np.round(audio_N * 32768), -32768, 32767).astype(np.int16)
+    return features().serialize_example({"audio": samples, **line})
+
+
+def write_metadata(folder: Path, splits: dict[str, list[tuple[int, int]]]) -> None:
+    """Writes dataset_info.json and features.json. splits: (records, bytes) of each shard."""
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[records for records, _ in shards],
+            num_bytes=sum(size for _, size in shards),
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=epath.Path(folder),
+                dataset_name=NAME,
+                split=split,
+                filetype_suffix="array_record",
+            ),
+        )
+        for split, shards in splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features(), split_infos=infos, check_data=False
+    )
