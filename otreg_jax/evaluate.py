@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,8 +166,9 @@ def _evaluate_run(run, workdir, utterances: Sets, decode, settings, batch_size):
     """
     out = Path(workdir) / "eval"
     rows, samples = decode_sets(
-        run, utterances, decode, settings["layer"], batch_size, out / "skipped.jsonl", str(workdir)
-    )
+        run, utterances, decode, settings["layer"], batch_size, out / "skipped.jsonl",
+        f"evaluating {workdir}",
+    )  # fmt: skip
     results = {
         "workdir": str(workdir),
         "step": run.step,
@@ -178,7 +179,7 @@ def _evaluate_run(run, workdir, utterances: Sets, decode, settings, batch_size):
     plans = []
     for name, found in measure(samples).items():
         results["sets"][name]["alignment"] = found["figures"]
-        plans.append((found["example"], found["plan_ST"]))
+        plans.append((name, found["example"], found["plan_ST"]))
     figures = _figures(plans, samples, run.tokenizer)
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -209,28 +210,12 @@ def decode_sets(
         for end, found in zip(ends.tolist(), utterances.values(), strict=True)
         for i in range(end - len(found), end)[:NUM_MEASURED]
     }
-    data_config = run.config.data.copy_and_resolve_references()
-    with data_config.unlocked():
-        data_config.update(on_bad_audio="skip", max_tokens=0, features="host")
-    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
-    batches = pipeline.eval_batches(
-        [u for _, u in everything], run.tokenizer, data_config, batch_size=batch_size,
-        host_index=jax.process_index(), host_count=jax.process_count(),
-        skipped_path=str(skipped_path),
-    )  # fmt: skip
     rows, samples = {}, {name: {} for name in utterances}
-    progress = tqdm.tqdm(
-        batches, desc=f"evaluating {label}", total=-(-len(everything) // batch_size), unit="batch"
-    )
-    for host_batch in progress:
-        batch = sharding.to_global(host_batch, run.mesh)
-        decoded = decoding.recognize(
-            run.slm, run.params, batch["mel"], batch["mel_length"], settings
-        )
-        compared = _embeddings(run.slm, run.params, batch, layer)
-        tokens_BN, length_B, score_B, index_B = _to_host((*decoded, batch["index"]))
+    for batch in batches(run, [u for _, u in everything], batch_size, label, skipped_path):
+        decoded, compared = _recognize_and_embed(run.slm, run.params, batch, settings, layer)
+        tokens_BN, length_B, score_B, index_B = to_host((*decoded, batch["index"]))
         if sampled.intersection(index_B.tolist()):
-            batch, compared = _to_host((batch, compared))
+            batch, compared = to_host((batch, compared))
         for b, i in enumerate(index_B.tolist()):
             if i < 0:  # filler, or unreadable audio
                 continue
@@ -246,13 +231,38 @@ def decode_sets(
     return [rows[i] for i in sorted(rows)], in_order
 
 
-@functools.partial(jax.jit, static_argnames=("slm", "layer"))
-def _embeddings(slm, params, batch, layer: int):
+def batches(
+    run, utterances: Sequence[sources.Utterance], batch_size: int, label: str, skipped_path=None
+) -> Iterator[dict[str, jax.Array]]:
+    """The utterances as global batches on the run's mesh, under a progress bar named `label`.
+
+    Audio that cannot be read is left out and listed in `skipped_path`.
+    """
+    data_config = run.config.data.copy_and_resolve_references()
+    with data_config.unlocked():
+        data_config.update(on_bad_audio="skip", max_tokens=0, features="host")
+        # A batch shape must be worth its compilation.
+        data_config.num_buckets = min(data_config.num_buckets, 1 + len(utterances) // 1000)
+    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    host_batches = pipeline.eval_batches(
+        utterances, run.tokenizer, data_config, batch_size=batch_size,
+        host_index=jax.process_index(), host_count=jax.process_count(),
+        skipped_path=skipped_path and str(skipped_path),
+    )  # fmt: skip
+    total = -(-len(utterances) // batch_size)
+    for host_batch in tqdm.tqdm(host_batches, desc=label, total=total, unit="batch"):
+        yield sharding.to_global(host_batch, run.mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("slm", "settings", "layer"))
+def _recognize_and_embed(slm, params, batch, settings, layer: int):
+    """Hypotheses, and the embeddings that OTReg at `layer` compares; the encoder runs once."""
     out = slm_lib.forward(slm, params, batch, layer)
-    return out.speech_BSD, out.speech_length_B, out.text_BTD
+    decoded = decoding.recognize(slm, params, batch["mel"], batch["mel_length"], settings)
+    return decoded, (out.speech_BSD, out.speech_length_B, out.text_BTD)
 
 
-def _to_host(tree):
+def to_host(tree):
     """Global arrays -> numpy, on every host."""
     return multihost_utils.process_allgather(tree, tiled=True)
 
@@ -410,8 +420,9 @@ def alignment(speech_BSD, text_BTD, ids_BT, speech_length_B, text_length_B):
 def _figures(plans, samples, tokenizer) -> dict[str, np.ndarray]:
     """The arrays of figures.npz: plans of the first and the last set, points of the map."""
     arrays = {}
-    for i, (sample, plan_ST) in enumerate(plans[:1] + plans[1:][-1:]):
+    for i, (name, sample, plan_ST) in enumerate(plans[:1] + plans[1:][-1:]):
         arrays |= {
+            f"set{i}": np.array(name),
             f"id{i}": np.array(sample.id),
             f"mel{i}": sample.mel_FM.astype(np.float16),
             f"plan{i}": plan_ST,
@@ -427,7 +438,7 @@ def _figures(plans, samples, tokenizer) -> dict[str, np.ndarray]:
 def _column(workdir, config, results, rows, figures) -> report.Run:
     plans = [
         report.Plan(
-            str(figures[f"id{i}"]), len(figures[f"mel{i}"]) / 100,
+            str(figures[f"set{i}"]), str(figures[f"id{i}"]), len(figures[f"mel{i}"]) / 100,
             figures[f"mel{i}"].astype(np.float32), figures[f"plan{i}"], list(figures[f"tokens{i}"]),
         )
         for i in range(2)
@@ -511,12 +522,17 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv):
-    del argv
+def quiet_and_cached() -> None:
+    """What every entry point sets: warnings only, and compiled programs kept between processes."""
     logging.set_verbosity(logging.WARNING)
     if not jax.config.jax_compilation_cache_dir:
         cache = os.path.expanduser("~/.cache/otreg_jax")
         jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def main(argv):
+    del argv
+    quiet_and_cached()
     results = evaluate(
         _WORKDIR.value, compare=_COMPARE.value, manifests=_SETS.value, in_domain=_IN_DOMAIN.value,
         batch_size=_BATCH_SIZE.value, beam_width=_BEAM.value, length_penalty=_PENALTY.value,

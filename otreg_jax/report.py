@@ -39,10 +39,10 @@ CURVES = {
 # Figure of results.json["sets"][name]["alignment"] → (heading, digits).
 ALIGNMENT = {
     "transport_cost": ("Transport cost", 3),
-    "entropy": ("Plan entropy (nats)", 2),
+    "entropy": ("Plan entropy", 2),
     "marginal_error": ("Marginal error", 4),
-    "nearest_cosine": ("Nearest-token cosine", 3),
-    "retrieval_accuracy": ("Token retrieval", 3),
+    "nearest_cosine": ("Nearest cosine", 3),
+    "retrieval_accuracy": ("Retrieval", 3),
     "monotonicity": ("Monotonicity", 3),
     "centroid_distance": ("Centroid distance", 3),
 }
@@ -51,6 +51,7 @@ ALIGNMENT = {
 class Plan(NamedTuple):
     """Transport plan of one utterance: S speech positions, T transcript tokens, F mel frames."""
 
+    set: str
     id: str
     seconds: float
     mel_FM: np.ndarray
@@ -306,22 +307,26 @@ def _curves(runs: Sequence[Run]) -> str:
 def _plans(runs: Sequence[Run]) -> str:
     if not any(run.plans for run in runs):
         return ""
-    figures = []
+    panels = []
     for example in range(max(len(run.plans) for run in runs)):
-        panels = []
         for i, run in enumerate(runs):
             if example < len(run.plans):
+                plan = run.plans[example]
                 name = f"<span style='color:{_color(i)}'>{_e(run.name)}</span>"
-                caption = f"<figcaption>{name} · {_e(run.plans[example].id)}</figcaption>"
-                panels.append(f"<figure>{caption}{plan_svg(run.plans[example])}</figure>")
-        figures.append(f"<div class='grid wide'>{''.join(panels)}</div>")
+                caption = f"<figcaption>{name} · {_e(plan.set)} · {_short(plan.id)}</figcaption>"
+                panels.append(f"<figure>{caption}{plan_svg(plan)}</figure>")
     return (
         "<p>Above, the log-mel spectrogram; below, where each moment of speech sends its mass by "
         "the similarity of embeddings alone, one row a transcript token, the darker the more. "
         "A dark staircase from top left to bottom right is an alignment; an even tint says that "
         "the embeddings tell nothing apart.</p>"
-        + "".join(figures)
+        f"<div class='grid wide'>{''.join(panels)}</div>"
     )
+
+
+def _short(utterance_id: str) -> str:
+    """The id without the folders, where it is a path."""
+    return _e(utterance_id.rsplit("/", 1)[-1])
 
 
 def plan_svg(plan: Plan) -> str:
@@ -463,12 +468,13 @@ def _worst(run: Run) -> str:
                 "substitute": f"<del>{_e(said)}</del> <ins>{_e(heard)}</ins> ",
             }[operation]
             for operation, said, heard in metrics.word_diff(
-                *(metrics.normalize(row[key], row.get("lang")) for key in ("reference", "hypothesis"))
+                metrics.normalize(row["reference"], row.get("lang")),
+                metrics.normalize(row["hypothesis"], row.get("lang")),
             )
         )
         count = f"{row['errors']} error{'s' if row['errors'] > 1 else ''}"
         items.append(
-            f"<li><p class='where'>{_e(row['set'])} · {_e(row['id'])} · {count}</p>"
+            f"<li><p class='where'>{_e(row['set'])} · {_short(row['id'])} · {count}</p>"
             f"<p dir='auto'>{words}</p></li>"
         )
     return (
@@ -538,7 +544,7 @@ section > p { color: #3a454c; }
 .notes { margin: 1.25rem 0 0; padding: .75rem 1rem .75rem 2rem; background: #fdf6ec;
   border-left: 3px solid #d79a45; font-size: .9rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .9rem; min-width: 100%; }
+table { border-collapse: collapse; font-size: .9rem; min-width: min(100%, 34rem); }
 th, td { text-align: left; vertical-align: top; padding: .45rem 1.1rem .45rem 0;
   border-bottom: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 500; border-bottom: 1px solid #b9c2c7; }
@@ -554,7 +560,7 @@ figcaption { overflow-wrap: anywhere; color: var(--soft); font-size: .88rem; mar
 img { display: block; max-width: 100%; height: auto; }
 .grid { display: grid; gap: 1.25rem 1.75rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
-.grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.grid.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
 .grid figure { margin: 0; } .grid img { width: 100%; }
 .plan { width: 100%; max-width: 34rem; height: auto; display: block; }
 .plan text { font-size: 10px; fill: var(--ink); } .plan .token { text-anchor: end; }

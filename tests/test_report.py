@@ -46,7 +46,7 @@ def make_run(name, *, seed=0, sharp=1.0, compared_with=None):
         hypotheses=rows,
         curve=curve,
         config={"otreg.weight": 3.0 * sharp, "data.train": f"a{SCRIPT}.jsonl"},
-        plans=[report.Plan("utt-0", 3.2, mel, plan, tokens)],
+        plans=[report.Plan("dev", "a/b/utt-0", 3.2, mel, plan, tokens)],
         speech_ND=rng.normal(size=(200, 16)),
         text_ND=rng.normal(size=(60, 16)) + 1.0,
         differences=compared_with
@@ -87,7 +87,7 @@ def test_page_of_one_run_with_nothing_but_scores():
 def test_plan_heat_map_holds_the_plan():
     plan = np.zeros((4, 2))
     plan[:2, 0] = plan[2:, 1] = 0.25
-    svg = report.plan_svg(report.Plan("u", 1.0, np.zeros((8, 5)), plan, ["a", "b"]))
+    svg = report.plan_svg(report.Plan("dev", "u", 1.0, np.zeros((8, 5)), plan, ["a", "b"]))
     data = re.findall(r"base64,([^']+)", svg)[1]
     pixels = report.matplotlib.image.imread(report.io.BytesIO(base64.b64decode(data)))
     dark = pixels[..., :3].sum(axis=-1) < 1.5
