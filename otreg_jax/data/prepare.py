@@ -33,7 +33,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder of the data set; made if m
 _LAYOUT = flags.DEFINE_enum(
     "layout", "manifest", ["manifest", *corpora.LAYOUTS], "How the input is laid out."
 )
-_SPLIT = flags.DEFINE_string("split", "train", "Split of a corpus, and its name in the output.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split of the corpus; in the output with _ for -.")
 _MAX_DURATION = flags.DEFINE_float("max_duration", 30.0, "Seconds; longer audio is refused.")
 _SHARD_HOURS = flags.DEFINE_float("shard_hours", 1.0, "Audio in a shard; an hour is 115 MB.")
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.")
@@ -74,7 +74,7 @@ def prepare(
     Args:
       utterances, problems: what `read_corpus` found.
       output: folder; splits written before stay in it.
-      split: name of the split.
+      split: name of the split: letters, digits and underscores.
       max_duration: seconds; longer utterances are refused.
       shard_hours: hours of audio in a shard.
       workers: processes.
@@ -236,10 +236,11 @@ def _write_metadata(output: Path) -> None:
 
 def main(argv):
     del argv
+    split = _SPLIT.value.replace("-", "_")  # as TFDS names splits
     try:
         utterances, problems = read_corpus(_LAYOUT.value, _INPUT.value, _SPLIT.value)
         report = prepare(
-            utterances, problems, _OUTPUT.value, _SPLIT.value, max_duration=_MAX_DURATION.value,
+            utterances, problems, _OUTPUT.value, split, max_duration=_MAX_DURATION.value,
             shard_hours=_SHARD_HOURS.value, workers=_WORKERS.value,
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
@@ -247,7 +248,7 @@ def main(argv):
     print(json.dumps(report, indent=2))
     refused = sum(report["refused"].values())
     if refused:
-        print(f"refused {refused} utterances: see {_OUTPUT.value}/refused-{_SPLIT.value}.jsonl")
+        print(f"refused {refused} utterances: see {_OUTPUT.value}/refused-{split}.jsonl")
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def _source(folder: str, split: str):
     paths = sorted(Path(folder).glob(f"*-{split}.array_record-?????-of-?????"))
     promised = {int(path.name.rpartition("-of-")[2]) for path in paths}
     if promised != {len(paths)}:
-        known = {re.sub(r".*-(\w+)\.array_record.*", r"\1", p) for p in os.listdir(folder)}
-        splits = ", ".join(sorted(name for name in known if "." not in name)) or "none"
+        shards = (re.match(r"[^.]*-(\w+)\.array_record", name) for name in os.listdir(folder))
+        splits = ", ".join(sorted({shard[1] for shard in shards if shard})) or "none"
         wrong = f"{len(paths)} of {max(promised)} shards" if paths else f"splits here: {splits}"
         raise FileNotFoundError(
             f"{folder}: no whole split {split!r} in ArrayRecord files ({wrong})"
