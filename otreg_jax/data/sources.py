@@ -76,6 +76,18 @@ def read_manifest(
     return utterances
 
 
+def scan(
+    path: str, data_root: str = "", require_text: bool = True
+) -> tuple[list[Utterance], list[Problem]]:
+    """Reads a data set in ArrayRecord files (FOLDER, of which "train", or FOLDER:SPLIT) or else a
+    manifest. Arguments, result and errors as for `scan_manifest` and `scan_records`."""
+    folder, _, split = path.rpartition(":")
+    for place, part in ((path, "train"), (folder, split)):
+        if os.path.exists(os.path.join(place, "dataset_info.json")):
+            return scan_records(place, part)
+    return scan_manifest(path, data_root, require_text)
+
+
 def scan_manifest(
     path: str | os.PathLike, data_root: str = "", require_text: bool = True
 ) -> tuple[list[Utterance], list[Problem]]:
@@ -383,8 +395,7 @@ def load_utterances(
     """Reads manifests and sets aside what cannot be used.
 
     Args:
-      manifests: paths separated by commas; FOLDER or FOLDER:SPLIT is a TFDS data set in ArrayRecord
-        files (split "train" by default), anything else a manifest.
+      manifests: paths, as `scan` takes them, separated by commas.
       data_config: on_bad_audio ("raise" | "skip"), long_audio ("reject" | "chunk"), data_root.
       max_duration: seconds that the model can take.
       skipped_path: JSON-lines file to which what is set aside is appended.
@@ -398,7 +409,7 @@ def load_utterances(
       FileNotFoundError: a manifest does not exist.
       ValueError: on_bad_audio="raise" and a line cannot be used; lists all of them.
     """
-    scans = [_scan(path.strip(), data_config.data_root) for path in manifests.split(",")]
+    scans = [scan(path.strip(), data_config.data_root) for path in manifests.split(",")]
     handle([p for _, problems in scans for p in problems], data_config.on_bad_audio, skipped_path)
     if data_config.long_audio not in ("reject", "chunk"):
         raise ValueError(f"data.long_audio={data_config.long_audio!r} is not 'reject' or 'chunk'")
@@ -420,14 +431,6 @@ def load_utterances(
         write_manifest(path, segments)
         print(f"divided long audio into {len(segments)} segments: see {path}")
     return kept + segments
-
-
-def _scan(path: str, data_root: str) -> tuple[list[Utterance], list[Problem]]:
-    folder, _, split = path.rpartition(":")
-    for place, part in ((path, "train"), (folder, split)):
-        if os.path.exists(os.path.join(place, "dataset_info.json")):
-            return scan_records(place, part)
-    return scan_manifest(path, data_root)
 
 
 def chunk(utterance: Utterance, max_duration: float) -> list[Utterance]:
