@@ -119,7 +119,7 @@ on_workers() {  # all|INDEX COMMAND
 describe() {  # queued-resources|tpu-vm FIELD; MISSING if there is none, UNKNOWN if gcloud failed
   if tpus "$1" describe "$name" --format="value($2)" 2>"$tmp/describe"; then
     return
-  elif grep -qi 'not.\?found' "$tmp/describe"; then
+  elif grep -qiE 'not.?found' "$tmp/describe"; then
     echo MISSING
   else
     echo UNKNOWN
