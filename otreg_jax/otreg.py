@@ -59,7 +59,7 @@ def regularizer(
     center: str | Centering = "none",
     cost: str = "cosine",
     position_weight: float | jax.Array = 0.0,
-    epsilon: float = 0.1,
+    epsilon: float | jax.Array = 0.1,
     num_iters: int = 50,
     speech_tau: float = 1.0,
     plan: str = "ot",
@@ -81,7 +81,7 @@ def regularizer(
         also project out the text's top principal directions; or a `Centering` computed elsewhere.
       cost: "cosine" (1 - cos) or "sqeuclidean" (|x - y|^2; scale `epsilon` with the embeddings).
       position_weight: gamma of (1); enters the plan only. May be traced (a schedule).
-      epsilon: absolute entropic regularization, in units of the cost.
+      epsilon: absolute entropic regularization, in units of the cost. May be traced.
       num_iters: Sinkhorn iterations, always all of them. Watch `marginal_error`.
       speech_tau: rho in (0, 1]: 1 keeps the speech marginal; below 1 speech positions (silence,
         noise) may give up mass at a Kullback-Leibler price of epsilon * rho / (1 - rho).
@@ -231,7 +231,7 @@ def transport_plan(
     a_BS: jax.Array,
     b_BT: jax.Array,
     *,
-    epsilon: float,
+    epsilon: float | jax.Array,
     num_iters: int,
     speech_tau: float = 1.0,
     backend: str = "auto",
@@ -255,13 +255,14 @@ def transport_plan(
     a_BS = jnp.where(nonempty_B[:, None], a_BS, 0.0)
     b_BT = jnp.where(nonempty_B[:, None], b_BT, 0.0)
     valid_BST = (a_BS[:, :, None] > 0) & (b_BT[:, None] > 0)
-    cost_BST = jnp.where(valid_BST, cost_BST.astype(jnp.float32), 0.0)
+    # Solvers see costs in units of epsilon, which leaves them an epsilon of 1.
+    cost_BST = jnp.where(valid_BST, cost_BST.astype(jnp.float32) / epsilon, 0.0)
     solve = BACKENDS["xla" if backend == "auto" else backend]
     cost_BST, a_BS, b_BT = jax.lax.stop_gradient((cost_BST, a_BS, b_BT))
-    return solve(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau)
+    return solve(cost_BST, a_BS, b_BT, num_iters, speech_tau)
 
 
-def _solve_ott(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
+def _solve_ott(cost_BST, a_BS, b_BT, num_iters, speech_tau):
     # min == max: a convergence test would put an all-reduce into the loop of a sharded batch.
     solver = sinkhorn.Sinkhorn(
         lse_mode=True, threshold=0.0, norm_error=1, inner_iterations=num_iters,
@@ -274,26 +275,26 @@ def _solve_ott(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
         a_S = jnp.where(empty, jnp.zeros_like(a_S).at[0].set(1.0), a_S)
         b_T = jnp.where(empty, jnp.zeros_like(b_T).at[0].set(1.0), b_T)
         problem = linear_problem.LinearProblem(
-            geometry.Geometry(cost_matrix=cost_ST, epsilon=epsilon), a_S, b_T, tau_a=speech_tau
+            geometry.Geometry(cost_matrix=cost_ST, epsilon=1.0), a_S, b_T, tau_a=speech_tau
         )
         f_S, g_T = solver(problem).potentials
-        return jnp.where(empty, 0.0, jnp.exp((f_S[:, None] + g_T[None] - cost_ST) / epsilon))
+        return jnp.where(empty, 0.0, jnp.exp(f_S[:, None] + g_T[None] - cost_ST))
 
     return jax.vmap(solve)(cost_BST, a_BS, b_BT)
 
 
-def _solve_xla(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
+def _solve_xla(cost_BST, a_BS, b_BT, num_iters, speech_tau):
     def weighted_sum(kernel_BST, weight, axis):
         equation = {1: "bst,bsi->bit", 2: "bst,bit->bsi"}[axis]
         return jnp.einsum(equation, kernel_BST, weight, precision="highest")
 
     return absorbed_sinkhorn(
         cost_BST, a_BS[:, :, None], b_BT[:, None], weighted_sum,
-        epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau, speech_axis=1,
+        num_iters=num_iters, speech_tau=speech_tau, speech_axis=1,
     )  # fmt: skip
 
 
-def _solve_pallas(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
+def _solve_pallas(cost_BST, a_BS, b_BT, num_iters, speech_tau):
     from otreg_jax import sinkhorn_pallas  # here: this file needs it for this backend alone
 
     def weighted_sum(kernel_BTS, weight, axis):
@@ -301,7 +302,7 @@ def _solve_pallas(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
 
     solve = functools.partial(
         absorbed_sinkhorn, weighted_sum=weighted_sum,
-        epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau, speech_axis=2,
+        num_iters=num_iters, speech_tau=speech_tau, speech_axis=2,
     )  # fmt: skip
     return sinkhorn_pallas.solve_tiles(solve, cost_BST, a_BS, b_BT)
 
@@ -309,37 +310,34 @@ def _solve_pallas(cost_BST, a_BS, b_BT, epsilon, num_iters, speech_tau):
 BACKENDS = {"xla": _solve_xla, "pallas": _solve_pallas, "ott": _solve_ott}
 
 
-def absorbed_sinkhorn(
-    cost, a, b, weighted_sum, *, epsilon, num_iters, speech_tau, speech_axis
-) -> jax.Array:
+def absorbed_sinkhorn(cost, a, b, weighted_sum, *, num_iters, speech_tau, speech_axis) -> jax.Array:
     """Plans by block-absorbed Sinkhorn (Schmitzer 2019, "Stabilized sparse scaling algorithms").
 
     Log-domain iterations pay an exponential for every entry every time. Here the first iteration is
-    exact, in the log domain; then the potentials f, g (in units of epsilon) are absorbed into the
-    kernel exp(f + g - C / epsilon), exponentiated once for a block of iterations that only multiply
-    and sum; their scalings u, v are folded back into f, g.
+    exact, in the log domain; then the potentials f, g are absorbed into the kernel exp(f + g - C),
+    exponentiated once for a block of iterations that only multiply and sum; their scalings u, v are
+    folded back into f, g.
 
-    Nothing overflows at any epsilon. With masses of at least 1/S and 1/T, the first iteration
+    Nothing overflows at any cost. With masses of at least 1/S and 1/T, the first iteration
     leaves column sums between 1/(S T) and 1, so an iteration changes a scaling by a factor between
     1/max(S, T) and max(S, T); a block is as long as the product of such factors fits float32.
 
-    Costs are [B, S, T] or, with `speech_axis=2`, [B, T, S]; a, f, u (speech) and b, g, v (text)
-    broadcast against them. `weighted_sum(kernel, weight, axis)` is the sum of their product over
-    an axis, which is kept.
+    Costs, in units of epsilon, are [B, S, T] or, with `speech_axis=2`, [B, T, S]; a, f, u (speech)
+    and b, g, v (text) broadcast against them. `weighted_sum(kernel, weight, axis)` is the sum of
+    their product over an axis, which is kept.
     """
     text_axis = 3 - speech_axis
     block = max(1, int(80 / math.log(max(*cost.shape[1:], 2))) - 1)
-    log_kernel = -cost / epsilon
     log_sum_exp = functools.partial(jax.nn.logsumexp, keepdims=True)
 
     f = jnp.where(a > 0, 0.0, -jnp.inf)  # padding has potentials -inf throughout
-    g = jnp.where(b > 0, jnp.log(b) - log_sum_exp(log_kernel + f, speech_axis), -jnp.inf)
-    f = jnp.where(a > 0, jnp.log(a) - log_sum_exp(log_kernel + g, text_axis), -jnp.inf)
+    g = jnp.where(b > 0, jnp.log(b) - log_sum_exp(f - cost, speech_axis), -jnp.inf)
+    f = jnp.where(a > 0, jnp.log(a) - log_sum_exp(g - cost, text_axis), -jnp.inf)
     f = speech_tau * f
 
     def run_block(num_iters, potentials):
         f, g = potentials
-        kernel = jnp.exp(log_kernel + f + g)
+        kernel = jnp.exp(f + g - cost)
 
         def iterate(_, scalings):
             u, v = scalings
@@ -357,7 +355,7 @@ def absorbed_sinkhorn(
     blocks, rest = divmod(num_iters - 1, block)
     f, g = jax.lax.fori_loop(0, blocks, lambda _, fg: run_block(block, fg), (f, g))
     f, g = run_block(rest, (f, g)) if rest else (f, g)
-    return jnp.exp(log_kernel + f + g)
+    return jnp.exp(f + g - cost)
 
 
 def _normalize(weight_BN: jax.Array) -> jax.Array:
@@ -393,7 +391,7 @@ def _check_options(
     ):
         if not isinstance(value, Centering) and value not in known:
             problems.append(f"{name}={value!r} is not one of {', '.join(known)}")
-    if not epsilon > 0:
+    if isinstance(epsilon, (int, float)) and epsilon <= 0:
         problems.append(f"epsilon={epsilon} must be above 0")
     if num_iters < 1:
         problems.append(f"num_iters={num_iters} must be at least 1")
