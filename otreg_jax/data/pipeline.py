@@ -2,10 +2,10 @@
 
 An epoch is a seeded permutation of the utterances, dealt into buckets: a few shapes (mel frames,
 transcript tokens), each compiled once. What does not fill a batch of its bucket moves up to the
-next one, and the last batch of the epoch is completed by repeating utterances: nothing is dropped,
-and an epoch is always ceil(utterances / batch_size) steps. The rows of every global batch are fixed
-before each host takes its own: any number of hosts and workers, and a restart at any step, see the
-same.
+next one; a few utterances, drawn twice, make the number a multiple of the batch size. So nothing is
+dropped, and an epoch is always ceil(utterances / batch_size) steps. The rows of every global batch
+are fixed before each host takes its own: any number of hosts and workers, and a restart at any
+step, see the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +46,7 @@ class Plan(NamedTuple):
 
     rows_SB: np.ndarray  # int [steps, batch_size], rows of the corpus
     speed_SB: np.ndarray  # float, how many times as fast each is played
+    repeated_SB: np.ndarray  # bool, whether the draw is one too many
     bucket_S: np.ndarray  # int, the shape of each batch
 
 
@@ -146,8 +147,9 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields every utterance once, short ones first, without augmentation.
 
-    Arguments, batches and errors as for `train_batches`. The last batch is completed with fillers:
-    repeated utterances with index -1 and token_length 0. All hosts yield equally many batches.
+    Arguments, batches and errors as for `train_batches`. Fillers make the number a multiple of the
+    batch size: repeated utterances with index -1 and token_length 0. All hosts yield equally many
+    batches.
     """
     corpus = _tokenize(utterances, tokenizer)
     rows_N = _within_token_limit(corpus, data_config, skipped_path)
@@ -155,12 +157,11 @@ def eval_batches(
     frames_N, tokens_N = _frames(corpus.samples[rows_N]), corpus.token_length[rows_N]
     buckets = choose_buckets(frames_N, tokens_N, data_config.num_buckets)
     plan = _deal(corpus, rows_N, np.ones(len(rows_N)), buckets, batch_size)
-    repeated_SB = (np.arange(plan.rows_SB.size) >= len(rows_N)).reshape(plan.rows_SB.shape)
     mine = _share(batch_size, host_index, host_count)
     read = _reader(corpus, rows_N, data_config, None, skipped_path)
 
     def batch(step: int) -> Batch:
-        rows_B, repeated_B = plan.rows_SB[step, mine], repeated_SB[step, mine]
+        rows_B, repeated_B = plan.rows_SB[step, mine], plan.repeated_SB[step, mine]
         examples = [read(row, 1.0, None) for row in rows_B]
         made = _assemble(corpus, rows_B, examples, buckets[plan.bucket_S[step]], data_config)
         made["index"] = np.where(repeated_B, -1, made["index"]).astype(np.int32)
@@ -285,25 +286,25 @@ def _draw(groups, temperature: float, seed: int, epoch: int) -> np.ndarray:
 def _deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:
     """Deals draws, in order, into batches of one bucket each, narrow buckets first.
 
-    Flattened, the rows are all draws once, then those that complete the last batch.
+    The first draws are repeated as often as it takes to fill every batch.
     """
+    dealt = np.arange(-(-len(draws_N) // batch_size) * batch_size)
+    rows, speed = np.resize(draws_N, len(dealt)), np.resize(speed_N, len(dealt))
     frames, tokens = np.array(buckets).T
-    bucket_N = np.maximum(
-        np.searchsorted(frames, _frames(corpus.samples[draws_N], speed_N)),
-        np.searchsorted(tokens, corpus.token_length[draws_N]),
+    bucket = np.maximum(
+        np.searchsorted(frames, _frames(corpus.samples[rows], speed)),
+        np.searchsorted(tokens, corpus.token_length[rows]),
     )
-    batches, bucket_S, left = [], [], np.zeros(0, int)
-    for bucket in range(len(buckets)):
-        waiting = np.concatenate([left, np.flatnonzero(bucket_N == bucket)])
+    batches, bucket_S, left = [], [], dealt[:0]
+    for b in range(len(buckets)):
+        waiting = np.concatenate([left, dealt[bucket == b]])
         full = len(waiting) // batch_size * batch_size
         batches.append(waiting[:full])
-        bucket_S += [bucket] * (full // batch_size)
+        bucket_S += [b] * (full // batch_size)
         left = waiting[full:]
-    if len(left):
-        batches += [left, np.resize(np.arange(len(draws_N)), batch_size - len(left))]
-        bucket_S.append(len(buckets) - 1)
     dealt_SB = np.concatenate(batches).reshape(-1, batch_size)
-    return Plan(draws_N[dealt_SB], speed_N[dealt_SB], np.array(bucket_S))
+    repeated_SB = dealt_SB >= len(draws_N)
+    return Plan(rows[dealt_SB], speed[dealt_SB], repeated_SB, np.array(bucket_S))
 
 
 def _share(batch_size: int, host_index: int, host_count: int) -> slice:
