@@ -131,16 +131,16 @@ def measure_speed(variants) -> dict:
         "log_mel_128": per_cpu_second(lambda: [features.log_mel(a, 128) for a in audio], seconds),
     }
     for name, utterances in variants.items():
-        load = lambda utterances=utterances: [sources.load_audio(u) for u in utterances]  # noqa: E731
+        load = lambda utterances=utterances: [sources.load_audio(u) for u in utterances]
         rates[f"read_{name}"] = per_cpu_second(load, seconds)
     # Loaders take turns, so that a slow minute of the machine meets all of them.
     for name, utterances in variants.items():
-        ours = lambda utterances=utterances: drain(our_loader(utterances, 16, 0))  # noqa: E731
+        ours = lambda utterances=utterances: drain(our_loader(utterances, 16, 0))
         rates[f"batches_{name}"] = per_cpu_second(ours, seconds)
         if name != "array_record":
-            torch = lambda utterances=utterances: drain(torch_loader(utterances, 16, 0))  # noqa: E731
+            torch = lambda utterances=utterances: drain(torch_loader(utterances, 16, 0))
             rates[f"batches_torch_{name}"] = per_cpu_second(torch, seconds)
-    in_step = lambda: drain(our_loader(variants["array_record"], 16, 0, features="step"))  # noqa: E731
+    in_step = lambda: drain(our_loader(variants["array_record"], 16, 0, features="step"))
     rates["batches_array_record_features_in_step"] = per_cpu_second(in_step, seconds)
     for name in ("manifest", "flac"):
         torch_rate = rates[f"batches_torch_{name}"]

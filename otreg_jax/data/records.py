@@ -54,7 +54,7 @@ def schema(folder: str) -> Schema:
     audio = [name for name, kind in classes.items() if kind == "Audio"]
     audio += [name for name in ("audio", "speech") if classes.get(name) == "Tensor"]
     strings = [name for name, kind in classes.items() if kind == "Text"]
-    first = lambda names: next((name for name in names if name in strings), "")  # noqa: E731
+    first = lambda names: next((name for name in names if name in strings), "")
     if not audio or not first(_TEXT):
         raise ValueError(f"{folder}: no audio or no transcript among {', '.join(sorted(features))}")
     details = features[audio[0]].get("audio", {})
