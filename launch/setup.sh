@@ -18,14 +18,17 @@ die() {
   exit 1
 }
 
-find_python() {
-  local candidate candidates=(python3 python3.13 python3.12 python3.11 python)
+python_version() {  # of the interpreter $1, as 3.12; fails if it is too old or not there
+  "$1" -c 'import sys
+assert sys.version_info >= (3, 11)
+print(*sys.version_info[:2], sep=".")' 2>/dev/null
+}
+
+find_python() {  # sets python and version
+  local candidates=(python3 python3.13 python3.12 python3.11 python)
   [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
-  for candidate in "${candidates[@]}"; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      echo "$candidate"
-      return
-    fi
+  for python in "${candidates[@]}"; do
+    version=$(python_version "$python") && return
   done
   die "Python 3.11 or newer is needed; tried: ${candidates[*]}." \
     "Install one (Ubuntu: sudo apt install python3.12 python3.12-venv; without root: uv python" \
@@ -43,10 +46,6 @@ find_accelerator() {
   fi
 }
 
-python_version() {
-  "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null
-}
-
 [[ -f $requirements ]] || die "there is no $requirements; there are: $(echo requirements*.txt)"
 accelerator=${OTREG_ACCELERATOR:-$(find_accelerator)}
 case $accelerator in
@@ -60,8 +59,7 @@ case $accelerator in
   *) die "OTREG_ACCELERATOR is '$accelerator'; use cpu, cuda or tpu" ;;
 esac
 
-python=$(find_python)
-version=$(python_version "$python")
+find_python
 key="$version ${jax_extra:-cpu} $(cat requirements*.txt setup.py | cksum)"
 
 if command -v flock >/dev/null; then  # two launches at once must not install over each other

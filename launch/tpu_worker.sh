@@ -2,6 +2,7 @@
 # What train_tpu.sh runs on each worker of a TPU slice.
 #
 #   tpu_worker.sh setup           make the environment
+#   tpu_worker.sh stop            end a training that still runs, giving it time to save
 #   tpu_worker.sh running         succeeds while training runs here
 #   tpu_worker.sh start [FLAG …]  start otreg_jax.train detached, unless it runs already
 #   tpu_worker.sh follow          print train.log until training ends
@@ -21,6 +22,10 @@ run() {
   echo "$status" >train.exit
 }
 
+wait_for_end() {
+  timeout "$1" tail -f -s 0.1 --pid="$(cat train.pid)" /dev/null
+}
+
 case $1 in
   setup)
     # Ubuntu 22.04 images come with Python 3.10; uv brings a newer one without root.
@@ -33,6 +38,12 @@ case $1 in
     fi
     OTREG_ACCELERATOR=tpu bash launch/setup.sh
     ;;
+  stop)
+    if running; then
+      pkill -TERM -P "$(cat train.pid)" || true
+      wait_for_end 120 || pkill -KILL -P "$(cat train.pid)" || true
+    fi
+    ;;
   running) running ;;
   start)
     # Detached, because training must outlive the ssh connection; and only once, because gcloud
@@ -43,9 +54,9 @@ case $1 in
     echo $! >train.pid
     ;;
   run) run "${@:2}" ;;
-  follow) tail -n +1 -F -s 0.5 --pid="$(cat train.pid)" train.log ;;
+  follow) tail -n +1 -F -s 0.1 --pid="$(cat train.pid)" train.log ;;
   finish)
-    timeout "${OTREG_FINISH_SECONDS:-300}" tail -f -s 0.5 --pid="$(cat train.pid)" /dev/null || true
+    wait_for_end "${OTREG_FINISH_SECONDS:-300}" || true
     if running; then echo exit=running; else echo "exit=$(cat train.exit 2>/dev/null || echo lost)"; fi
     ;;
   log) sed "s/^/$(hostname): /" train.log ;;

@@ -233,12 +233,13 @@ get_tpu() {  # returns when the TPU is ready
 
 # ---------------------------------------------------------------- training
 worker="bash otreg_jax/launch/tpu_worker.sh"
+unpack="mkdir -p otreg_jax && tar -xzf otreg_jax.tar.gz -C otreg_jax"
 start="$worker start $(show --config="$config" --workdir="$workdir" \
   ${train_flags[@]+"${train_flags[@]}"})"
 
 prepare() {
   tpus tpu-vm scp "$tmp/otreg_jax.tar.gz" "$name:" --worker=all &&
-    on_workers all "mkdir -p otreg_jax && tar -xzf otreg_jax.tar.gz -C otreg_jax && $worker setup"
+    on_workers all "$unpack && $worker stop && $worker setup"
 }
 
 collect_logs() {
@@ -264,12 +265,15 @@ while true; do
   on_workers 0 "$worker follow" || say "lost the connection to worker 0"
 
   [[ $(tpu_state) == READY ]] || continue
-  codes=$(on_workers all "$worker finish" | sed -n 's/^exit=//p' | sort -u | tr '\n' ' ')
+  codes=$(on_workers all "$worker finish" | sed -n 's/^exit=//p' | sort -u | tr '\n' ' ') || codes=''
   [[ ! $dry_run ]] || codes='0 '
   collect_logs || say "could not collect the logs"
   case " $codes" in
     ' 0 ') break ;;
-    ' ' | *' running '*) say "training still runs; following it again" && sleep "$poll" ;;
+    ' ' | *' running '*)  # follow again, unless worker 0 has ended without the others
+      on_workers 0 "$worker running" || count_restart "not all workers have ended"
+      sleep "$poll"
+      ;;
     *' 75 '* | *' lost '*) count_restart "training was interrupted (exit codes: $codes)" ;;
     *) die "training failed (exit codes: $codes); see $logs/$restarts.log" ;;
   esac

@@ -51,6 +51,7 @@ case "$*" in
       until grep -q follow "$FAKE/calls"; do sleep 0.1; done
       echo SUSPENDED >"$FAKE/state" && exit 143
     fi
+    if [[ $code == killed ]]; then kill -9 "$PPID" && exit 1; fi
     if [[ $code == wait ]]; then until [[ -e $FAKE/go ]]; do sleep 0.1; done && exit 0; fi
     exit "${code:-0}" ;;
   *) record "$(basename "$0")" "$@" && echo "$(basename "$0") $*" ;;
@@ -140,7 +141,7 @@ def launch(script, *arguments, code=0):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == code, done.stdout
     return done.stdout
@@ -157,7 +158,7 @@ def verbs(fake):
     """What was asked of gcloud that changes something, e.g. ["create", "scp", "ssh start"]."""
     found = []
     for call in calls(fake, "gcloud"):
-        command = re.search(r"tpu_worker.sh (\w+)", " ".join(call))
+        command = re.search(r".*tpu_worker.sh (\w+)", " ".join(call))
         found.append(f"{call[3]} {command[1]}" if command else call[3])
     return [verb for verb in found if verb not in ("describe", "ssh running")]
 
@@ -377,6 +378,22 @@ def test_tpu_request_is_repeated_without_capacity_but_not_without_permission(fak
     assert "gcloud refused the request" in launch("train_tpu.sh", *TPU, code=1)
 
 
+def test_tpu_worker_left_behind_is_stopped_before_the_restart(fake, monkeypatch):
+    monkeypatch.setenv("OTREG_FINISH_SECONDS", "0.5")
+    (fake / "train").write_text("75\nwait\n")  # worker 0 leaves, worker 1 stays
+    printed = launch("train_tpu.sh", *TPU)
+    assert "not all workers have ended; restart 1 of 20" in printed
+    assert len(calls(fake, "train")) == 4
+    assert verbs(fake) == ["create", *ATTEMPT, *ATTEMPT, "delete"]
+
+
+def test_tpu_run_killed_with_its_shell_is_started_again(fake):
+    (fake / "train").write_text("killed\n")
+    printed = launch("train_tpu.sh", *TPU)
+    assert "training was interrupted (exit codes: 0 lost )" in printed
+    assert len(calls(fake, "train")) == 4
+
+
 def test_tpu_copy_that_fails_is_repeated(fake):
     (fake / "scp").write_text("fail\n")
     launch("train_tpu.sh", *TPU)
@@ -395,21 +412,21 @@ def test_tpu_ctrl_c_leaves_training_and_the_same_command_follows_it_again(fake):
             text=True,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while verbs(fake).count("ssh follow") < count and time.monotonic() < deadline:
             time.sleep(0.05)
         return process
 
     first = start_and_wait_for_follow(1)
     os.killpg(first.pid, signal.SIGINT)
-    printed = first.communicate(timeout=20)[1]
+    printed = first.communicate(timeout=60)[1]
     assert first.returncode == 130
     assert "run (READY) STILL EXISTS" in printed
     assert f"follow it again: {' '.join(command)}" in printed
 
     second = start_and_wait_for_follow(2)
     (fake / "go").touch()
-    printed = second.communicate(timeout=20)[1]
+    printed = second.communicate(timeout=60)[1]
     assert second.returncode == 0, printed
     assert "training is already running on run; following it" in printed
     assert len(calls(fake, "train")) == 2
