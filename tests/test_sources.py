@@ -83,6 +83,7 @@ def test_every_bad_line_is_listed_at_once(tmp_path, good):
         good | {"audio_filepath": "../good.wav"},
         good | {"duration": "long"},
         {"audio_filepath": "empty.wav", "text": "no duration, no header"},
+        good | {"words": ["hello", 0.0]},
     ]
     path = write_lines(tmp_path / "m.jsonl", lines)
     utterances, problems = sources.scan_manifest(path)
@@ -99,12 +100,13 @@ def test_every_bad_line_is_listed_at_once(tmp_path, good):
         (10, "outside_root"),
         (11, "bad_value"),
         (12, "unreadable"),
+        (13, "bad_value"),
     ]
     with pytest.raises(ValueError) as error:
         sources.read_manifest(path)
     message = str(error.value)
-    assert message.startswith("11 unusable utterances (")
-    assert all(f"{path}:{number}: " in message for number in range(2, 13))
+    assert message.startswith("12 unusable utterances (")
+    assert all(f"{path}:{number}: " in message for number in range(2, 14))
     for part in ("'text'", "absent.wav", "already in", "'long'", "on_bad_audio=skip"):
         assert part in message
 

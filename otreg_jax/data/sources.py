@@ -196,21 +196,27 @@ def _parse_line(
         lang=str(line.get("lang") or ""),
         speaker=str(line.get("speaker") or ""),
         where=where,
-        words=tuple(tuple(word) for word in line.get("words") or ()),
+        words=_word_times(line.get("words") or []),
     )
+
+
+def _word_times(words) -> tuple[tuple[str, float, float], ...]:
+    try:
+        return tuple((str(word), float(start), float(end)) for word, start, end in words)
+    except (TypeError, ValueError):
+        raise BadAudio("bad_value", "words is not [[word, start, end], ...] in seconds") from None
 
 
 def _resolve(audio: str, root: str, strict: bool) -> str:
     """The path of an audio file named in a manifest; relative paths must stay below root."""
-    absolute = "://" in audio or os.path.isabs(audio) or audio.startswith(records.PREFIX)
-    path = audio if absolute else posixpath.join(root, audio)
-    if ".." in audio or (
-        absolute and strict
-    ):  # the rare case: a string operation per line otherwise
-        inside = posixpath.normpath(path).startswith(posixpath.normpath(root).rstrip("/") + "/")
-        if not inside and (strict or not absolute):
+    if "://" in audio or os.path.isabs(audio) or audio.startswith(records.PREFIX):
+        inside = posixpath.normpath(audio).startswith(posixpath.normpath(root).rstrip("/") + "/")
+        if strict and not inside:
             raise BadAudio("outside_root", f"{audio} lies outside of {root}")
-    return path
+        return audio
+    if posixpath.normpath(audio).startswith(".."):
+        raise BadAudio("outside_root", f"{audio} lies outside of {root}")
+    return posixpath.join(root, audio)
 
 
 def _split_missing(utterances: list[Utterance]) -> tuple[list[Utterance], list[Problem]]:
