@@ -9,6 +9,7 @@ results.json, hypotheses.jsonl (a line an utterance), figures.npz and report.htm
 """
 
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from absl import flags, logging
+from absl import flags
 from jax.experimental import multihost_utils
 
 from otreg_jax import build, decoding, metrics, otreg, report, sharding
@@ -98,13 +99,18 @@ def evaluate(
         run.config.decode.max_tokens or 2 * longest + 8, beam_width, length_penalty, no_repeat_ngram
     )
     layer = run.config.otreg.layer
-    settings = {"decode": decode._asdict(), "layer": layer, "in_domain": list(in_domain)}
+    settings = {
+        "decode": decode._asdict(),
+        "layer": layer,
+        "in_domain": list(in_domain),
+        "utterances": _fingerprint(utterances),
+    }
     results, rows, figures = _evaluate_run(run, workdir, utterances, decode, settings, batch_size)
 
     runs = [_column(workdir, run.config, results, rows, figures)]
     results["compare"] = {}
     for other in compare:
-        stored = _stored(other, utterances, settings)
+        stored = _stored(other, settings)
         if stored is None:
             their_run = build.load_run(other)
             stored = _evaluate_run(their_run, other, utterances, decode, settings, batch_size)
@@ -132,16 +138,16 @@ def load_sets(config, workdir, manifests: str = "") -> tuple[Sets, list[sources.
         if manifests:
             paths = sets.test_manifests(manifests)
         scans = {
-            name: sources.scan_manifest(path, config.data.data_root, require_text=False)
+            name: sources.scan(path, config.data.data_root, require_text=False)
             for name, path in paths.items()
         }
         utterances = {name: found for name, (found, _) in scans.items() if found}
         problems = [problem for _, bad in scans.values() for problem in bad]
     else:
-        utterances = sets.load_sets(config, sets.cache_dir(config, workdir))
+        utterances = sets.load_synthetic(config, workdir)
         utterances.pop("train")
         problems = []
-    longest = config.data.max_duration
+    longest = sets.max_seconds(config)
     for name, found in utterances.items():
         problems += [
             sources.Problem("too_long", u.where, f"{u.id} is {u.duration:.1f} s, over {longest:g}")
@@ -304,7 +310,7 @@ def score_rows(rows: Sequence[dict], in_domain: Sequence[str]) -> dict[str, dict
 
 def compare_rows(ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, dict[str, Any]]:
     """`metrics.paired_difference` of every set over the utterances that both have."""
-    key = lambda row: (row["set"], row["id"])  # noqa: E731
+    key = lambda row: (row["set"], row["id"])
     others = {key(row): row for row in theirs}
     differences = {}
     for name in dict.fromkeys(row["set"] for row in ours):
@@ -342,11 +348,11 @@ def measure(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
     for name, found in samples.items():
         if not found:
             continue
-        pad = lambda x, size: np.pad(  # noqa: E731
+        pad = lambda x, size: np.pad(
             x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]
         )
         # One shape for all sets: one compilation.
-        stack = lambda field, size, found=found, pad=pad: pad(  # noqa: E731
+        stack = lambda field, size, found=found, pad=pad: pad(
             np.stack([pad(getattr(sample, field), size) for sample in found]), NUM_MEASURED
         )
         lengths = [[len(s.speech_SD) for s in found], [len(s.ids_T) for s in found]]
@@ -377,7 +383,7 @@ def alignment(speech_BSD, text_BTD, ids_BT, speech_length_B, text_length_B):
         speech_BSD, text_BTD, speech_mask_BS, text_mask_BT, center=center, **MEASURED_PLAN
     )
     plan_BST = out.plan
-    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)  # noqa: E731
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
 
     # Token retrieval: the barycentre of a token's speech looks for its nearest transcript token.
     speech = otreg.remove_common(speech_BSD, speech_mask_BS, center)
@@ -453,23 +459,26 @@ def _column(workdir, config, results, rows, figures) -> report.Run:
     )  # fmt: skip
 
 
-def _stored(workdir, utterances: Sets, settings):
+def _stored(workdir, settings):
     """(results, rows, figures) of an earlier evaluation, if it answers the same question."""
     out = Path(workdir) / "eval"
     names = ("results.json", "hypotheses.jsonl", "figures.npz")
     if not all((out / name).exists() for name in names):
         return None
     results = json.loads((out / "results.json").read_text())
+    steps = [int(p.name) for p in (Path(workdir) / "checkpoints").glob("[0-9]*") if p.is_dir()]
+    asked = settings | {"step": max(steps, default=None)}
+    if any(results.get(key) != value for key, value in asked.items()):
+        return None
     lines = (out / "hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    asked = [(name, u.id, u.text) for name, found in utterances.items() for u in found]
-    answered = [(row["set"], row["id"], row["reference"]) for row in rows]
-    steps = [int(p.name) for p in (Path(workdir) / "checkpoints").glob("[0-9]*") if p.is_dir()]
-    same = all(results.get(key) == value for key, value in settings.items())
-    if not same or asked != answered or results["step"] != max(steps, default=None):
-        return None
     print(f"{workdir}: using its evaluation of step {results['step']}")
     return results, rows, dict(np.load(out / "figures.npz"))
+
+
+def _fingerprint(utterances: Sets) -> str:
+    asked = [(name, u.id, u.text, u.duration) for name, found in utterances.items() for u in found]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def _notes(results, skipped_path) -> list[str]:
@@ -522,17 +531,8 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def quiet_and_cached() -> None:
-    """What every entry point sets: warnings only, and compiled programs kept between processes."""
-    logging.set_verbosity(logging.WARNING)
-    if not jax.config.jax_compilation_cache_dir:
-        cache = os.path.expanduser("~/.cache/otreg_jax")
-        jax.config.update("jax_compilation_cache_dir", cache)
-
-
 def main(argv):
     del argv
-    quiet_and_cached()
     results = evaluate(
         _WORKDIR.value, compare=_COMPARE.value, manifests=_SETS.value, in_domain=_IN_DOMAIN.value,
         batch_size=_BATCH_SIZE.value, beam_width=_BEAM.value, length_penalty=_PENALTY.value,

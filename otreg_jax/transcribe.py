@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otreg_jax import build, decoding, evaluate
-from otreg_jax.data import sources
+from otreg_jax import config as config_lib
+from otreg_jax.data import sets, sources
 
 MIN_CHUNK = 0.5  # of the longest allowed: where the search for a quiet moment begins
 QUIET_WINDOW = 0.2  # seconds over which loudness is averaged
@@ -54,7 +55,7 @@ def transcribe(
     Returns:
       {path: segments in order of time} and {path: reason} of the files that could not be read.
     """
-    limit = min(chunk_seconds or np.inf, run.config.data.max_duration)
+    limit = min(chunk_seconds or np.inf, sets.max_seconds(run.config))
     pieces, failures = [], {}
     for path in paths:
         try:
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunk_seconds", type=float, help="longest piece decoded at once")
     parser.add_argument("--batch_size", type=int, default=16)
     options = parser.parse_args(arguments)
-    evaluate.quiet_and_cached()
+    config_lib.quiet_and_cached()
     try:
         paths = expand(options.files, sys.stdin)
         if (options.srt or options.vtt) and len(paths) != 1:

@@ -1,0 +1,224 @@
+"""Evaluation and transcription from a run directory alone."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from toy_run import make_run, write_set
+
+from otreg_jax import build, decoding, evaluate, sharding, transcribe
+from otreg_jax.data import sources
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    dev, other = write_set(folder / "dev", 9, seed=0), write_set(folder / "other", 5, seed=1)
+    (folder / "other" / "1.wav").write_bytes(b"not audio")
+    for name, seed in (("ours", 0), ("theirs", 1)):
+        make_run(folder / name, dev=dev, test=f"other voices={other}", seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(runs):
+    return evaluate.evaluate(runs / "ours", compare=[runs / "theirs"], batch_size=8)
+
+
+def test_every_set_is_scored_and_marked(runs, results):
+    stored = json.loads((runs / "ours" / "eval" / "results.json").read_text())
+    assert stored["step"] == 3 and list(stored["sets"]) == ["dev", "other voices"]
+    dev, other = stored["sets"].values()
+    assert (dev["n"], dev["in_domain"], other["n"], other["in_domain"]) == (9, True, 4, False)
+    for row in (dev, other):
+        assert row["wer"] > 0 and row["interval"][0] <= row["wer"] <= row["interval"][1]
+        assert set(row["alignment"]) == {
+            "transport_cost", "marginal_error", "entropy", "nearest_cosine",
+            "retrieval_accuracy", "monotonicity", "centroid_distance",
+        }  # fmt: skip
+        assert np.isfinite(list(row["alignment"].values())).all()
+    rows = [json.loads(x) for x in (runs / "ours/eval/hypotheses.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in rows if r["set"] == "dev"] == [f"utt-{i}" for i in range(9)]
+    assert sum(r["errors"] for r in rows if r["set"] == "dev") == pytest.approx(
+        dev["wer"] * dev["words"]
+    )
+
+
+def test_unreadable_audio_is_reported_and_not_fatal(runs, results):
+    skipped = (runs / "ours" / "eval" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["where"].rpartition("/")[2] for line in skipped] == ["set.jsonl:2"]
+    assert "Not evaluated" in (runs / "ours" / "eval" / "report.html").read_text()
+
+
+def test_compared_run_has_its_own_results_and_paired_intervals(runs, results):
+    differences = results["compare"][str(runs / "theirs")]
+    theirs = json.loads((runs / "theirs" / "eval" / "results.json").read_text())
+    for name, row in results["sets"].items():
+        low, high = differences[name]["interval"]
+        assert differences[name]["difference"] == pytest.approx(
+            row["wer"] - theirs["sets"][name]["wer"]
+        )
+        assert low <= differences[name]["difference"] <= high
+    page = (runs / "ours" / "eval" / "report.html").read_text()
+    assert page.count("<svg class='plan'") == 4  # two sets, two runs
+    table = evaluate.table(results)
+    assert "other voices" in table and "- theirs" in table
+
+
+def test_finished_evaluation_of_a_compared_run_is_used_again(runs, results, capsys):
+    path = runs / "theirs" / "eval" / "hypotheses.jsonl"
+    before = path.stat().st_mtime_ns
+    again = evaluate.evaluate(runs / "ours", compare=[runs / "theirs"], batch_size=8)
+    assert again == results
+    assert path.stat().st_mtime_ns == before
+    assert "using its evaluation of step 3" in capsys.readouterr().out
+
+
+def test_other_sets_can_be_named(runs, tmp_path):
+    silence = write_set(tmp_path / "silence", 3, seed=5, texts=("",), lang="de")
+    results = evaluate.evaluate(
+        runs / "ours", manifests=f"silence={silence}", in_domain=["silence"], batch_size=8
+    )
+    row = results["sets"]["silence"]
+    assert row["in_domain"] and row["empty_references"] == 3 and "alignment" not in row
+    with pytest.raises(ValueError, match="no set speech; there are silence"):
+        evaluate.evaluate(runs / "ours", manifests=f"silence={silence}", in_domain=["speech"])
+
+
+def test_what_is_wrong_is_said(runs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run here"):
+        evaluate.evaluate(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such manifest"):
+        evaluate.evaluate(runs / "ours", manifests="x=missing.jsonl")
+    make_run(tmp_path / "bare", dev="")
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate.evaluate(tmp_path / "bare")
+
+
+def test_eight_devices_evaluate_as_one(runs, results):
+    run = build.load_run(runs / "ours")
+    assert run.mesh.size == 8
+    utterances, _ = evaluate.load_sets(run.config, runs / "ours")
+    one = jax.make_mesh(
+        (1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    alone = run._replace(
+        mesh=one, params=jax.device_put(run.params, NamedSharding(one, P()))
+    )
+    settings = decoding.Settings(6)
+    rows = [
+        evaluate.decode_sets(r, utterances, settings, 0, 8, runs / "skipped.jsonl", "")[0]
+        for r in (run, alone)
+    ]
+    for eight, single in zip(*rows, strict=True):
+        assert eight["score"] == pytest.approx(single["score"], abs=1e-4)
+        assert {**eight, "score": 0} == {**single, "score": 0}
+    assert len({row["hypothesis"] for row in rows[0]}) > 1
+
+
+def test_alignment_figures_of_a_known_alignment():
+    # Every token is said by four speech positions in its own direction, the third token twice.
+    T, S, D = 6, 24, 8
+    text = np.zeros((2, T, D), np.float32)
+    text[0, np.arange(T), [0, 1, 2, 3, 4, 2]] = text[1, np.arange(T), [5, 6, 7, 0, 1, 2]] = 1.0
+    ids = text.argmax(axis=-1)
+    speech = np.repeat(text, S // T, axis=1) + 0.5
+    lengths = (np.array([S, S]), np.array([T, T]))
+    figures, plan = evaluate.alignment(speech - 0.5, text, ids, *lengths)
+    assert figures["retrieval_accuracy"] == 1.0
+    assert figures["monotonicity"] > 0.8
+    assert figures["centroid_distance"] == pytest.approx(0, abs=1e-6)
+    assert figures["transport_cost"] < 0.02
+    np.testing.assert_allclose(plan.sum(axis=(1, 2)), 1, atol=1e-4)
+    reversed_figures, _ = evaluate.alignment(speech[:, ::-1] - 0.5, text, ids, *lengths)
+    assert reversed_figures["monotonicity"] == pytest.approx(
+        -float(figures["monotonicity"]), abs=1e-3
+    )
+    shifted, _ = evaluate.alignment(speech, text, ids, *lengths)
+    assert shifted["centroid_distance"] > 0.3
+
+    pad = lambda x: np.pad(x, [(0, 1), (0, 3), *[(0, 0)] * (x.ndim - 2)])
+    padded = [pad(x) for x in (speech - 0.5, text, ids)]
+    padded[0][0, S:] = padded[1][0, T:] = np.nan
+    same, _ = evaluate.alignment(*padded, *(np.append(length, 0) for length in lengths))
+    for name, value in figures.items():
+        assert same[name] == pytest.approx(float(value), abs=1e-4), name
+
+
+# Transcription ---------------------------------------------------------------------------------
+
+
+def test_cuts_lie_at_the_quietest_moments():
+    rng = np.random.default_rng(0)
+    audio = rng.normal(size=16000 * 10).astype(np.float32)
+    for quiet in (2.5, 5.0, 7.2):
+        audio[int(16000 * (quiet - 0.2)) : int(16000 * (quiet + 0.2))] *= 0.01
+    edges = transcribe.quiet_cuts(audio, 16000, limit=3.0)
+    assert edges[0] == 0 and edges[-1] == 10
+    np.testing.assert_allclose(edges[1:4], [2.5, 5.0, 7.2], atol=0.15)
+    assert max(np.diff(edges)) <= 3.0 + 1e-6
+    assert transcribe.quiet_cuts(audio[:32000], 16000, limit=3.0) == [0, 2]
+    noise = transcribe.quiet_cuts(np.ones(16000 * 20, np.float32), 16000, limit=3.0)
+    assert max(np.diff(noise)) <= 3.0 + 1e-6
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audio")
+    rng = np.random.default_rng(3)
+    soundfile.write(folder / "short.wav", rng.normal(size=12000) * 0.1, 16000)
+    soundfile.write(folder / "long.flac", rng.normal(size=(44100 * 5, 2)) * 0.1, 44100)
+    (folder / "broken.wav").write_bytes(b"RIFF")
+    return folder
+
+
+def test_files_are_transcribed_whole(runs, audio, capsys, monkeypatch):
+    command = [f"--workdir={runs / 'ours'}"]
+    files = [str(audio / "*.wav"), str(audio / "long.flac")]
+    assert transcribe.main([*command, *files, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert "broken.wav cannot be read as audio" in err
+    short, long = map(json.loads, out.splitlines())
+    assert short["file"].endswith("short.wav") and len(short["segments"]) == 1
+    pieces = long["segments"]
+    assert [p["start"] for p in pieces[1:]] == [p["end"] for p in pieces[:-1]]
+    assert pieces[0]["start"] == 0 and pieces[-1]["end"] == pytest.approx(5.0)
+    assert all(p["end"] - p["start"] <= 2.0 for p in pieces)
+    assert long["text"] == " ".join(p["text"] for p in pieces if p["text"])
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{audio / 'short.wav'}\n\n"))
+    assert transcribe.main([*command, "-"]) == 0
+    assert capsys.readouterr().out == f"{audio / 'short.wav'}\t{short['text']}\n"
+
+    assert transcribe.main([*command, str(audio / "nothing*.mp3")]) == 1
+    assert "no such audio file" in capsys.readouterr().err
+    assert transcribe.main([*command, str(audio / "*"), "--srt"]) == 1
+    assert "take one file" in capsys.readouterr().err
+
+
+def test_subtitles():
+    segments = [
+        transcribe.Segment(0.0, 1.5, "hello", -1.0),
+        transcribe.Segment(1.5, 2.0, "", -1.0),
+        transcribe.Segment(3599.9996, 3661.25, "good bye", -2.0),
+    ]
+    assert transcribe.as_subtitles(segments, "srt") == (
+        "1\n00:00:00,000 --> 00:00:01,500\nhello\n\n"
+        "2\n01:00:00,000 --> 01:01:01,250\ngood bye\n"
+    )
+    vtt = transcribe.as_subtitles(segments, "vtt")
+    assert vtt.startswith("WEBVTT\n\n1\n00:00:00.000 --> 00:00:01.500\nhello\n")
+
+
+def test_pieces_of_a_file_are_the_audio(audio):
+    whole = sources.from_file(str(audio / "long.flac"))
+    pieces = [sources.load_audio(piece) for piece in transcribe.split(whole, 2.0)]
+    together, expected = np.concatenate(pieces), sources.load_audio(whole)
+    assert len(together) == pytest.approx(len(expected), abs=2 * len(pieces))
+    assert jnp.corrcoef(together[: 16000], expected[: 16000])[0, 1] > 0.99

@@ -1,0 +1,57 @@
+"""A run directory with an untrained model and a little audio, made without training."""
+
+import json
+
+import jax
+import numpy as np
+import soundfile
+
+from otreg_jax import build, checkpoint, optim, sharding, train_step
+from otreg_jax import config as config_lib
+from otreg_jax.data import text
+
+TEXTS = ("turn on the light", "turn off the radio", "call anna", "meet peter on monday", "stop")
+
+
+def write_set(folder, count: int, *, seed: int, texts=TEXTS, lang="en"):
+    """A manifest of `count` noise bursts of 0.3 to 1 s with transcripts."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        audio = rng.normal(size=int(16000 * rng.uniform(0.3, 1.0))).astype(np.float32) * 0.1
+        soundfile.write(folder / f"{i}.wav", audio, 16000)
+        line = {"audio_filepath": f"{i}.wav", "text": texts[i % len(texts)], "lang": lang}
+        lines.append(json.dumps(line | {"duration": len(audio) / 16000, "id": f"utt-{i}"}))
+    (folder / "set.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "set.jsonl"
+
+
+def make_run(workdir, *, dev="", test="", seed=0):
+    """A run directory as training leaves it at step 3, with the weights it started from."""
+    workdir.mkdir(parents=True)
+    config = config_lib.default()
+    config.seed, config.num_steps = seed, 3
+    config.data.train = config.data.dev = str(dev)
+    config.data.test = test
+    config.data.max_duration = 2.0
+    config.encoder.update(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32, strides=(2, 2, 2))
+    config.llm.update(embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32)
+    config.adapter.hidden_dim = 16
+    config.decode.max_tokens = 6
+    tokenizer = text.train_sentencepiece(
+        TEXTS, workdir / "tokenizer", 60, model_type="word"
+    )
+    slm, params = build.build(config, tokenizer)
+    # Larger than any initialisation, so that hypotheses differ.
+    params["llm"] = jax.tree.map(lambda leaf: 3 * leaf, params["llm"])
+    params, _ = optim.split(params, config.freeze)
+    optimizer = optim.make_optimizer(config)
+    state = train_step.init_state(params, optimizer)._replace(step=jax.numpy.int32(3))
+    shardings = sharding.tree_shardings(state, sharding.data_mesh())
+    with checkpoint.open_checkpoints(workdir) as checkpointer:
+        checkpoint.save(checkpointer, jax.device_put(state, shardings), {})
+    config_lib.save(config, workdir / "config.json")
+    lines = [{"step": step, "ce": 3.0 / step, "grad_norm": 1.0} for step in (1, 2, 3)]
+    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return workdir
