@@ -41,6 +41,11 @@ class AdapterConfig:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"adapter: unknown kind {self.kind!r}, choose from {', '.join(KINDS)}")
+        if self.kind in ("transformer", "qformer") and self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"adapter: hidden_dim {self.hidden_dim} must be a multiple of num_heads "
+                f"{self.num_heads}"
+            )
 
 
 def output_length(config: AdapterConfig, positions):
