@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from otreg_jax import decoding
+from otreg_jax import decoding, pretrained
 from otreg_jax.models.llm import LLM, LLMConfig
 
 EOS = 3
@@ -160,3 +160,65 @@ def test_eight_devices_decode_as_one(model):
         one, eight = decode(params, x, length), decode(replicated, *sharded)
         np.testing.assert_array_equal(one.tokens, eight.tokens)
         np.testing.assert_allclose(one.score, eight.score, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A tiny random Qwen2 of transformers', and the same weights here."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=29, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
+    )  # fmt: skip
+    theirs = transformers.Qwen2ForCausalLM(config).eval()
+    folder = tmp_path_factory.mktemp("qwen2")
+    theirs.save_pretrained(folder)
+    return theirs, pretrained.load_llm(folder)
+
+
+def generate(theirs, x_BPD, length_B, **settings):
+    """Token lists (the end of sequence cut off), n-best each, by transformers one at a time."""
+    import torch
+
+    for x_PD, length in zip(np.asarray(x_BPD), np.asarray(length_B), strict=True):
+        prompt = torch.from_numpy(x_PD[None, :length].copy())
+        with torch.no_grad():
+            out = theirs.generate(
+                inputs_embeds=prompt, attention_mask=torch.ones(1, length, dtype=torch.long),
+                do_sample=False, eos_token_id=EOS, pad_token_id=EOS, **settings,
+            )  # fmt: skip
+        yield [[t for t in row if t != EOS] for row in out.tolist()]
+
+
+@pytest.mark.parametrize("no_repeat_ngram", [0, 2])
+def test_greedy_matches_transformers(reference, no_repeat_ngram):
+    theirs, (llm, params) = reference
+    x, length = prompts(8)
+    out = decoding.greedy(
+        llm, params, x, length, max_tokens=12, eos=EOS, no_repeat_ngram=no_repeat_ngram
+    )
+    wanted = generate(
+        theirs, x, length, max_new_tokens=12, num_beams=1, no_repeat_ngram_size=no_repeat_ngram
+    )
+    assert [[tokens] for tokens in hypotheses(out)] == list(wanted)
+    assert len({len(tokens) for tokens in hypotheses(out)}) > 1
+
+
+@pytest.mark.parametrize("width, length_penalty, ngram", [(4, 1.0, 0), (3, 2.0, 2)])
+def test_beam_search_matches_transformers(reference, width, length_penalty, ngram):
+    theirs, (llm, params) = reference
+    x, length = prompts(8)
+    out = decoding.beam_search(
+        llm, params, x, length, max_tokens=10, eos=EOS, width=width,
+        length_penalty=length_penalty, no_repeat_ngram=ngram,
+    )  # fmt: skip
+    wanted = generate(
+        theirs, x, length, max_new_tokens=10, num_beams=width, num_return_sequences=width,
+        length_penalty=length_penalty, early_stopping=False, no_repeat_ngram_size=ngram,
+    )  # fmt: skip
+    for i, best in enumerate(wanted):
+        found = hypotheses(jax.tree.map(lambda leaf, i=i: leaf[i], out))
+        assert found == best
