@@ -88,7 +88,7 @@ def train_batches(
         first step, and the message lists every unusable file.
     """
     corpus = _tokenize(utterances, tokenizer)
-    rows_N = _within_token_limit(corpus, data_config, skipped_path)
+    rows_N = _within_token_limit(corpus, data_config, skipped_path if host_index == 0 else None)
     speeds = tuple(data_config.augment.speeds)
     buckets = choose_buckets(
         np.concatenate([_frames(corpus.samples[rows_N], speed) for speed in speeds]),
@@ -119,7 +119,7 @@ def train_batches(
         return plans[epoch], step % steps_per_epoch
 
     mine = _share(batch_size, host_index, host_count)
-    read = _reader(corpus, rows_N, data_config, data_config.augment, skipped_path)
+    read = _reader(corpus, rows_N, data_config, data_config.augment, skipped_path, host_index)
 
     def batch(step: int) -> Batch:
         plan, s = plan_step(step)
@@ -152,13 +152,13 @@ def eval_batches(
     batches.
     """
     corpus = _tokenize(utterances, tokenizer)
-    rows_N = _within_token_limit(corpus, data_config, skipped_path)
+    rows_N = _within_token_limit(corpus, data_config, skipped_path if host_index == 0 else None)
     rows_N = rows_N[np.argsort(corpus.samples[rows_N], kind="stable")]
     frames_N, tokens_N = _frames(corpus.samples[rows_N]), corpus.token_length[rows_N]
     buckets = choose_buckets(frames_N, tokens_N, data_config.num_buckets)
     plan = _deal(corpus, rows_N, np.ones(len(rows_N)), buckets, batch_size)
     mine = _share(batch_size, host_index, host_count)
-    read = _reader(corpus, rows_N, data_config, None, skipped_path)
+    read = _reader(corpus, rows_N, data_config, None, skipped_path, host_index)
 
     def batch(step: int) -> Batch:
         rows_B, repeated_B = plan.rows_SB[step, mine], plan.repeated_SB[step, mine]
@@ -345,12 +345,14 @@ def _print_plan(corpus: Corpus, buckets, plan: Plan, groups) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _reader(corpus: Corpus, rows_N, data_config, augmentation, skipped_path) -> Callable:
+def _reader(
+    corpus: Corpus, rows_N, data_config, augmentation, skipped_path, host_index
+) -> Callable:
     """Returns read(row, speed, rng): mel [F, M], or audio [N], or None for unusable audio.
 
     augmentation: `data.augment`, or None. What does not change from epoch to epoch is kept in
-    memory if all of it fits. It is then read here, and every unusable file is found before the
-    first step.
+    memory if all of it fits. It is then read here, by every host, and every unusable file is found
+    before the first step.
     """
 
     def load(row):
@@ -363,9 +365,6 @@ def _reader(corpus: Corpus, rows_N, data_config, augmentation, skipped_path) -> 
         if isinstance(audio, Problem) or data_config.features == "step":
             return audio
         return features.log_mel(audio, data_config.num_mels)
-
-    def handle(problems):
-        sources.handle(problems, data_config.on_bad_audio, skipped_path)
 
     noises, impulses = (
         sources.read_manifest(path, require_text=False) if path else []
@@ -380,7 +379,8 @@ def _reader(corpus: Corpus, rows_N, data_config, augmentation, skipped_path) -> 
     if size <= MEMORY_BYTES and not data_config.num_workers:  # every worker would keep its own
         kept = dict(zip(rows_N, sources.in_threads(keep, rows_N, "reading audio"), strict=True))
         problems = {row: found for row, found in kept.items() if isinstance(found, Problem)}
-        handle(problems.values())
+        path = skipped_path if host_index == 0 else None
+        sources.handle(problems.values(), data_config.on_bad_audio, path)
         handled = set(problems)
 
     def read(row, speed, rng):
@@ -388,7 +388,7 @@ def _reader(corpus: Corpus, rows_N, data_config, augmentation, skipped_path) -> 
         if isinstance(found, Problem):
             if row not in handled:
                 handled.add(row)
-                handle([found])
+                sources.handle([found], data_config.on_bad_audio, skipped_path)
             return None
         if fixed:
             return found
@@ -433,6 +433,8 @@ def _iterate(batch: Callable[[int], Batch], start: int, stop: int, num_workers: 
         dataset = dataset.mp_prefetch(options)
     iterator = iter(dataset)
     try:
-        yield from iterator
+        for made in iterator:
+            # What comes from a worker lies in shared memory that must not outlive the iterator.
+            yield {key: np.array(value) for key, value in made.items()} if num_workers else made
     finally:
         iterator.close()  # or worker processes and their shared memory would outlive it
