@@ -137,6 +137,19 @@ def test_a_killed_run_goes_on_with_the_shards_it_had_not_finished(
     assert len(load(output)) == 9
 
 
+def test_machines_share_the_shards(manifest, tmp_path, in_this_process):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    report = run(manifest, whole)
+    names = list(in_this_process)
+    in_this_process.clear()
+    assert run(manifest, shared, machine=(0, 2)) is None
+    assert in_this_process == names[::2]
+    assert run(manifest, shared, machine=(1, 2)) == report
+    assert in_this_process == names[::2] + names[1::2]
+    for name in [*names, "dataset_info.json", "SHA256SUMS", "train.jsonl"]:
+        assert (shared / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_other_input_does_not_mix_with_what_is_there(manifest, tmp_path, in_this_process):
     run(manifest, tmp_path / "out")
     with pytest.raises(ValueError, match="made from other input or with other settings"):

@@ -9,7 +9,9 @@ The output is a TFDS data set (16 kHz int16; `tfds.data_source` reads it). Besid
 SPLIT.jsonl (what every record holds), report-SPLIT.json (hours by language, lengths, what was
 refused and how often), refused-SPLIT.jsonl (each refusal with its reason) and SHA256SUMS
 (`sha256sum -c SHA256SUMS`).
-Run the same command again after an interruption: finished shards stay as they are.
+Run the same command again after an interruption: finished shards stay as they are. Several machines
+with a common file system share the work with --machine=0/4 … --machine=3/4; the last one to finish
+completes the data set.
 """
 
 import concurrent.futures
@@ -36,6 +38,7 @@ _LAYOUT = flags.DEFINE_enum(
 _SPLIT = flags.DEFINE_string("split", "train", "Split of the corpus; in the output with _ for -.")
 _MAX_DURATION = flags.DEFINE_float("max_duration", 30.0, "Seconds; longer audio is refused.")
 _SHARD_HOURS = flags.DEFINE_float("shard_hours", 1.0, "Audio in a shard; an hour is 115 MB.")
+_MACHINE = flags.DEFINE_string("machine", "0/1", "Which of how many machines this is.")
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.")
 
 
@@ -68,7 +71,8 @@ def prepare(
     max_duration: float = 30.0,
     shard_hours: float = 1.0,
     workers: int = 1,
-) -> dict:
+    machine: tuple[int, int] = (0, 1),
+) -> dict | None:
     """Writes a split of a data set, going on where an interrupted call stopped.
 
     Args:
@@ -78,9 +82,10 @@ def prepare(
       max_duration: seconds; longer utterances are refused.
       shard_hours: hours of audio in a shard.
       workers: processes.
+      machine: (index, count) of the machines that write this split, each its share of the shards.
 
     Returns:
-      The report, as report-SPLIT.json holds it.
+      The report, as report-SPLIT.json holds it; None while shards of other machines are missing.
 
     Raises:
       ValueError: `output` holds the same split of other input, or nothing is left to write.
@@ -105,12 +110,12 @@ def prepare(
         f"{records.NAME}-{split}.array_record-{i:05d}-of-{len(shards):05d}"
         for i in range(len(shards))
     ]
-    jobs = {
-        name: shard
-        for name, shard in zip(names, shards, strict=True)
-        if not _summary_path(output / name).exists()
-    }
-    _write_shards(output, jobs, workers)
+    index, count = machine
+    jobs = dict(zip(names[index::count], shards[index::count], strict=True))
+    finished = lambda name: _summary_path(output / name).exists()
+    _write_shards(output, {name: jobs[name] for name in jobs if not finished(name)}, workers)
+    if not all(map(finished, names)):
+        return None
 
     summaries = [json.loads(_summary_path(output / name).read_text()) for name in names]
     refused += [Problem(*problem) for summary in summaries for problem in summary["refused"]]
@@ -234,6 +239,13 @@ def _write_metadata(output: Path) -> None:
     (output / "SHA256SUMS").write_text("".join(sums))
 
 
+def _machine() -> tuple[int, int]:
+    index, _, count = _MACHINE.value.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--machine={_MACHINE.value} is not INDEX/COUNT, as in 0/4 … 3/4")
+    return int(index), int(count)
+
+
 def main(argv):
     del argv
     split = _SPLIT.value.replace("-", "_")  # as TFDS names splits
@@ -241,10 +253,13 @@ def main(argv):
         utterances, problems = read_corpus(_LAYOUT.value, _INPUT.value, _SPLIT.value)
         report = prepare(
             utterances, problems, _OUTPUT.value, split, max_duration=_MAX_DURATION.value,
-            shard_hours=_SHARD_HOURS.value, workers=_WORKERS.value,
+            shard_hours=_SHARD_HOURS.value, workers=_WORKERS.value, machine=_machine(),
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
+    if report is None:
+        print("this machine's shards are written; others are still missing")
+        return
     print(json.dumps(report, indent=2))
     refused = sum(report["refused"].values())
     if refused:
