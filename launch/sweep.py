@@ -205,7 +205,7 @@ def measure(sets: dict[str, dict], metric: str) -> dict[str, float]:
 
 def is_rate(metric: str) -> bool:
     """Error rates are shown in percent."""
-    return metric.split(".")[-1] in ("wer", "cer")
+    return metric.split(".")[-1].startswith(("wer", "cer"))
 
 
 def group(results: list[dict], axes: list[str]) -> dict[tuple[str, ...], dict[str, list[float]]]:

@@ -158,6 +158,22 @@ def test_an_interrupted_run_says_that_it_can_be_resumed(work, capsys):
     assert "training was interrupted; the same command resumes it" in capsys.readouterr().out
 
 
+def test_ctrl_c_stops_and_the_same_command_goes_on(work, monkeypatch):
+    execute = sweep.execute
+
+    def interrupted(command, log):
+        if "seed-1" in command[-1]:
+            raise KeyboardInterrupt
+        return execute(command, log)
+
+    monkeypatch.setattr(sweep, "execute", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on from here"):
+        run("--config=x.py", "--sweep", "seed=0,1,2")
+    monkeypatch.setattr(sweep, "execute", execute)
+    assert run("--config=x.py", "--sweep", "seed=0,1,2") == 0
+    assert trained(work).count("seed-0") == 2  # trained and evaluated once
+
+
 def test_a_launcher_replaces_the_training_command(work):
     run("--config=x.py", "--sweep", "seed=1", "--launcher", "bash launch/train_slurm.sh")
     assert work.commands[0][:3] == ["bash", "launch/train_slurm.sh", "--config=x.py"]
