@@ -160,13 +160,13 @@ def measure_speed(variants) -> dict:
 
 def measure_padding(utterances, batch_size: int = 16) -> dict:
     """Fractions of all mel frames in an epoch's batches that are padding."""
-    corpus = pipeline._tokenize(utterances, Bytes())
-    frames = pipeline._frames(corpus.samples)
+    corpus = pipeline.make_corpus(utterances, Bytes())
+    frames = pipeline.frames_of(corpus.samples)
     ratios = {}
     for num_buckets in (1, 2, 4, 8, 16):
         buckets = pipeline.choose_buckets(frames, corpus.token_length, num_buckets)
         order = np.random.default_rng(0).permutation(len(utterances))
-        plan = pipeline._deal(corpus, order, np.ones(len(order)), buckets, batch_size)
+        plan = pipeline.deal(corpus, order, np.ones(len(order)), buckets, batch_size)
         ratios[f"{num_buckets}_shapes"] = round(pipeline.padding(corpus, buckets, plan)[0], 4)
     whole = np.random.default_rng(0).permutation(frames)
     whole = whole[: len(whole) // batch_size * batch_size].reshape(-1, batch_size)

@@ -87,11 +87,11 @@ def train_batches(
         utterances (on_bad_audio="raise"); where all audio fits in memory it is read before the
         first step, and the message lists every unusable file.
     """
-    corpus = _tokenize(utterances, tokenizer)
+    corpus = make_corpus(utterances, tokenizer)
     rows_N = _within_token_limit(corpus, data_config, skipped_path if host_index == 0 else None)
     speeds = tuple(data_config.augment.speeds)
     buckets = choose_buckets(
-        np.concatenate([_frames(corpus.samples[rows_N], speed) for speed in speeds]),
+        np.concatenate([frames_of(corpus.samples[rows_N], speed) for speed in speeds]),
         np.tile(corpus.token_length[rows_N], len(speeds)),
         data_config.num_buckets,
     )
@@ -102,7 +102,7 @@ def train_batches(
         draws_N = rows_N[_draw(groups, data_config.temperature, seed, epoch)]
         draws_N = rng.permutation(draws_N)
         speed_N = rng.choice(speeds, size=len(draws_N))
-        plan = _deal(corpus, draws_N, speed_N, buckets, batch_size)
+        plan = deal(corpus, draws_N, speed_N, buckets, batch_size)
         order_S = rng.permutation(len(plan.bucket_S))
         return Plan(*(part[order_S] for part in plan))
 
@@ -151,12 +151,12 @@ def eval_batches(
     batch size: repeated utterances with index -1 and token_length 0. All hosts yield equally many
     batches.
     """
-    corpus = _tokenize(utterances, tokenizer)
+    corpus = make_corpus(utterances, tokenizer)
     rows_N = _within_token_limit(corpus, data_config, skipped_path if host_index == 0 else None)
     rows_N = rows_N[np.argsort(corpus.samples[rows_N], kind="stable")]
-    frames_N, tokens_N = _frames(corpus.samples[rows_N]), corpus.token_length[rows_N]
+    frames_N, tokens_N = frames_of(corpus.samples[rows_N]), corpus.token_length[rows_N]
     buckets = choose_buckets(frames_N, tokens_N, data_config.num_buckets)
-    plan = _deal(corpus, rows_N, np.ones(len(rows_N)), buckets, batch_size)
+    plan = deal(corpus, rows_N, np.ones(len(rows_N)), buckets, batch_size)
     mine = _share(batch_size, host_index, host_count)
     read = _reader(corpus, rows_N, data_config, None, skipped_path, host_index)
 
@@ -182,7 +182,8 @@ def _rng(purpose: int, *seeds: int) -> np.random.Generator:
     return np.random.default_rng([purpose, *seeds])
 
 
-def _tokenize(utterances: Sequence[Utterance], tokenizer) -> Corpus:
+def make_corpus(utterances: Sequence[Utterance], tokenizer) -> Corpus:
+    """Tokenizes the transcripts. Raises ValueError if there is no utterance."""
     if not utterances:
         raise ValueError("there are no utterances to batch")
     ids = [np.asarray(tokenizer.encode(u.text), np.int32) for u in utterances]
@@ -194,7 +195,8 @@ def _tokenize(utterances: Sequence[Utterance], tokenizer) -> Corpus:
     )
 
 
-def _frames(samples_N: np.ndarray, speed=1.0) -> np.ndarray:
+def frames_of(samples_N: np.ndarray, speed=1.0) -> np.ndarray:
+    """Mel frames of so many samples played `speed` times as fast."""
     return features.num_frames(np.ceil(samples_N / speed).astype(np.int64))
 
 
@@ -283,7 +285,7 @@ def _draw(groups, temperature: float, seed: int, epoch: int) -> np.ndarray:
     return np.concatenate(drawn)
 
 
-def _deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:
+def deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:
     """Deals draws, in order, into batches of one bucket each, narrow buckets first.
 
     The first draws are repeated as often as it takes to fill every batch.
@@ -292,7 +294,7 @@ def _deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:
     rows, speed = np.resize(draws_N, len(dealt)), np.resize(speed_N, len(dealt))
     frames, tokens = np.array(buckets).T
     bucket = np.maximum(
-        np.searchsorted(frames, _frames(corpus.samples[rows], speed)),
+        np.searchsorted(frames, frames_of(corpus.samples[rows], speed)),
         np.searchsorted(tokens, corpus.token_length[rows]),
     )
     batches, bucket_S, left = [], [], dealt[:0]
@@ -317,7 +319,7 @@ def _share(batch_size: int, host_index: int, host_count: int) -> slice:
 def padding(corpus: Corpus, buckets, plan: Plan) -> tuple[float, float]:
     """The fractions of frames and of tokens in an epoch's batches that are padding."""
     frames, tokens = np.array(buckets).T
-    frames_SB = _frames(corpus.samples[plan.rows_SB], plan.speed_SB)
+    frames_SB = frames_of(corpus.samples[plan.rows_SB], plan.speed_SB)
     tokens_SB = corpus.token_length[plan.rows_SB]
     batch_size = plan.rows_SB.shape[1]
     return tuple(
@@ -375,7 +377,7 @@ def _reader(
     kept, handled = {}, set()
     size = corpus.samples[rows_N].sum() * 4
     if fixed and data_config.features == "host":
-        size = _frames(corpus.samples[rows_N]).sum() * data_config.num_mels * 4
+        size = frames_of(corpus.samples[rows_N]).sum() * data_config.num_mels * 4
     if size <= MEMORY_BYTES and not data_config.num_workers:  # every worker would keep its own
         kept = dict(zip(rows_N, sources.in_threads(keep, rows_N, "reading audio"), strict=True))
         problems = {row: found for row, found in kept.items() if isinstance(found, Problem)}
