@@ -3,13 +3,13 @@
 Six voices speak 800 sentences of a small grammar (commands, numbers, dates); a 2-layer LLM first
 learns the grammar's text and to copy, then is frozen; a 2-layer encoder and an adapter learn to
 feed it. Test sets: held-out sentences by the training voices (dev), by other voices, faster, in a
-reverberant room, in noise. Three arms, one run each:
+reverberant room, in noise. Three arms, one run each; all three, compared in one report:
 
-    bash launch/train_local.sh          # all three, compared in runs/quickstart/eval/report.html
+    bash launch/train_local.sh
 
     python -m otreg_jax.train --config=configs/quickstart.py:otreg --workdir=runs/quickstart
-    python -m otreg_jax.train --config=configs/quickstart.py:ce --workdir=runs/quickstart-ce
-    python -m otreg_jax.train --config=configs/quickstart.py:position --workdir=runs/position
+
+and `quickstart.py:ce`, `quickstart.py:position` likewise, with work directories of their own.
 
 `position` is the control: its transport plan comes from positions alone and never looks at the
 embeddings, so the difference to `otreg` is what the similarity term adds.

@@ -7,10 +7,13 @@ again (`--config.otreg.weight=1`). A run directory keeps the resolved result in 
 import difflib
 import json
 import os
+import runpy
 import sys
 import traceback
+from pathlib import Path
 
-from absl import app, flags
+import jax
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 # Keys that may differ when a run is resumed: they change neither the model nor what it is fed.
@@ -45,10 +48,10 @@ def default() -> ConfigDict:
                 "num_buckets": 2,  # batch shapes (frames, tokens), derived from the data
                 "num_workers": 0,  # loader processes; 0: threads of this process
                 "on_bad_audio": "raise",  # raise | skip (counted, listed in WORKDIR/skipped.jsonl)
-                "long_audio": "reject",  # reject | chunk (between words, where the manifest times them)
+                "long_audio": "reject",  # reject | chunk (between words that the manifest times)
                 "max_tokens": 0,  # longer transcripts are unusable; 0: no limit
                 "data_root": "",  # where relative audio paths start; "": the manifest's folder
-                "mixture": "",  # groups sampled by temperature: "" | lang | corpus (a manifest each)
+                "mixture": "",  # groups sampled by temperature: "" | lang | corpus (manifest)
                 "temperature": 1.0,  # share of a group ~ size^(1 / temperature); 1: as the data are
                 "features": "host",  # log-mel on the host | inside the jitted step ("step")
                 "augment": {
@@ -254,29 +257,39 @@ def differences(stored: ConfigDict, config: ConfigDict) -> list[str]:
     ]
 
 
-def run(main) -> None:
-    """absl's app.run, with one clear line instead of a stack trace where the user can act on it.
+def quiet_and_cached() -> None:
+    """Log warnings only, and keep compiled programs between processes."""
+    logging.set_verbosity(logging.WARNING)
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.path.expanduser("~/.cache/otreg_jax")
+        jax.config.update("jax_compilation_cache_dir", cache)
 
-    Errors raised on purpose by this package (ValueError and OSError whose `raise` stands in its own
-    files) are such; anything else is a bug and keeps its trace.
+
+def run(main) -> None:
+    """absl's app.run, as every command of this package wants it: warnings only, compiled programs
+    kept between processes, and one clear line instead of a stack trace where the user can act.
+
+    Errors raised on purpose by this package (their `raise` stands in its own files or in a recipe)
+    are such; anything else is a bug and keeps its trace.
     """
 
     def parse(argv):
+        if "config" in flags.FLAGS:
+            _check_recipe(argv)
         try:
             return flags.FLAGS(argv)
-        except (AttributeError, KeyError, TypeError) as error:
-            _exit_unknown_key(argv, error)
-        except (OSError, SyntaxError, ImportError) as error:
-            sys.exit(f"error: the config file cannot be loaded: {error}")
+        except flags.Error as error:
+            sys.exit(f"error: {error}\ntry: python -m otreg_jax.{Path(argv[0]).stem} --help")
 
     def guarded(argv):
         if len(argv) > 1:
             sys.exit(
                 f"error: unexpected arguments {argv[1:]}; flags look like --config.num_steps=10"
             )
+        quiet_and_cached()
         try:
             return main(argv)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError, ImportError) as error:
             raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
             if os.path.dirname(os.path.abspath(__file__)) not in os.path.abspath(raised_in):
                 raise
@@ -285,18 +298,25 @@ def run(main) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _exit_unknown_key(argv, error):
-    """Names every --config.KEY that the recipe does not have."""
-    holder = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    if not isinstance(holder, ConfigDict):
-        raise error
-    known = flatten(holder)
-    given = [a.lstrip("-").split("=")[0] for a in argv if a.lstrip("-").startswith("config.")]
-    keys = [name.removeprefix("config.") for name in given]
-    unknown = [key for key in keys if key not in known]
-    if not unknown:
-        raise error
+def _check_recipe(argv) -> None:
+    """Exits with one line if the --config file cannot be used or has not the keys that are set."""
+    names = [a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")]
+    value = next((a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")), "")
+    path, _, arm = value.partition(":")
+    if not path:
+        return  # absl says that it is required
+    if not Path(path).is_file():
+        recipes = ", ".join(str(p) for p in sorted(Path("configs").glob("*.py"))) or "none here"
+        sys.exit(f"error: --config={path}: no such file; configs/: {recipes}")
+    try:
+        recipe = runpy.run_path(path)["get_config"](*([arm] if arm else []))
+    except (ValueError, KeyError) as error:
+        sys.exit(f"error: {error}")
+    known = flatten(recipe)
+    keys = [name.removeprefix("config.") for name in names if name.startswith("config.")]
+    groups = {key.rpartition(".")[0] for key in known}
+    unknown = [key for key in keys if key not in known and key not in groups]
     for key in unknown:
-        # A bare last name ("wieght") compares with the last names of its neighbours too.
         print(f"error: --config.{key}: unknown key{suggest(key, known)}", file=sys.stderr)
-    sys.exit(2)
+    if unknown:
+        sys.exit(2)

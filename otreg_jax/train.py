@@ -10,7 +10,6 @@ checkpoint of the same configuration, training resumes from it.
 
 import functools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -18,12 +17,12 @@ import jax
 import numpy as np
 import tensorboardX
 import tqdm
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from otreg_jax import build, checkpoint, losses, optim, pretrain_llm, sharding, train_step
 from otreg_jax import config as config_lib
-from otreg_jax.data import pipeline, sets, text
+from otreg_jax.data import features, pipeline, sets, text
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
@@ -45,11 +44,10 @@ def train(config, workdir) -> train_step.TrainState:
     workdir.mkdir(parents=True, exist_ok=True)
 
     # ---- data, tokenizer, model ------------------------------------------------------------------
-    utterances = sets.load_sets(config, sets.cache_dir(config, workdir))
-    tokenizer = make_tokenizer(config, workdir, utterances["train"])
-    llm_dir = prepare_llm(config, workdir, tokenizer, utterances["train"])
+    utterances = sets.load_train(config, workdir)
+    tokenizer = make_tokenizer(config, workdir, utterances)
+    llm_dir = prepare_llm(config, workdir, tokenizer, utterances)
     slm, params = build.build(config, tokenizer, llm_dir)
-    check_lengths(utterances, slm, config)
     config_lib.save(config, workdir / "config.json")
 
     # ---- state, sharded over the mesh ------------------------------------------------------------
@@ -87,7 +85,7 @@ def train(config, workdir) -> train_step.TrainState:
 
     # ---- the loop --------------------------------------------------------------------------------
     batches = pipeline.train_batches(
-        utterances["train"], tokenizer, config.data, batch_size=config.batch_size,
+        utterances, tokenizer, config.data, batch_size=config.batch_size,
         seed=config.seed, num_steps=config.num_steps, start_step=start,
         host_index=jax.process_index(), host_count=jax.process_count(),
         skipped_path=str(workdir / "skipped.jsonl"),
@@ -103,12 +101,12 @@ def train(config, workdir) -> train_step.TrainState:
             state, metrics = step_fn(state, frozen, sharding.to_global(batch, mesh))
             # Metrics of the step before are ready now: reading them does not stall the device.
             if pending:
-                read_metrics(*pending, writer, progress, utterances["train"], config)
+                read_metrics(*pending, writer, progress, utterances, config)
             pending = (step + 1, metrics, batch)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
                 checkpoint.save(checkpointer, state, metadata)
         if pending:
-            read_metrics(*pending, writer, progress, utterances["train"], config)
+            read_metrics(*pending, writer, progress, utterances, config)
     finally:
         writer.close()
         progress.close()
@@ -141,23 +139,6 @@ def prepare_llm(config, workdir, tokenizer, utterances) -> str:
             sentences = sets.text_corpus(config.synthetic, config.llm.pretrain.num_sentences)
         pretrain_llm.ensure_llm(config, tokenizer, sentences, path)
     return path
-
-
-def check_lengths(utterances: dict, slm, config) -> None:
-    """Refuses audio over the model's limit: it is never cut.
-
-    Raises:
-      ValueError: naming up to ten of the utterances, by file and line.
-    """
-    frames_limit = slm.encoder.config.max_positions * int(np.prod(slm.encoder.config.strides))
-    limit = min(config.data.max_duration, frames_limit / 100)
-    long = [u for us in utterances.values() for u in us if u.duration > limit]
-    if long:
-        lines = [f"{u.where}: {u.duration:.1f} s ({u.id})" for u in long[:10]]
-        raise ValueError(
-            f"{len(long)} utterances are longer than {limit:g} s (data.max_duration, or the "
-            "encoder's positions); split them, or raise the limit:\n  " + "\n  ".join(lines)
-        )
 
 
 def read_metrics(step, metrics, batch, writer, progress, utterances, config) -> None:
@@ -208,7 +189,7 @@ class MetricsWriter:
     def step(self, step: int, metrics: dict, batch) -> dict | None:
         """Adds a step; returns the line if one was written."""
         self.window.append(metrics)
-        self.count["audio"] += float(batch["mel_length"].sum()) / 100 * jax.process_count()
+        self.count["audio"] += audio_seconds(batch) * jax.process_count()
         self.count["tokens"] += int(batch["token_length"].sum()) * jax.process_count()
         if self.time is None:
             self.time, self.timed = time.perf_counter(), -len(self.window)
@@ -245,12 +226,15 @@ class MetricsWriter:
             self.board.close()
 
 
+def audio_seconds(batch) -> float:
+    """Seconds of audio in a host's batch, without its padding."""
+    if "audio_length" in batch:
+        return float(batch["audio_length"].sum()) / features.SAMPLE_RATE
+    return float(batch["mel_length"].sum()) * features.HOP / features.SAMPLE_RATE
+
+
 def main(argv):
     del argv
-    logging.set_verbosity(logging.WARNING)
-    cache = os.path.expanduser("~/.cache/otreg_jax")
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", cache)
     train(_CONFIG.value, _WORKDIR.value)
 
 

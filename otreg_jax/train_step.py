@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from otreg_jax import losses, optim, sharding
+from otreg_jax.data import augment, features
 
 
 class TrainState(NamedTuple):
@@ -32,6 +33,21 @@ def abstract_state(params, optimizer: optax.GradientTransformation, mesh) -> Tra
     )  # fmt: skip
 
 
+def prepare(batch, step, config):
+    """Log-mel of a batch that comes as audio (`data.features="step"`), and SpecAugment."""
+    if "audio" in batch:
+        mel, length = features.log_mel_jnp(
+            batch["audio"], batch["audio_length"], config.data.num_mels
+        )
+        batch = batch | {"mel": mel, "mel_length": length}
+    masks = config.data.augment
+    if masks.time_masks or masks.freq_masks:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        mel = augment.spec_augment(key, batch["mel"], batch["mel_length"], masks)
+        batch = batch | {"mel": mel}
+    return batch
+
+
 def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, schedules):
     """Loss, gradient, update.
 
@@ -44,6 +60,8 @@ def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, sche
       optimizer state; it still counts as a step, `metrics["bad_steps"]` says how many there were in
       a row.
     """
+
+    batch = prepare(batch, state.step, config)
 
     def loss_of(params):
         return losses.loss_fn(

@@ -17,7 +17,8 @@ def model():
 @pytest.fixture(scope="module")
 def forward(model):
     slm, params = model
-    return jax.jit(lambda batch, layer: slm_lib.forward(slm, params, batch, layer), static_argnums=1)
+    run = lambda batch, layer: slm_lib.forward(slm, params, batch, layer)
+    return jax.jit(run, static_argnums=1)
 
 
 def test_assemble_packs_prompt_speech_and_transcript_without_gaps(model):

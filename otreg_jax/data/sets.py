@@ -1,5 +1,6 @@
 """From a configuration to utterances: manifests, or synthetic speech made on the spot."""
 
+import math
 import random
 import re
 from pathlib import Path
@@ -7,26 +8,41 @@ from pathlib import Path
 from otreg_jax.data import sources, synthetic
 
 
-def load_sets(config, cache_dir) -> dict[str, list[sources.Utterance]]:
-    """Every set that the configuration names: "train", "dev" and the test sets, in this order.
+def load_train(config, workdir) -> list[sources.Utterance]:
+    """The training utterances that the model can take; what is set aside is listed in
+    WORKDIR/skipped.jsonl.
 
     Raises:
-      ValueError, FileNotFoundError: a manifest is missing or wrong; all its problems are listed.
+      ValueError, FileNotFoundError: a manifest is missing or wrong (all its problems are listed),
+        or no utterance is left.
     """
     if config.synthetic.num_train:
-        paths = synthetic.synthesize(synthetic_sets(config.synthetic), cache_dir)
-        sets = {name: sources.read_manifest(path) for name, path in paths.items()}
+        utterances = load_synthetic(config, workdir)["train"]
     else:
-        sets = {"train": []}
-        for path in config.data.train.split(","):
-            sets["train"] += sources.read_manifest(path.strip())
-        if config.data.dev:
-            sets["dev"] = sources.read_manifest(config.data.dev)
-        for name, path in test_manifests(config.data.test).items():
-            sets[name] = sources.read_manifest(path)
-    if config.data.max_utterances:
-        sets["train"] = sets["train"][: config.data.max_utterances]
-    return sets
+        utterances = sources.load_utterances(
+            config.data.train, config.data, max_duration=max_seconds(config),
+            skipped_path=str(Path(workdir) / "skipped.jsonl"),
+        )  # fmt: skip
+    if not utterances:
+        raise ValueError(
+            f"{config.data.train}: no utterance is left to train on; see skipped.jsonl"
+        )
+    return utterances[: config.data.max_utterances or None]
+
+
+def max_seconds(config) -> float:
+    """The longest audio the model takes: `data.max_duration`, or what the encoder has positions for
+    (30 s, if it is a pretrained Whisper)."""
+    encoder = config.encoder
+    frames = encoder.max_positions * math.prod(encoder.strides)
+    return min(config.data.max_duration, 30.0 if encoder.path else frames / 100)
+
+
+def load_synthetic(config, workdir) -> dict[str, list[sources.Utterance]]:
+    """The sets of `config.synthetic`: "train", "dev" and one for each condition."""
+    cache = Path(config.data.cache or Path(workdir) / "data")
+    paths = synthetic.synthesize(synthetic_sets(config.synthetic), cache)
+    return {name: sources.read_manifest(path) for name, path in paths.items()}
 
 
 def test_manifests(text: str) -> dict[str, str]:
@@ -100,8 +116,3 @@ def text_corpus(config, count: int) -> list[str]:
 
 def _cycle(items, count: int):
     return [items[i % len(items)] for i in range(count)]
-
-
-def cache_dir(config, workdir) -> Path:
-    """Where synthetic speech is kept."""
-    return Path(config.data.cache) if config.data.cache else Path(workdir) / "data"

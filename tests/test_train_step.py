@@ -1,0 +1,186 @@
+"""The training step: golden metrics, freezing, devices, the non-finite guard, schedules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import toy_batch, toy_config, toy_slm
+
+from otreg_jax import losses, optim, sharding, train_step
+
+OTREG = dict(
+    otreg__weight=1.0, otreg__layer=1, otreg__center="mean", otreg__position_weight=1.0,
+    ctc__weight=0.3,
+)  # fmt: skip
+
+
+def make(config, mesh=None, freeze=""):
+    """(state, frozen, jitted step) of the toy model."""
+    slm, params = toy_slm(ctc=bool(config.ctc.weight))
+    params, frozen = optim.split(params, freeze)
+    optimizer = optim.make_optimizer(config)
+    step = functools.partial(
+        train_step.train_step, slm=slm, config=config, optimizer=optimizer,
+        schedules=losses.make_schedules(config),
+    )  # fmt: skip
+    state = train_step.init_state(params, optimizer)
+    if mesh is None:
+        return state, frozen, jax.jit(step)
+    placed = sharding.tree_shardings(state, mesh)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+    return jax.device_put(state, placed), frozen, jax.jit(step, out_shardings=(placed, None))
+
+
+def test_golden_metrics_of_one_step():
+    """Numbers of the first step, written down once: a change here changes every result."""
+    state, frozen, step = make(toy_config(**OTREG))
+    _, metrics = step(state, frozen, toy_batch(8))
+    golden = {
+        "loss": GOLDEN["loss"], "ce": GOLDEN["ce"], "otreg": GOLDEN["otreg"],
+        "ctc": GOLDEN["ctc"], "grad_norm": GOLDEN["grad_norm"],
+    }  # fmt: skip
+    for name, value in golden.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, err_msg=name)
+
+
+GOLDEN = {"loss": 0.0, "ce": 0.0, "otreg": 0.0, "ctc": 0.0, "grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_any_mesh_gives_what_one_device_gives(axes):
+    config = toy_config(**OTREG)
+    one_state, frozen, one_step = make(config)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = axes
+    mesh = sharding.make_mesh(config)
+    state, mesh_frozen, step = make(config, mesh)
+    for i in range(3):
+        batch = toy_batch(8, seed=i)
+        one_state, one_metrics = one_step(one_state, frozen, batch)
+        state, metrics = step(state, mesh_frozen, sharding.to_global(batch, mesh))
+        np.testing.assert_allclose(metrics["loss"], one_metrics["loss"], rtol=1e-5)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(one_state.params),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_allclose(a, b, atol=1e-4, err_msg=jax.tree_util.keystr(path))
+
+
+def test_frozen_parameters_stay_and_the_loss_falls():
+    config = toy_config(**OTREG, optim__learning_rate=1e-2)
+    state, frozen, step = make(config, freeze="^llm/|positions")
+    assert not any(path.startswith("llm") for path in optim.flat_paths(state.params))
+    moments = jax.tree.leaves(state.opt_state)
+    assert sum(x.size for x in moments) < 2.1 * sum(x.size for x in jax.tree.leaves(state.params))
+    before = jax.tree.map(np.array, frozen)
+    history = []
+    for _ in range(8):
+        state, metrics = step(state, frozen, toy_batch(8))
+        history.append(float(metrics["loss"]))
+    assert history[-1] < history[0] - 0.1
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+
+
+def test_a_non_finite_step_changes_nothing_and_is_counted():
+    state, frozen, step = make(toy_config())
+    state, _ = step(state, frozen, toy_batch(8))
+    broken = toy_batch(8)
+    broken["mel"][0, 0, 0] = np.nan
+    after, metrics = step(state, frozen, broken)
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
+    assert (int(after.step), int(metrics["bad_steps"])) == (2, 1)
+    after, metrics = step(after, frozen, toy_batch(8))
+    assert int(metrics["bad_steps"]) == 0
+
+
+def test_filler_rows_count_nowhere():
+    _, _, step = make(toy_config(**OTREG))
+    state, frozen, _ = make(toy_config(**OTREG))
+    batch = toy_batch(8)
+    half = {key: value[:4] for key, value in batch.items()}
+    filled = dict(batch, index=np.where(np.arange(8) < 4, batch["index"], -1))
+    _, with_filler = step(state, frozen, filled)
+    _, without = step(state, frozen, half)
+    for name in ("loss", "ce", "otreg", "ctc", "grad_norm"):
+        np.testing.assert_allclose(with_filler[name], without[name], rtol=1e-4, err_msg=name)
+
+
+def test_two_stages_are_schedules():
+    config = toy_config(
+        num_steps=100, otreg__weight=2.0, otreg__start_step=40, otreg__ramp_steps=20,
+        otreg__position_weight=3.0, otreg__position_weight_final=0.0,
+    )  # fmt: skip
+    schedules = losses.make_schedules(config)
+    weights = [float(schedules.otreg_weight(jnp.int32(s))) for s in (0, 40, 50, 60, 99)]
+    np.testing.assert_allclose(weights, [0, 0, 1, 2, 2])
+    gammas = [float(schedules.position_weight(jnp.int32(s))) for s in (0, 40, 70, 100)]
+    np.testing.assert_allclose(gammas, [3, 3, 1.5, 0])
+
+
+def test_stage_one_has_the_gradient_of_cross_entropy_alone():
+    staged = toy_config(otreg__weight=2.0, otreg__start_step=5)
+    state, frozen, step = make(staged)
+    plain_state, _, plain_step = make(toy_config())
+    state, metrics = step(state, frozen, toy_batch(8))
+    plain_state, plain = plain_step(plain_state, frozen, toy_batch(8))
+    assert float(metrics["otreg"]) > 0 and float(metrics["otreg_weight"]) == 0
+    np.testing.assert_allclose(metrics["grad_norm"], plain["grad_norm"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], plain["loss"], rtol=1e-6)
+
+
+def test_multipliers_scale_the_update_of_what_they_name():
+    slow = toy_config(optim__multipliers=(("^encoder/", 0.0),), optim__warmup_steps=0)
+    state, frozen, step = make(slow)
+    after, _ = step(state, frozen, toy_batch(8))
+    jax.tree.map(
+        np.testing.assert_array_equal, after.params["encoder"], state.params["encoder"]
+    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, state.params)
+    assert max(jax.tree.leaves(moved["adapter"])) > 1e-4
+
+
+def test_every_parameter_needs_a_sharding_rule(capsys):
+    config = toy_config()
+    mesh = sharding.make_mesh(config)
+    with pytest.raises(ValueError, match="strange/name.*no sharding rule.*\n.*strange/other"):
+        sharding.tree_shardings(
+            {"strange": {"name": jnp.zeros((2, 2)), "other": jnp.zeros(3)}}, mesh
+        )
+
+
+def test_impossible_meshes_say_what_to_do():
+    config = toy_config(batch_size=8)
+    config.mesh.fsdp = 3
+    with pytest.raises(ValueError, match="data=2, fsdp=3, tensor=1 needs 6 devices, 8 are there"):
+        sharding.make_mesh(config)
+    with pytest.raises(ValueError, match="batch_size=12 does not divide over 8.*multiple of 8"):
+        sharding.make_mesh(toy_config(batch_size=12))
+
+
+def test_cross_entropy_and_ctc_against_the_definition():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 4, 5)).astype(np.float32)
+    tokens, length = np.array([[1, 2, 3], [4, 0, 0]]), np.array([3, 1])
+    log_p = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
+    wanted = [log_p[0, 0, 1], log_p[0, 1, 2], log_p[0, 2, 3], log_p[0, 3, 0]]
+    wanted += [log_p[1, 0, 4], log_p[1, 1, 0]]
+    ce, _ = losses.cross_entropy(logits, tokens, length, np.array([True, True]), eos=0)
+    np.testing.assert_allclose(ce, -np.mean(wanted), rtol=1e-5)
+
+    # CTC of one token in two positions: blank-token, token-blank or token-token.
+    speech = rng.normal(size=(2, 2, 6)).astype(np.float32)
+    table = rng.normal(size=(5, 6)).astype(np.float32)
+    ctc = {"blank": jnp.asarray(rng.normal(size=6), jnp.float32), "log_scale": jnp.log(3.0)}
+    mask = np.array([[True, False, False], [True, True, True]])
+    loss, infeasible = losses.ctc_loss(
+        speech, np.array([2, 2]), np.array([[1, 0, 0], [1, 2, 3]]), mask, table, ctc
+    )
+    classes = np.concatenate([table, np.asarray(ctc["blank"])[None]])
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    p = np.exp(3 * unit(speech[0]) @ unit(classes).T)
+    p /= p.sum(-1, keepdims=True)
+    likelihood = p[0, 5] * p[1, 1] + p[0, 1] * p[1, 5] + p[0, 1] * p[1, 1]
+    np.testing.assert_allclose(loss, -np.log(likelihood), rtol=1e-4)
+    assert int(infeasible) == 1  # three tokens do not fit two positions
