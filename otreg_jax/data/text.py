@@ -1,12 +1,17 @@
 """Text in and out: tokenizers behind one small interface, and the one prompt builder.
 
-Training and decoding both take their prompt from `build_prompt`, so they cannot disagree.
+Training and decoding both take their prompt from `build_prompt`, so they cannot disagree. To see an
+example as the model is trained on it, token by token with its loss mask:
+
+    python -m otreg_jax.data.text --tokenizer=DIR --prompt="{speech}\\n" "turn on the light"
 """
 
+import argparse
 import hashlib
 import io
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,6 +19,16 @@ import sentencepiece
 import tokenizers
 
 SPEECH = "{speech}"  # where a prompt template puts the speech embeddings
+
+# A user turn and the start of the answer, for instruction-tuned models. The begin token is not part
+# of it: `build_prompt` adds the tokenizer's own.
+CHATS = {
+    "chatml": "<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n",  # Qwen
+    "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{turn}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "mistral": "[INST] {turn}[/INST]",
+    "gemma": "<start_of_turn>user\n{turn}<end_of_turn>\n<start_of_turn>model\n",
+}
 
 
 class Tokenizer(Protocol):
@@ -185,15 +200,29 @@ class Prompt(NamedTuple):
     eos: int
 
 
+def chat(family: str, turn: str) -> str:
+    """The prompt template that puts `turn` (with {speech} in it) into a family's chat layout."""
+    if family not in CHATS:
+        raise ValueError(f"no chat layout {family!r}; there are {', '.join(CHATS)}")
+    return CHATS[family].replace("{turn}", turn)
+
+
 def build_prompt(tokenizer: Tokenizer, template: str = "{speech}\n") -> Prompt:
     """The prompt of a template such as "Transcribe: {speech}\\n".
 
     The begin token is put first when the tokenizer has one. Raises ValueError when the template
-    does not hold {speech} exactly once or has characters the tokenizer cannot write.
+    does not hold {speech} exactly once, names a special token the tokenizer does not have, or has
+    characters it cannot write.
     """
     parts = template.split(SPEECH)
     if len(parts) != 2:
         raise ValueError(f"prompt template {template!r} must contain {SPEECH} exactly once")
+    special = re.findall(r"<[^<>\s]+>", template)
+    if absent := [token for token in special if tokenizer.token_id(token) is None]:
+        raise ValueError(
+            f"prompt template {template!r}: {', '.join(absent)} is no token of this tokenizer; is "
+            "the template that of another model?"
+        )
     prefix, suffix = (tuple(tokenizer.encode(part)) for part in parts)
     unknown = tokenizer.token_id("<unk>")
     for part, ids in zip(parts, (prefix, suffix), strict=True):
@@ -204,3 +233,53 @@ def build_prompt(tokenizer: Tokenizer, template: str = "{speech}\n") -> Prompt:
             )
     bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     return Prompt(bos + prefix, suffix, tokenizer.eos_id)
+
+
+class Position(NamedTuple):
+    """One position of a training example: what goes in, and what the loss asks to come out.
+
+    token, target: token ids; token None for a speech embedding, target None outside the loss.
+    """
+
+    part: str
+    token: int | None
+    target: int | None
+
+
+def layout(prompt: Prompt, tokens: Sequence[int], num_speech: int) -> list[Position]:
+    """A training example position by position, as `models.slm` packs it and the loss reads it."""
+    parts = [("prompt", i) for i in prompt.prefix]
+    parts += [("speech", None)] * num_speech
+    parts += [("prompt", i) for i in prompt.suffix]
+    first = len(parts) - 1  # the position before the transcript predicts its first token
+    parts += [("transcript", i) for i in tokens]
+    targets = [None] * first + [*tokens, prompt.eos]
+    return [Position(part, i, t) for (part, i), t in zip(parts, targets, strict=True)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a training example token by token with its loss mask."""
+    parser = argparse.ArgumentParser(prog="python -m otreg_jax.data.text", description=main.__doc__)
+    parser.add_argument("text", help="the transcript")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer.json, *.model or a directory")
+    parser.add_argument("--prompt", default="{speech}\n", help="prompt template")
+    parser.add_argument("--speech", type=int, default=3, help="number of speech positions")
+    args = parser.parse_args(argv)
+    tokenizer = load_tokenizer(args.tokenizer)
+    # A shell passes \n as two characters.
+    prompt = build_prompt(tokenizer, args.prompt.replace("\\n", "\n"))
+
+    def name(i: int | None) -> str:
+        return "-" if i is None else f"{i} {tokenizer.tokens([i])[0]!r}"
+
+    print(f"{'':4} {'part':10} {'input':24} {'target':24} loss")
+    for i, position in enumerate(layout(prompt, tokenizer.encode(args.text), args.speech)):
+        in_loss = int(position.target is not None)
+        print(
+            f"{i:4} {position.part:10} {name(position.token):24} "
+            f"{name(position.target):24} {in_loss}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -193,10 +193,11 @@ def _cut_tensors(file: pathlib.Path) -> str:
         try:
             (header_size,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(header_size, size)))
-            ends = {n: 8 + header_size + t["data_offsets"][1] for n, t in header.items() if t}
+            header.pop("__metadata__", None)
+            ends = {n: 8 + header_size + t["data_offsets"][1] for n, t in header.items()}
         except (struct.error, ValueError, TypeError, KeyError, AttributeError):
             return "; its header cannot be read"
-    cut = [name for name, end in ends.items() if end > size]
+    cut = sorted(name for name, end in ends.items() if end > size)
     return f"; cut off: {', '.join(cut)}" if cut else ""
 
 

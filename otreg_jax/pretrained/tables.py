@@ -85,12 +85,12 @@ _ACTIVATIONS = {
 }
 # Keys that do not change what an LLM computes at inference.
 _HARMLESS = frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path
-    _sliding_window_pattern architectures attention_dropout auto_map bos_token_id
-    cache_implementation chunk_size_feed_forward classifier_dropout dtype eos_token_id hidden_dropout id2label initializer_range label2id
-    max_position_embeddings model_type output_attentions output_hidden_states pad_token_id
-    pretraining_tp problem_type return_dict tokenizer_class torch_dtype transformers_version
-    unsloth_fixed unsloth_version use_cache""".split()
+    """_attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern
+    architectures attention_dropout auto_map bos_token_id cache_implementation
+    chunk_size_feed_forward classifier_dropout dtype eos_token_id hidden_dropout id2label
+    initializer_range label2id max_position_embeddings model_type output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type return_dict tokenizer_class
+    torch_dtype transformers_version unsloth_fixed unsloth_version use_cache""".split()
 )
 # What a family's keys are when config.json leaves them out: the defaults of its class in
 # transformers. A key that is neither here nor harmless is refused.

@@ -1,0 +1,79 @@
+"""Export: what is written opens again, on both sides, and gives the same logits."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from otreg_jax import build, export
+from otreg_jax import config as config_lib
+from otreg_jax.data import text
+from otreg_jax.models import lora
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with LoRA on the LLM and the encoder, as if trained."""
+    config = config_lib.default()
+    config.encoder.update(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16, max_positions=30)
+    config.encoder.strides = (1, 2)
+    config.llm.update(embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16)
+    config.adapter.hidden_dim = 16
+    tokenizer = text.train_sentencepiece(
+        ["turn on", "turn off"], tmp_path_factory.mktemp("sp") / "t", 30, model_type="word"
+    )
+    slm, params = build.build(config, tokenizer)
+    pattern = r"llm/layers/attn/[qv]/kernel|encoder/layers/mlp/up/kernel"
+    params = lora.add(params, pattern, 2, jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x + 0.3 if path[-1].key == "lora_b" else x, params
+    )
+    return build.Run(config, slm, params, tokenizer, 7, None)
+
+
+def test_export_opens_and_gives_the_same_outputs(run, tmp_path):
+    export.export(run, tmp_path)
+    tokens = np.arange(5)[None] % run.tokenizer.vocab_size
+    logits = jax.jit(run.slm.llm.apply)({"params": run.params["llm"]}, tokens)
+    without = jax.jit(run.slm.llm.apply)({"params": lora.strip(run.params["llm"])}, tokens)
+    assert jnp.abs(logits - without).max() > 1e-2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits, logits, atol=1e-4)
+    assert theirs.config.eos_token_id == run.tokenizer.eos_id
+    assert text.load_tokenizer(tmp_path / "llm").fingerprint == run.tokenizer.fingerprint
+
+    mel_BFM = np.random.default_rng(0).normal(size=(1, 60, run.slm.encoder.config.num_mels))
+    mel_BFM = mel_BFM.astype(np.float32)
+    features, _ = jax.jit(run.slm.encoder.apply)(
+        {"params": run.params["encoder"]}, mel_BFM, np.array([60])
+    )
+    whisper = transformers.models.whisper.modeling_whisper.WhisperEncoder
+    theirs = whisper.from_pretrained(tmp_path / "encoder")
+    with torch.no_grad():
+        hidden = theirs(torch.tensor(mel_BFM.transpose(0, 2, 1))).last_hidden_state
+    np.testing.assert_allclose(hidden, features, atol=1e-4)
+
+    adapter = load_file(tmp_path / "adapter.safetensors")
+    np.testing.assert_array_equal(
+        adapter["adapter/out/kernel"], run.params["adapter"]["out"]["kernel"]
+    )
+    description = json.loads((tmp_path / "config.json").read_text())
+    assert description["step"] == 7 and description["adapter"]["kind"] == "mlp"
+    assert description["prompt"]["eos"] == run.tokenizer.eos_id
+
+
+def test_export_never_overwrites(run, tmp_path):
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(ValueError, match="is not empty"):
+        export.export(run, tmp_path)
+
+
+def test_the_command_explains_a_missing_run(tmp_path):
+    with pytest.raises(SystemExit, match="error: .*no run here"):
+        export.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}"])

@@ -1,0 +1,126 @@
+"""Tokenizers, prompts and the printed training example."""
+
+import json
+
+import pytest
+import tokenizers
+
+from otreg_jax.data import text
+
+TEXTS = [f"turn the {c} lamp {s}" for c in ("red", "green", "blue") for s in ("on", "off")]
+SPECIALS = ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def piece_tokenizer(tmp_path_factory):
+    return text.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "tokenizer", 60)
+
+
+@pytest.fixture
+def hf_directory(tmp_path):
+    """A byte-level BPE tokenizer as Qwen's: no begin token, ChatML's special tokens."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIALS,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    bpe.enable_padding(length=50)  # as some published files have; it must not matter
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": {"content": "<|im_end|>"}, "bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_sentencepiece_round_trips_and_reloads(piece_tokenizer, tmp_path):
+    for line in TEXTS:
+        ids = piece_tokenizer.encode(line)
+        assert piece_tokenizer.eos_id not in ids and piece_tokenizer.bos_id not in ids
+        assert piece_tokenizer.decode([*ids, piece_tokenizer.eos_id]) == line
+    assert piece_tokenizer.decode([10**6, -1]) == ""
+    text.save_tokenizer(tmp_path, piece_tokenizer)
+    again = text.load_tokenizer(tmp_path)
+    assert again.fingerprint == piece_tokenizer.fingerprint
+    assert again.encode(TEXTS[0]) == piece_tokenizer.encode(TEXTS[0])
+
+
+def test_byte_fallback_writes_any_text(tmp_path):
+    tokenizer = text.train_sentencepiece(TEXTS, tmp_path / "t", 400, byte_fallback=True)
+    assert tokenizer.decode(tokenizer.encode("größer ЩЖ 你好")) == "größer ЩЖ 你好"
+
+
+def test_huggingface_tokenizer_round_trips_and_reloads(hf_directory, tmp_path):
+    tokenizer = text.load_tokenizer(hf_directory)
+    ids = tokenizer.encode("turn ß on")
+    assert tokenizer.decode([*ids, tokenizer.eos_id, 10**6]) == "turn ß on"
+    assert tokenizer.tokens([tokenizer.eos_id]) == ["<|im_end|>"] and tokenizer.bos_id is None
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    text.save_tokenizer(copy, tokenizer)
+    assert text.load_tokenizer(copy / "tokenizer.json").fingerprint == tokenizer.fingerprint
+
+
+def test_prompts(piece_tokenizer, hf_directory):
+    prompt = text.build_prompt(piece_tokenizer)
+    assert prompt.prefix == (piece_tokenizer.bos_id,)
+    assert piece_tokenizer.tokens(prompt.suffix) == ["▁", "\n"]
+    tokenizer = text.load_tokenizer(hf_directory)
+    prompt = text.build_prompt(tokenizer, text.chat("chatml", "Transcribe: {speech}"))
+    start, end = map(tokenizer.token_id, SPECIALS)
+    assert prompt.prefix[0] == start and prompt.suffix[0] == end == prompt.eos
+    assert tokenizer.decode(prompt.prefix) == "user\nTranscribe: "
+    assert start in prompt.suffix and tokenizer.decode(prompt.suffix) == "\nassistant\n"
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("Transcribe:", "must contain {speech} exactly once"),
+        ("{speech} and {speech}", "must contain {speech} exactly once"),
+        ("QX {speech}", "cannot write 'QX '"),
+        (text.chat("chatml", "{speech}"), r"<\|im_start\|>, .* is no token of this tokenizer"),
+    ],
+)
+def test_prompts_that_cannot_be_written_are_refused(piece_tokenizer, template, message):
+    with pytest.raises(ValueError, match=message):
+        text.build_prompt(piece_tokenizer, template)
+
+
+def test_unusable_tokenizer_files_are_named(tmp_path, hf_directory):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor a \*.model"):
+        (tmp_path / "empty").mkdir()
+        text.load_tokenizer(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
+        text.load_tokenizer(tmp_path / "absent.model")
+    (tmp_path / "bad.model").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="bad.model: not a SentencePiece model"):
+        text.load_tokenizer(tmp_path / "bad.model")
+    config = hf_directory / "tokenizer_config.json"
+    config.write_text('{"eos_token": "</s>"}')
+    with pytest.raises(ValueError, match="eos_token '</s>' is not in its vocabulary"):
+        text.load_tokenizer(hf_directory)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer_config.json: missing"):
+        text.load_tokenizer(hf_directory)
+    (hf_directory / "tokenizer.json").write_text("{")
+    config.write_text("{}")
+    with pytest.raises(ValueError, match="not a tokenizer.json"):
+        text.load_tokenizer(hf_directory)
+    with pytest.raises(ValueError, match="no chat layout 'vicuna'"):
+        text.chat("vicuna", "{speech}")
+
+
+def test_prints_the_loss_mask(piece_tokenizer, tmp_path, capsys):
+    text.save_tokenizer(tmp_path, piece_tokenizer)
+    text.main([f"--tokenizer={tmp_path}", "--prompt={speech}\\n", "--speech=2", "lamp on"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    ids = piece_tokenizer.encode("lamp on")
+    assert len(rows) == 1 + 2 + 2 + len(ids)
+    assert [row[-1] for row in rows] == ["0"] * 4 + ["1"] * (len(ids) + 1)
+    assert rows[-1][-2] == "'</s>'"
+    # What goes in at one loss position is what the one before was asked for.
+    assert [row[2] for row in rows[5:]] == [row[-3] for row in rows[4:-1]]
