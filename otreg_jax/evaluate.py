@@ -54,6 +54,7 @@ class Sample(NamedTuple):
     speech_SD: np.ndarray
     text_TD: np.ndarray
     ids_T: np.ndarray
+    spoken_T2: np.ndarray  # start and end of each token's word, relative to the length; or NaN
 
 
 def evaluate(
@@ -229,7 +230,7 @@ def decode_sets(
             hypothesis = run.tokenizer.decode(tokens_BN[b, : length_B[b]].tolist()).strip()
             rows[i] = _row(name, utterance, hypothesis, float(score_B[b]))
             if i in sampled:
-                samples[name][i] = _sample(utterance.id, batch, compared, b)
+                samples[name][i] = _sample(utterance, run.tokenizer, batch, compared, b)
     in_order = {
         name: [found[i] for i in sorted(found) if len(found[i].ids_T)]
         for name, found in samples.items()
@@ -282,16 +283,35 @@ def _row(name, utterance, hypothesis: str, score: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sample(utterance_id: str, batch, compared, b: int) -> Sample:
+def _sample(utterance, tokenizer, batch, compared, b: int) -> Sample:
     speech_BSD, length_B, text_BTD = compared
-    num_tokens = int(batch["token_length"][b])
+    ids_T = batch["tokens"][b, : batch["token_length"][b]]
     return Sample(
-        utterance_id,
+        utterance.id,
         batch["mel"][b, : batch["mel_length"][b]],
         speech_BSD[b, : length_B[b]].astype(np.float32),
-        text_BTD[b, :num_tokens].astype(np.float32),
-        batch["tokens"][b, :num_tokens],
+        text_BTD[b, : len(ids_T)].astype(np.float32),
+        ids_T,
+        spoken_times(utterance, word_index(tokenizer, ids_T.tolist())),
     )
+
+
+def word_index(tokenizer, ids: Sequence[int]) -> list[int]:
+    """Which word of the text (by whitespace) each token belongs to."""
+    # The word in which the text up to here ends.
+    return [max(len(tokenizer.decode(ids[: t + 1]).split()) - 1, 0) for t in range(len(ids))]
+
+
+def spoken_times(utterance: sources.Utterance, index_T: Sequence[int]) -> np.ndarray:
+    """[T, 2]: when each token's word begins and ends, relative to the utterance's length.
+
+    NaN where the manifest does not time the words, or times other words than the transcript's.
+    """
+    # An entry may hold several words that were timed together.
+    times = [(start, end) for word, start, end in utterance.words for _ in word.split()]
+    if len(times) != len(utterance.text.split()) or max(index_T, default=0) >= len(times):
+        return np.full((len(index_T), 2), np.nan, np.float32)
+    return np.array([times[i] for i in index_T], np.float32).reshape(-1, 2) / utterance.duration
 
 
 def score_rows(rows: Sequence[dict], in_domain: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -348,9 +368,7 @@ def measure(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
     for name, found in samples.items():
         if not found:
             continue
-        pad = lambda x, size: np.pad(
-            x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)]
-        )
+        pad = lambda x, size: np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)])
         # One shape for all sets: one compilation.
         stack = lambda field, size, found=found, pad=pad: pad(
             np.stack([pad(getattr(sample, field), size) for sample in found]), NUM_MEASURED
@@ -358,12 +376,14 @@ def measure(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
         lengths = [[len(s.speech_SD) for s in found], [len(s.ids_T) for s in found]]
         figures, plan_BST = alignment(
             stack("speech_SD", num_speech), stack("text_TD", num_text), stack("ids_T", num_text),
+            stack("spoken_T2", num_text),
             *(pad(np.array(length, np.int32), NUM_MEASURED) for length in lengths),
         )  # fmt: skip
         example = int(np.argsort(lengths[1], kind="stable")[len(found) // 2])
         plan_ST = np.asarray(plan_BST[example, : lengths[0][example], : lengths[1][example]])
         measured[name] = {
-            "figures": {key: float(value) for key, value in figures.items()},
+            # A figure without its data (word times) is not a number, and left out.
+            "figures": {k: float(v) for k, v in figures.items() if np.isfinite(v)},
             "example": found[example],
             "plan_ST": plan_ST,
         }
@@ -371,10 +391,10 @@ def measure(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
 
 
 @jax.jit
-def alignment(speech_BSD, text_BTD, ids_BT, speech_length_B, text_length_B):
+def alignment(speech_BSD, text_BTD, ids_BT, spoken_BT2, speech_length_B, text_length_B):
     """Alignment figures of a padded batch of utterances, and their transport plans [B, S, T].
 
-    The definitions are in docs/evaluation.md.
+    The definitions are in docs/evaluation.md. spoken_BT2: see `spoken_times`.
     """
     speech_mask_BS = jnp.arange(speech_BSD.shape[1]) < speech_length_B[:, None]
     text_mask_BT = jnp.arange(text_BTD.shape[1]) < text_length_B[:, None]
@@ -411,11 +431,25 @@ def alignment(speech_BSD, text_BTD, ids_BT, speech_length_B, text_length_B):
         total_D = jnp.where(mask_BN[..., None], unit(x_BND), 0).sum(axis=(0, 1))
         return total_D / jnp.maximum(mask_BN.sum(), 1)
 
+    # Mass on the word spoken at the time, by the plan and by tokens spread evenly over the time.
+    time_BS = (jnp.arange(speech_BSD.shape[1]) + 0.5) / jnp.maximum(speech_length_B, 1)[:, None]
+    start_BT, end_BT = spoken_BT2[..., 0], spoken_BT2[..., 1]
+    heard_BST = (time_BS[..., None] >= start_BT[:, None]) & (time_BS[..., None] < end_BT[:, None])
+    timed_B = (text_length_B > 0) & ~jnp.isnan(start_BT).any(axis=1, where=text_mask_BT)
+    even_BS = (time_BS * text_length_B[:, None]).astype(jnp.int32)
+    even_BST = (even_BS[..., None] == jnp.arange(text_BTD.shape[1])) & speech_mask_BS[..., None]
+    even_BST = even_BST / jnp.maximum(speech_length_B, 1)[:, None, None]
+    on_spoken = lambda plan: jnp.sum(
+        jnp.sum(plan * heard_BST, axis=(1, 2)), where=timed_B
+    ) / timed_B.sum()
+
     gap_D = mean_unit(speech_BSD, speech_mask_BS) - mean_unit(text_BTD, text_mask_BT)
     figures = out.metrics | {
         "retrieval_accuracy": (retrieved_N & valid_N).sum() / num_tokens,
         "monotonicity": jnp.sum(correlation_B, where=defined_B) / jnp.maximum(defined_B.sum(), 1),
         "centroid_distance": jnp.linalg.norm(gap_D),
+        "spoken_mass": on_spoken(mass_BST),
+        "spoken_mass_even": on_spoken(even_BST),
     }
     return figures, plan_BST
 

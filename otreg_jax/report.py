@@ -42,6 +42,8 @@ ALIGNMENT = {
     "entropy": ("Plan entropy", 2),
     "marginal_error": ("Marginal error", 4),
     "nearest_cosine": ("Nearest cosine", 3),
+    "spoken_mass": ("On spoken word", 3),
+    "spoken_mass_even": ("(even spacing)", 3),
     "retrieval_accuracy": ("Retrieval", 3),
     "monotonicity": ("Monotonicity", 3),
     "centroid_distance": ("Centroid distance", 3),
@@ -441,10 +443,12 @@ def _alignment_table(runs: Sequence[Run]) -> str:
         )
         body.append(f"<tr><th>{label}{_e(name)}</th>{cells}</tr>")
     return (
-        "<p>Token retrieval: the mean of the speech that the plan sends to a token is closest to "
-        "that very token among all transcript tokens. Monotonicity: the correlation of speech and "
-        "token positions under the plan. The nearest-token cosine rises in runs that learn nothing "
-        "useful as well: it is no evidence of alignment.</p>"
+        "<p>On spoken word: the share of the plan's mass on the word spoken at the time, and what "
+        "tokens spread evenly over the utterance would reach. Retrieval: the mean of the speech "
+        "that the plan sends to a token is closest to that very token among all transcript tokens. "
+        "Monotonicity: the correlation of speech and token positions under the plan. The cosine to "
+        "the nearest token rises in runs that learn nothing useful as well: it is no evidence of "
+        "alignment.</p>"
         f"<div class='scroll'><table><thead><tr><th>set</th>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>{_legend(runs).replace('figcaption', 'p')}"
     )

@@ -105,12 +105,8 @@ def test_eight_devices_evaluate_as_one(runs, results):
     run = build.load_run(runs / "ours")
     assert run.mesh.size == 8
     utterances, _ = evaluate.load_sets(run.config, runs / "ours")
-    one = jax.make_mesh(
-        (1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-    alone = run._replace(
-        mesh=one, params=jax.device_put(run.params, NamedSharding(one, P()))
-    )
+    one = jax.make_mesh((1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    alone = run._replace(mesh=one, params=jax.device_put(run.params, NamedSharding(one, P())))
     settings = decoding.Settings(6)
     rows = [
         evaluate.decode_sets(r, utterances, settings, 0, 8, runs / "skipped.jsonl", "")[0]
@@ -129,22 +125,27 @@ def test_alignment_figures_of_a_known_alignment():
     text[0, np.arange(T), [0, 1, 2, 3, 4, 2]] = text[1, np.arange(T), [5, 6, 7, 0, 1, 2]] = 1.0
     ids = text.argmax(axis=-1)
     speech = np.repeat(text, S // T, axis=1) + 0.5
+    # The times say that the second half of every token is spoken by the next one.
+    edges = np.arange(T + 1) / T + 0.5 / T
+    spoken = np.broadcast_to(np.stack([edges[:-1], edges[1:]], axis=1), (2, T, 2))
     lengths = (np.array([S, S]), np.array([T, T]))
-    figures, plan = evaluate.alignment(speech - 0.5, text, ids, *lengths)
+    figures, plan = evaluate.alignment(speech - 0.5, text, ids, spoken, *lengths)
+    assert figures["spoken_mass_even"] == pytest.approx(0.5)
+    assert figures["spoken_mass"] == pytest.approx(0.45, abs=0.05)  # a repeated word divides
     assert figures["retrieval_accuracy"] == 1.0
     assert figures["monotonicity"] > 0.8
     assert figures["centroid_distance"] == pytest.approx(0, abs=1e-6)
     assert figures["transport_cost"] < 0.02
     np.testing.assert_allclose(plan.sum(axis=(1, 2)), 1, atol=1e-4)
-    reversed_figures, _ = evaluate.alignment(speech[:, ::-1] - 0.5, text, ids, *lengths)
+    reversed_figures, _ = evaluate.alignment(speech[:, ::-1] - 0.5, text, ids, spoken, *lengths)
     assert reversed_figures["monotonicity"] == pytest.approx(
         -float(figures["monotonicity"]), abs=1e-3
     )
-    shifted, _ = evaluate.alignment(speech, text, ids, *lengths)
+    shifted, _ = evaluate.alignment(speech, text, ids, spoken, *lengths)
     assert shifted["centroid_distance"] > 0.3
 
     pad = lambda x: np.pad(x, [(0, 1), (0, 3), *[(0, 0)] * (x.ndim - 2)])
-    padded = [pad(x) for x in (speech - 0.5, text, ids)]
+    padded = [pad(x) for x in (speech - 0.5, text, ids, spoken)]
     padded[0][0, S:] = padded[1][0, T:] = np.nan
     same, _ = evaluate.alignment(*padded, *(np.append(length, 0) for length in lengths))
     for name, value in figures.items():
@@ -209,8 +210,7 @@ def test_subtitles():
         transcribe.Segment(3599.9996, 3661.25, "good bye", -2.0),
     ]
     assert transcribe.as_subtitles(segments, "srt") == (
-        "1\n00:00:00,000 --> 00:00:01,500\nhello\n\n"
-        "2\n01:00:00,000 --> 01:01:01,250\ngood bye\n"
+        "1\n00:00:00,000 --> 00:00:01,500\nhello\n\n2\n01:00:00,000 --> 01:01:01,250\ngood bye\n"
     )
     vtt = transcribe.as_subtitles(segments, "vtt")
     assert vtt.startswith("WEBVTT\n\n1\n00:00:00.000 --> 00:00:01.500\nhello\n")
@@ -221,4 +221,4 @@ def test_pieces_of_a_file_are_the_audio(audio):
     pieces = [sources.load_audio(piece) for piece in transcribe.split(whole, 2.0)]
     together, expected = np.concatenate(pieces), sources.load_audio(whole)
     assert len(together) == pytest.approx(len(expected), abs=2 * len(pieces))
-    assert jnp.corrcoef(together[: 16000], expected[: 16000])[0, 1] > 0.99
+    assert jnp.corrcoef(together[:16000], expected[:16000])[0, 1] > 0.99
