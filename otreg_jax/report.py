@@ -211,7 +211,7 @@ def _rate_cell(row: dict[str, Any] | None, best: float | None) -> str:
     low, high = row["interval"]
     rate = _percent(row["wer"])
     rate = f"<b>{rate}</b>" if row["wer"] == best else rate
-    return f"<td class='num'>{rate}<small>{_percent(low)} – {_percent(high)}</small></td>"
+    return f"<td class='num'>{rate}<small>{_percent(low)} … {_percent(high)}</small></td>"
 
 
 def _difference_cell(paired: dict[str, Any] | None) -> str:
@@ -220,7 +220,8 @@ def _difference_cell(paired: dict[str, Any] | None) -> str:
     low, high = paired["interval"]
     text = f"{100 * paired['difference']:+.1f}"
     text = f"<b>{text}</b>" if low > 0 or high < 0 else text
-    return f"<td class='num'>{text}<small>{100 * low:+.1f} – {100 * high:+.1f}</small></td>"
+    cell = f"<td class='num'>{text}<small>{100 * low:+.1f} … {100 * high:+.1f}</small></td>"
+    return cell.replace("-", "\N{MINUS SIGN}")
 
 
 def _forest(runs: Sequence[Run]) -> str:
@@ -322,7 +323,7 @@ def _plans(runs: Sequence[Run]) -> str:
         "the similarity of embeddings alone, one row a transcript token, the darker the more. "
         "A dark staircase from top left to bottom right is an alignment; an even tint says that "
         "the embeddings tell nothing apart.</p>"
-        f"<div class='grid wide'>{''.join(panels)}</div>"
+        f"<div class='grid {'' if len(runs) % 3 == 0 else 'wide'}'>{''.join(panels)}</div>"
     )
 
 
@@ -549,10 +550,12 @@ section > p { color: #3a454c; }
   border-left: 3px solid #d79a45; font-size: .9rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; font-size: .9rem; min-width: min(100%, 34rem); }
-th, td { text-align: left; vertical-align: top; padding: .45rem 1.1rem .45rem 0;
+th, td { text-align: left; vertical-align: top; padding: .45rem .9rem .45rem 0;
   border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-weight: 500; border-bottom: 1px solid #b9c2c7; }
-tbody th { font-weight: 500; }
+thead th { color: var(--soft); font-weight: 500; border-bottom: 1px solid #b9c2c7;
+  vertical-align: bottom; }
+thead .num { white-space: normal; }
+tbody th { font-weight: 500; min-width: 6em; }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td small { display: block; color: var(--soft); font-size: .78rem; }
 td b { font-weight: 650; }

@@ -49,8 +49,7 @@ def make_run(name, *, seed=0, sharp=1.0, compared_with=None):
         plans=[report.Plan("dev", "a/b/utt-0", 3.2, mel, plan, tokens)],
         speech_ND=rng.normal(size=(200, 16)),
         text_ND=rng.normal(size=(60, 16)) + 1.0,
-        differences=compared_with
-        and {"dev": {"difference": -0.061, "interval": (-0.102, -0.021)}},
+        differences=compared_with and {"dev": {"difference": -0.061, "interval": (-0.102, -0.021)}},
     )
 
 
@@ -74,7 +73,7 @@ def test_page_stands_alone_and_is_escaped(page):
 
 def test_page_marks_domains_and_differences(page):
     assert page.count(">in domain</span>") == 1 and page.count(">out of domain</span>") == 2
-    assert "<b>-6.1</b><small>-10.2 – -2.1</small>" in page
+    assert "<b>−6.1</b><small>−10.2 … −2.1</small>" in page
     assert "<del>kitchen</del> <ins>chicken</ins>" in page
 
 
