@@ -107,16 +107,14 @@ def test_sublayers_compose_to_the_whole(windowed):
     np.testing.assert_allclose(x_BLD, whole, atol=1e-5)
 
 
-def test_remat_changes_no_gradient(windowed):
-    model, params = windowed
+def test_remat_changes_no_gradient():
+    model, params = _init(dataclasses.replace(PLAIN, num_layers=2))
     again = LLM(dataclasses.replace(model.config, remat=True))
 
     def grad(model):
         return jax.jit(jax.grad(lambda p: model.apply({"params": p}, TOKENS_BL).var()))(params)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grad(model), grad(again)
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grad(model), grad(again))
 
 
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits(windowed):
@@ -140,34 +138,25 @@ ENCODER = SpeechEncoderConfig(
 )
 
 
-@pytest.mark.parametrize("strides", [(1, 2), (2, 2, 2)])
-def test_encoder_padding_never_matters(strides):
-    encoder = SpeechEncoder(dataclasses.replace(ENCODER, strides=strides))
+def test_encoder_padding_never_matters():
+    encoder = SpeechEncoder(dataclasses.replace(ENCODER, strides=(2, 2, 2)))
     mel_BFM = np.random.default_rng(0).normal(size=(3, 31, 5)).astype(np.float32)
     length_B = np.array([31, 14, 0], np.int32)
     params = jax.jit(encoder.init)(jax.random.key(0), mel_BFM, length_B)["params"]
     for row, length in enumerate(length_B):
         mel_BFM[row, length:] = np.nan
-    apply = jax.jit(encoder.apply)
-    features, positions_B = apply({"params": params}, mel_BFM, length_B)
+
+    def loss(params):
+        features, positions_B = encoder.apply({"params": params}, mel_BFM, length_B)
+        return features.var(), (features, positions_B)
+
+    (_, (features, positions_B)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_array_equal(positions_B, output_length(encoder.config, length_B))
-    assert np.isfinite(features).all()
-    alone, _ = apply({"params": params}, mel_BFM[1:2, :14], length_B[1:2])
+    assert all(np.isfinite(leaf).all() for leaf in (features, *jax.tree.leaves(grads)))
+    alone, _ = jax.jit(encoder.apply)({"params": params}, mel_BFM[1:2, :14], length_B[1:2])
     np.testing.assert_allclose(features[1, : positions_B[1]], alone[0], atol=1e-5)
     for row, end in enumerate(positions_B):
         assert not features[row, end:].any()
-
-
-def test_encoder_gradient_is_finite_with_nan_in_padding():
-    encoder = SpeechEncoder(ENCODER)
-    mel_BFM = jnp.ones((1, 20, 5)).at[:, 12:].set(jnp.nan)
-    params = jax.jit(encoder.init)(jax.random.key(0), mel_BFM, jnp.array([12]))["params"]
-
-    def loss(params):
-        return encoder.apply({"params": params}, mel_BFM, jnp.array([12]))[0].var()
-
-    for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)):
-        assert np.isfinite(leaf).all()
 
 
 def test_encoder_refuses_more_frames_than_it_has_positions():
