@@ -320,14 +320,15 @@ def absorbed_sinkhorn(cost, a, b, weighted_sum, *, num_iters, speech_tau, speech
 
     Nothing overflows at any cost. With masses of at least 1/S and 1/T, the first iteration
     leaves column sums between 1/(S T) and 1, so an iteration changes a scaling by a factor between
-    1/max(S, T) and max(S, T); a block is as long as the product of such factors fits float32.
+    1/max(S, T) and max(S, T); a block is as long as the product of such factors stays within
+    exp(-80) and exp(80), which float32 holds.
 
     Costs, in units of epsilon, are [B, S, T] or, with `speech_axis=2`, [B, T, S]; a, f, u (speech)
     and b, g, v (text) broadcast against them. `weighted_sum(kernel, weight, axis)` is the sum of
     their product over an axis, which is kept.
     """
     text_axis = 3 - speech_axis
-    block = max(1, int(80 / math.log(max(*cost.shape[1:], 2))) - 1)
+    block = int(80 / math.log(max(*cost.shape[1:], 2)))
     log_sum_exp = functools.partial(jax.nn.logsumexp, keepdims=True)
 
     f = jnp.where(a > 0, 0.0, -jnp.inf)  # padding has potentials -inf throughout
