@@ -1,4 +1,4 @@
-"""Package definition: lower bounds of what otreg_jax needs; requirements.txt holds tested versions."""
+"""Package definition with lower bounds; requirements.txt holds the versions tested together."""
 
 from setuptools import find_packages, setup
 

@@ -24,10 +24,11 @@ def open_checkpoints(workdir, keep: int = 2) -> ocp.training.Checkpointer:
     )
 
 
-def save(checkpointer, state, metadata: dict) -> None:
+def save(checkpointer, state, step: int, metadata: dict) -> None:
     """Saves asynchronously; returns once the state is copied from the devices, so that the next
     step may donate its buffers."""
-    checkpointer.save_async(int(state.step), state, force=True, custom_metadata=metadata)
+    # Overwrite: a step that is there already could not be read, and training came back to it.
+    checkpointer.save_async(step, state, force=True, overwrite=True, custom_metadata=metadata)
 
 
 def restore(checkpointer, abstract_state, params_only: bool = False):

@@ -1,6 +1,7 @@
 """The device mesh (data, fsdp, tensor) and which parameter is split over which of its axes."""
 
 import math
+import os
 import re
 
 import jax
@@ -55,6 +56,27 @@ def make_mesh(config, devices=None) -> Mesh:
             f"use a multiple of {rows}"
         )
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def join_cluster() -> None:
+    """Connects the processes of a cluster; must run before the first use of a device.
+
+    Cloud TPU, SLURM and Kubernetes are recognised by jax. By hand, set JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    env = os.environ
+    if "JAX_NUM_PROCESSES" in env:
+        jax.distributed.initialize(
+            env["JAX_COORDINATOR_ADDRESS"],
+            int(env["JAX_NUM_PROCESSES"]),
+            int(env["JAX_PROCESS_ID"]),
+        )
+    elif (
+        int(env.get("SLURM_NTASKS", 1)) > 1
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or "JOB_COMPLETION_INDEX" in env
+    ):
+        jax.distributed.initialize()
 
 
 def data_mesh() -> Mesh:

@@ -5,11 +5,15 @@
         --config.data.train=train.jsonl --config.data.dev=dev.jsonl --config.otreg.weight=1
 
 Every key of otreg_jax/config.py can be set as --config.KEY=VALUE. If the work directory holds a
-checkpoint of the same configuration, training resumes from it.
+checkpoint of the same configuration, training resumes from it. On SIGTERM (preemption) the run
+saves and exits with code 75: start it again to go on.
 """
 
 import functools
 import json
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,11 +22,14 @@ import numpy as np
 import tensorboardX
 import tqdm
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from otreg_jax import build, checkpoint, losses, optim, pretrain_llm, sharding, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import features, pipeline, sets, text
+
+PREEMPTED = 75  # EX_TEMPFAIL: launchers restart a run that ends with it
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
@@ -32,6 +39,9 @@ def train(config, workdir) -> train_step.TrainState:
     """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
     Writes config.json, tokenizer files, metrics.jsonl, TensorBoard events and checkpoints.
+
+    Returns:
+      The final state; its step is below `num_steps` if the run was told to stop (SIGTERM).
 
     Raises:
       ValueError, FileNotFoundError: the configuration, the data or the work directory is unusable.
@@ -91,9 +101,10 @@ def train(config, workdir) -> train_step.TrainState:
         skipped_path=str(workdir / "skipped.jsonl"),
     )  # fmt: skip
     writer = MetricsWriter(workdir, start, config.log_every, optim.learning_rate(config))
+    told_to_stop = preemption_notice()
     pending = None
     progress = tqdm.tqdm(
-        zip(range(start, config.num_steps), batches, strict=True), initial=start,
+        zip(range(start, config.num_steps), batches, strict=False), initial=start,
         total=config.num_steps, desc="training", unit="step", mininterval=1.0,
     )  # fmt: skip
     try:
@@ -103,8 +114,12 @@ def train(config, workdir) -> train_step.TrainState:
             if pending:
                 read_metrics(*pending, writer, progress, utterances, config)
             pending = (step + 1, metrics, batch)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
-                checkpoint.save(checkpointer, state, metadata)
+            stop = told_to_stop(step)
+            if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
+                checkpoint.save(checkpointer, state, step + 1, metadata)
+            if stop:
+                progress.write(f"told to stop: saving step {step + 1}; start again to resume")
+                break
         if pending:
             read_metrics(*pending, writer, progress, utterances, config)
     finally:
@@ -112,6 +127,17 @@ def train(config, workdir) -> train_step.TrainState:
         progress.close()
         checkpointer.close()  # waits for saves under way
     return state
+
+
+def preemption_notice():
+    """A function of the step: must the run stop now? It has got SIGTERM, as preempted machines do;
+    several hosts agree on the step."""
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point
+    told = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: told.set())
+    return lambda step: told.is_set()
 
 
 def make_tokenizer(config, workdir, utterances) -> text.Tokenizer:
@@ -235,7 +261,10 @@ def audio_seconds(batch) -> float:
 
 def main(argv):
     del argv
-    train(_CONFIG.value, _WORKDIR.value)
+    sharding.join_cluster()
+    state = train(_CONFIG.value, _WORKDIR.value)
+    if int(state.step) < _CONFIG.value.num_steps:
+        sys.exit(PREEMPTED)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,7 @@ def test_layer_k_compares_hidden_states_with_the_transcript_alone(model, forward
     at_zero = forward(batch, 0)
     at_one = forward(batch, 1)
     np.testing.assert_allclose(at_zero.logits_BTV, at_one.logits_BTV, atol=1e-5)
-    np.testing.assert_array_equal(
-        at_zero.text_BTD, slm_lib.embed(slm, params, batch["tokens"])
-    )
+    np.testing.assert_array_equal(at_zero.text_BTD, slm_lib.embed(slm, params, batch["tokens"]))
     assert not np.allclose(at_one.text_BTD, at_zero.text_BTD, atol=1e-2)
     np.testing.assert_array_equal(at_one.adapted_BSD, at_zero.speech_BSD)
     text_sum = lambda p: slm_lib.forward(slm, p, batch, layer=1).text_BTD.sum()
