@@ -31,7 +31,7 @@ setup(
         "soundfile>=0.13",
         "soxr>=1.0",
         "jiwer>=4.0",
-        "whisper-normalizer>=0.1.12",
+        "whisper-normalizer>=0.1.15",
         "matplotlib>=3.10",
         "tqdm>=4.67",
         "tensorboardX>=2.6.4",

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from otreg_jax import checkpoint, losses, optim, pretrained, sharding, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import text
+from otreg_jax.models import lora
 from otreg_jax.models.adapter import Adapter, AdapterConfig
 from otreg_jax.models.llm import LLM, LLMConfig
 from otreg_jax.models.slm import SLM
@@ -93,6 +94,11 @@ def build(config, tokenizer: text.Tokenizer, llm_dir: str = "") -> tuple[SLM, di
     )
     prompt = text.build_prompt(tokenizer, config.prompt)
     params = {"encoder": encoder_params, "adapter": adapter_params, "llm": llm_params}
+    if config.lora.pattern:
+        lora_key = jax.random.fold_in(key, 4)
+        params = lora.add(
+            params, config.lora.pattern, config.lora.rank, lora_key, config.lora.scale
+        )
     if config.ctc.weight:
         ctc_key = jax.random.fold_in(key, 3)
         params["ctc"] = losses.init_ctc(ctc_key, llm.config.embed_dim, config.ctc.scale)
@@ -114,7 +120,7 @@ def load_encoder(config, key) -> tuple[SpeechEncoder, dict]:
         SpeechEncoderConfig(
             num_mels=config.data.num_mels, embed_dim=c.embed_dim, num_layers=c.num_layers,
             num_heads=c.num_heads, mlp_dim=c.mlp_dim, max_positions=c.max_positions,
-            strides=tuple(c.strides), dtype=config.compute_dtype,
+            strides=tuple(c.strides), dtype=config.compute_dtype, remat=config.remat,
         )
     )  # fmt: skip
     mel = jnp.zeros((1, 16, config.data.num_mels))
@@ -137,6 +143,7 @@ def load_llm(config, llm_dir: str, vocab_size: int, key) -> tuple[LLM, dict]:
             vocab_size=vocab_size, embed_dim=c.embed_dim, num_layers=c.num_layers,
             num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
             mlp_dim=c.mlp_dim, tied_head=c.tie_embeddings, dtype=config.compute_dtype,
+            remat=config.remat,
         )
     )  # fmt: skip
     return llm, _init(llm, key, jnp.zeros((1, 4), jnp.int32))
@@ -149,4 +156,4 @@ def _init(module, key, *inputs):
 
 
 def _compute_in(module_config, config):
-    return dataclasses.replace(module_config, dtype=config.compute_dtype)
+    return dataclasses.replace(module_config, dtype=config.compute_dtype, remat=config.remat)

@@ -34,7 +34,8 @@ def default() -> ConfigDict:
             "checkpoint_every": 500,
             "keep_checkpoints": 2,
             "max_bad_steps": 10,  # non-finite steps in a row before training stops
-            "compute_dtype": "float32",  # activations: float32 | bfloat16
+            "compute_dtype": "float32",  # of activations and frozen weights: float32 | bfloat16
+            "remat": False,  # recompute activations in the backward pass: less memory, more time
             "freeze": "^encoder/positions/",  # regex of parameter paths that are not trained
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices per axis; -1: all that are left
             "data": {
@@ -114,6 +115,11 @@ def default() -> ConfigDict:
                     "max_repeat": 6,  # copying: each token stands 1..max_repeat times
                     "noise": 0.5,  # copying: noise, relative to the norm of the embeddings
                 },
+            },
+            "lora": {
+                "pattern": "",  # regex of whole paths: "llm/layers/attn/[qv]/kernel"; "": none
+                "rank": 8,
+                "scale": 1.0,  # of the update; what other libraries call alpha / rank
             },
             "otreg": {
                 "weight": 0.0,  # lambda at its full value; 0: cross-entropy alone

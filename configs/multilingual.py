@@ -1,0 +1,53 @@
+"""Ten languages: Whisper-large-v3 + Qwen2.5-7B, adapter and LoRA, on Multilingual LibriSpeech and
+Common Voice.
+
+    for lang in de nl fr es it pt pl; do for split in train dev; do
+      python -m otreg_jax.data.prepare --layout=mls --split=$split \\
+          --input=mls_$lang --output=data/mls_$lang
+    done; done                   # and --layout=common_voice likewise for cv_en, cv_ja, cv_zh-CN
+    bash launch/train_tpu.sh --name multi --zone us-east5-a --type v5p-128 \\
+        --config configs/multilingual.py:otreg --workdir gs://BUCKET/runs/multi
+
+    python -m otreg_jax.train --config=configs/multilingual.py:otreg --workdir=runs/multi
+    python -m otreg_jax.train --config=configs/multilingual.py:runlocal --workdir=runs/multi-local
+
+Languages are drawn with temperature 2: small ones more often than their share. Arms as in
+configs/librispeech.py.
+"""
+
+import runpy
+from pathlib import Path
+
+ARMS = ("otreg", "baseline", "runlocal")
+LIBRISPEECH = runpy.run_path(str(Path(__file__).with_name("librispeech.py")))
+
+MLS = ("de", "nl", "fr", "es", "it", "pt", "pl")
+COMMON_VOICE = ("en", "ja", "zh-CN")
+
+
+def get_config(arm: str = "otreg"):
+    """The recipe of an arm: otreg, baseline or runlocal."""
+    if arm not in ARMS:
+        raise ValueError(
+            f"configs/multilingual.py:{arm}: no such arm, choose from {', '.join(ARMS)}"
+        )
+    c = LIBRISPEECH["get_config"]("baseline")
+    c.num_steps = 100_000
+    c.batch_size = 512
+    c.llm.path = "Qwen/Qwen2.5-7B-Instruct"
+    corpora = [f"data/mls_{lang}" for lang in MLS] + [f"data/cv_{lang}" for lang in COMMON_VOICE]
+    c.data.train = ",".join(f"{corpus}:train" for corpus in corpora)
+    c.data.dev = ""
+    c.data.test = ",".join(f"{Path(corpus).name}={corpus}:dev" for corpus in corpora)
+    c.data.mixture = "lang"
+    c.data.temperature = 2.0
+    c.data.num_buckets = 6
+    if arm != "baseline":
+        LIBRISPEECH["otreg"](c)
+    if arm == "runlocal":
+        LIBRISPEECH["runlocal"](c)
+        c.synthetic.lang = "de"
+        c.synthetic.train_voices = (("de", 45), ("de+f2", 60))
+        c.synthetic.templates = ("ruf {person} {when} an", "schreib {person} {when}")
+        c.synthetic.slots.when = ("heute", "morgen", "am montag", "am freitag", "nachher")
+    return c
