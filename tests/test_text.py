@@ -2,10 +2,15 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
+import toy
 
 from otreg_jax.data import text
+from otreg_jax.models import slm
 
 TEXTS = [f"turn the {c} lamp {s}" for c in ("red", "green", "blue") for s in ("on", "off")]
 SPECIALS = ["<|im_start|>", "<|im_end|>"]
@@ -124,3 +129,24 @@ def test_prints_the_loss_mask(piece_tokenizer, tmp_path, capsys):
     assert rows[-1][-2] == "'</s>'"
     # What goes in at one loss position is what the one before was asked for.
     assert [row[2] for row in rows[5:]] == [row[-3] for row in rows[4:-1]]
+
+
+def test_the_printed_layout_is_what_the_model_packs():
+    model, params = toy.toy_slm()
+    tokens = [7, 9, 8]
+    positions = text.layout(model.prompt, tokens, num_speech=2)
+    speech_BSD = jnp.full((1, 4, 16), 5.0)  # two of four positions are valid
+
+    @jax.jit
+    def pack(params, tokens_BT):
+        text_BTD = slm.embed(model, params, tokens_BT)
+        return slm.assemble(model, params, speech_BSD, jnp.array([2]), text_BTD)
+
+    x_BLD, start_B = jax.tree.map(np.asarray, pack(params, np.array([tokens])))
+    table = np.asarray(params["llm"]["embed"]["embedding"])
+    for i, position in enumerate(positions):
+        row = 5.0 if position.token is None else table[position.token]
+        np.testing.assert_array_equal(x_BLD[0, i], np.broadcast_to(row, (16,)))
+    asked = [i for i, position in enumerate(positions) if position.target is not None]
+    assert asked == list(range(start_B[0], start_B[0] + len(tokens) + 1))
+    assert [positions[i].target for i in asked] == [*tokens, model.prompt.eos]

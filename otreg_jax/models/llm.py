@@ -221,8 +221,9 @@ class Block(nn.Module):
     config: LLMConfig
 
     @nn.compact
-    def __call__(self, x_BLD, cache, kind, tables, positions_BL):
+    def __call__(self, carry, cache, kind, is_tap, tables, positions_BL):
         c = self.config
+        x_BLD, tapped_BLD = carry
 
         def norm(name: str) -> layers.RMSNorm:
             return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=name)
@@ -233,7 +234,9 @@ class Block(nn.Module):
         x_BLD += norm("attn_post_norm")(y) if c.post_norms else y
         y = mlp(norm("mlp_norm")(x_BLD))
         x_BLD += norm("mlp_post_norm")(y) if c.post_norms else y
-        return x_BLD, cache
+        if tapped_BLD is not None:
+            tapped_BLD = jnp.where(is_tap, x_BLD, tapped_BLD)
+        return (x_BLD, tapped_BLD), cache
 
 
 class LLM(nn.Module):
@@ -252,8 +255,8 @@ class LLM(nn.Module):
             c.vocab_size, c.embed_dim, embedding_init=embed_init, name="embed"
         )
         if c.num_layers:
-            # (cache, layer kind) are per layer; (tables, positions) are the same for all.
-            axes = (0, 0, nn.broadcast, nn.broadcast)
+            # (cache, kind, is_tap) are per layer; (tables, positions) are the same for all.
+            axes = (0, 0, 0, nn.broadcast, nn.broadcast)
             self.layers = layers.scanned(Block, c.num_layers, axes, c.remat)(c)
         self.norm = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype)
         if not c.tied_head:
@@ -282,10 +285,23 @@ class LLM(nn.Module):
         `positions` and each position attends to the slots up to its own, so prefill and one-token
         steps of examples at different positions are the same call.
         """
+        (x_BLD, _), cache = self._run(x_BLD, positions_BL, cache, tap=None)
+        return x_BLD, cache
+
+    def hidden_and_tap(self, x_BLD: jax.Array, tap: int) -> tuple[jax.Array, jax.Array]:
+        """`hidden` without a cache, and the hidden states after the first `tap` ≥ 1 layers.
+
+        The layers stay one scan: running them as two `sublayers` would copy their weights.
+        """
+        if not 1 <= tap <= self.config.num_layers:
+            raise ValueError(f"layer {tap}: the LLM has layers 1 to {self.config.num_layers}")
+        return self._run(x_BLD, None, None, tap)[0]
+
+    def _run(self, x_BLD, positions_BL, cache, tap):
         c = self.config
         x_BLD = x_BLD.astype(c.dtype)
         if not c.num_layers:
-            return x_BLD, cache
+            return (x_BLD, None), cache
         L = x_BLD.shape[1]
         order_BL = jnp.arange(L)[None]
         positions_BL = order_BL if positions_BL is None else positions_BL
@@ -297,7 +313,10 @@ class LLM(nn.Module):
         else:
             masks = None  # plain causal: left to the attention kernel
         tables = (*_rope_tables(c, positions_BL), masks)
-        return self.layers(x_BLD, cache, jnp.asarray(_layer_kinds(c)), tables, positions_BL)
+        carry = (x_BLD, None if tap is None else jnp.zeros_like(x_BLD))
+        is_tap = None if tap is None else jnp.arange(1, c.num_layers + 1) == tap
+        kinds = jnp.asarray(_layer_kinds(c))
+        return self.layers(carry, cache, kinds, is_tap, tables, positions_BL)
 
     def logits(self, x_D: jax.Array) -> jax.Array:
         """Final norm, head and soft cap on hidden states [..., D]; float32 [..., V]."""

@@ -107,16 +107,14 @@ def forward(slm: SLM, params, batch, layer: int = 0) -> Outputs:
     text_BTD = embed(slm, params, batch["tokens"])
     x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, text_BTD)
 
-    speech_BSD, below, above = adapted_BSD, None, slm.llm
-    upper_params = params["llm"]
+    variables, speech_BSD = {"params": params["llm"]}, adapted_BSD
     if layer:
-        below, lower_params = sublayers(slm.llm, params["llm"], 0, layer)
-        above, upper_params = sublayers(slm.llm, params["llm"], layer, slm.llm.config.num_layers)
-        x_BLD, _ = below.apply({"params": lower_params}, x_BLD, method="hidden")
+        hidden_BLD, tapped_BLD = slm.llm.apply(variables, x_BLD, layer, method="hidden_and_tap")
         first = len(slm.prompt.prefix)
-        speech_BSD = x_BLD[:, first : first + adapted_BSD.shape[1]]
+        speech_BSD = tapped_BLD[:, first : first + adapted_BSD.shape[1]]
         text_BTD = contextual_text(slm, params, text_BTD, layer)
-    hidden_BLD, _ = above.apply({"params": upper_params}, x_BLD, method="hidden")
+    else:
+        hidden_BLD, _ = slm.llm.apply(variables, x_BLD, method="hidden")
     logits_BTV = transcript_logits(slm, params, hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
     return Outputs(logits_BTV, speech_BSD, text_BTD, speech_length_B, adapted_BSD)
 
