@@ -53,7 +53,9 @@ def test_matches_whisper_and_round_trips(num_mels, frames, tmp_path):
 
     encoder, params = pretrained.load_speech_encoder(tmp_path / "hf")
     mel_BFM = jnp.asarray(mel.numpy().transpose(0, 2, 1))
-    features, length = jax.jit(encoder.apply)({"params": params}, mel_BFM, jnp.array([frames, frames]))
+    features, length = jax.jit(encoder.apply)(
+        {"params": params}, mel_BFM, jnp.array([frames, frames])
+    )
     np.testing.assert_array_equal(length, [positions, positions])
     np.testing.assert_allclose(features, expected, atol=1e-4, rtol=0)
 

@@ -29,9 +29,7 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )
-YARN = dict(
-    rope_type="yarn", rope_theta=10_000.0, factor=8.0, original_max_position_embeddings=64
-)
+YARN = dict(rope_type="yarn", rope_theta=10_000.0, factor=8.0, original_max_position_embeddings=64)
 CONFIGS = {
     "llama": transformers.LlamaConfig(**SHAPE),
     "llama3-tied-biased": transformers.LlamaConfig(

@@ -1,8 +1,10 @@
 """Strict loading: what does not fit is refused with everything named; shardings; many files."""
 
 import dataclasses
+import fnmatch
 import json
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,3 +253,18 @@ def test_sources_that_are_not_there(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
     with pytest.raises(ValueError, match="'wav2vec2' is no speech encoder"):
         pretrained.load_speech_encoder(tmp_path)
+
+
+def test_hub_ids_are_fetched_at_their_revision_without_pickles_or_code(monkeypatch, tmp_path):
+    calls = []
+
+    def download(name, revision, allow_patterns):
+        calls.append((name, revision))
+        assert not any(fnmatch.fnmatch("model.bin", pattern) for pattern in allow_patterns)
+        assert not any(fnmatch.fnmatch("modeling.py", pattern) for pattern in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="config.json: missing"):
+        pretrained.load_llm("owner/name", revision="0123abc")
+    assert calls == [("owner/name", "0123abc")]

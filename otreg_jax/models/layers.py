@@ -97,9 +97,7 @@ def attention(
     if is_causal:
         mask_BLS = jnp.tril(jnp.ones((1, L, S), bool))
     q_BLKGd = q_BLHd.reshape(B, L, K, H // K, d)
-    scores = jnp.einsum(
-        "BLKGd,BSKd->BKGLS", q_BLKGd, k_BSKd, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("BLKGd,BSKd->BKGLS", q_BLKGd, k_BSKd, preferred_element_type=jnp.float32)
     scores = softcap * jnp.tanh(scores * scale / softcap)
     if mask_BLS is not None:
         scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)

@@ -430,9 +430,7 @@ _WHISPER_STRIDES = (1, 2)
 _OWN_ENCODER = "otreg_speech_encoder"  # what Whisper's architecture cannot say: other strides
 
 
-def speech_encoder_config(
-    raw: dict[str, Any], where: str = "config.json"
-) -> SpeechEncoderConfig:
+def speech_encoder_config(raw: dict[str, Any], where: str = "config.json") -> SpeechEncoderConfig:
     """The SpeechEncoderConfig of Whisper's config.json; ValueError for any other architecture."""
     kind = raw.get("model_type")
     if kind not in ("whisper", _OWN_ENCODER):
