@@ -39,9 +39,7 @@ def make_run(workdir, *, dev="", test="", seed=0):
     config.llm.update(embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32)
     config.adapter.hidden_dim = 16
     config.decode.max_tokens = 6
-    tokenizer = text.train_sentencepiece(
-        TEXTS, workdir / "tokenizer", 60, model_type="word"
-    )
+    tokenizer = text.train_sentencepiece(TEXTS, workdir / "tokenizer", 60, model_type="word")
     slm, params = build.build(config, tokenizer)
     # Larger than any initialisation, so that hypotheses differ.
     params["llm"] = jax.tree.map(lambda leaf: 3 * leaf, params["llm"])
@@ -50,7 +48,7 @@ def make_run(workdir, *, dev="", test="", seed=0):
     state = train_step.init_state(params, optimizer)._replace(step=jax.numpy.int32(3))
     shardings = sharding.tree_shardings(state, sharding.data_mesh())
     with checkpoint.open_checkpoints(workdir) as checkpointer:
-        checkpoint.save(checkpointer, jax.device_put(state, shardings), {})
+        checkpoint.save(checkpointer, jax.device_put(state, shardings), 3, {})
     config_lib.save(config, workdir / "config.json")
     lines = [{"step": step, "ce": 3.0 / step, "grad_norm": 1.0} for step in (1, 2, 3)]
     (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
