@@ -1,6 +1,7 @@
 """From a configuration to modules and weights, and from a run directory to a trained model."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,20 +47,21 @@ def load_run(workdir) -> Run:
     tokenizer = text.load_tokenizer(workdir)
     slm, params = build(config, tokenizer, llm_path(config, workdir))
     mesh = sharding.data_mesh()
-    params, frozen = optim.split(params, config.freeze)
+    params, frozen = split(params, config)
     abstract_state = train_step.abstract_state(params, optim.make_optimizer(config), mesh)
     with checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpointer:
         state = checkpoint.restore(checkpointer, abstract_state, params_only=True)
     if state is None:
         raise FileNotFoundError(f"{workdir}: no checkpoint yet; let training reach one")
-    frozen = place_frozen(frozen, config, mesh)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     return Run(config, slm, optim.merge(state.params, frozen), tokenizer, int(state.step), mesh)
 
 
-def place_frozen(frozen, config, mesh):
-    """Frozen weights in the compute dtype, sharded over the mesh."""
-    frozen = jax.tree.map(lambda x: x.astype(config.compute_dtype), frozen)
-    return jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+def split(params, config):
+    """(trained parameters in float32, frozen ones in the compute dtype)."""
+    trained, frozen = optim.split(params, config.freeze)
+    as_dtype = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
+    return as_dtype(trained, "float32"), as_dtype(frozen, config.compute_dtype)
 
 
 def llm_path(config, workdir) -> str:
@@ -76,7 +78,7 @@ def build(config, tokenizer: text.Tokenizer, llm_dir: str = "") -> tuple[SLM, di
       llm_dir: a Hugging Face directory with the LLM; "" builds one from scratch.
 
     Returns:
-      The SLM and {"encoder", "adapter", "llm"} (and "ctc" if that loss is on), float32.
+      The SLM and {"encoder", "adapter", "llm"} (and "ctc" if that loss is on).
     """
     key = jax.random.key(config.seed)
     encoder, encoder_params = load_encoder(config, jax.random.fold_in(key, 0))
@@ -109,7 +111,9 @@ def load_encoder(config, key) -> tuple[SpeechEncoder, dict]:
     """The speech encoder of `config.encoder`."""
     c = config.encoder
     if c.path:
-        encoder, params = pretrained.load_speech_encoder(c.path, revision=c.revision or None)
+        encoder, params = pretrained.load_speech_encoder(
+            c.path, c.revision or None, _weights_dtype(config, "encoder")
+        )
         if encoder.config.num_mels != config.data.num_mels:
             raise ValueError(
                 f"{c.path} takes {encoder.config.num_mels} mel bins: set data.num_mels="
@@ -130,7 +134,8 @@ def load_encoder(config, key) -> tuple[SpeechEncoder, dict]:
 def load_llm(config, llm_dir: str, vocab_size: int, key) -> tuple[LLM, dict]:
     """The LLM in `llm_dir`, or one from scratch after `config.llm`."""
     if llm_dir:
-        llm, params = pretrained.load_llm(llm_dir, revision=config.llm.revision or None)
+        dtype = _weights_dtype(config, "llm")
+        llm, params = pretrained.load_llm(llm_dir, config.llm.revision or None, dtype)
         if llm.config.vocab_size < vocab_size:
             raise ValueError(
                 f"{llm_dir}: the LLM has {llm.config.vocab_size} tokens, its tokenizer "
@@ -153,6 +158,12 @@ def _init(module, key, *inputs):
     inputs = [jnp.asarray(x) for x in inputs]
     # Op by op, initialisation would compile hundreds of small programs.
     return jax.jit(module.init)(key, *inputs)["params"]
+
+
+def _weights_dtype(config, part: str) -> str:
+    """What to read a part's weights in: a frozen part never needs them in float32."""
+    is_frozen = config.freeze and re.search(config.freeze, f"{part}/weights")
+    return config.compute_dtype if is_frozen else "float32"
 
 
 def _compute_in(module_config, config):

@@ -61,8 +61,8 @@ def train(config, workdir) -> train_step.TrainState:
     config_lib.save(config, workdir / "config.json")
 
     # ---- state, sharded over the mesh ------------------------------------------------------------
-    params, frozen = optim.split(params, config.freeze)
-    frozen = build.place_frozen(frozen, config, mesh)
+    params, frozen = build.split(params, config)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     optimizer = optim.make_optimizer(config)
     abstract_state = train_step.abstract_state(params, optimizer, mesh)
     state_sharding = jax.tree.map(lambda x: x.sharding, abstract_state)

@@ -69,7 +69,7 @@ def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, sche
         )
 
     gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
-    grad_norm = optax.global_norm(gradient)
+    grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

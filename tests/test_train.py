@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import soundfile
 
 from otreg_jax import config as config_lib
+from otreg_jax import sharding
 from otreg_jax import train as train_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -68,10 +70,16 @@ def metrics_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(manifest, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("uninterrupted")
+def finished(manifest, tmp_path_factory):
+    """The work directory of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("finished")
     train_lib.train(tone_config(manifest), workdir)
-    return metrics_of(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finished):
+    return metrics_of(finished)
 
 
 def test_metrics_hold_what_is_promised(uninterrupted):
@@ -100,14 +108,14 @@ def test_a_crash_and_resume_continue_to_the_bit(manifest, tmp_path, uninterrupte
     assert metrics_of(tmp_path) == uninterrupted
 
 
-def test_a_broken_newest_checkpoint_falls_back(manifest, tmp_path, uninterrupted, caplog):
-    train_lib.train(tone_config(manifest), tmp_path)
-    for path in (tmp_path / "checkpoints" / "12").rglob("*"):
+def test_a_broken_newest_checkpoint_falls_back(manifest, tmp_path, finished, caplog):
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    for path in (workdir / "checkpoints" / "12").rglob("*"):
         if path.is_file() and path.stat().st_size > 200:
             path.write_bytes(path.read_bytes()[:100])
-    train_lib.train(tone_config(manifest), tmp_path)
+    train_lib.train(tone_config(manifest), workdir)
     assert "step 12 cannot be read" in caplog.text
-    assert metrics_of(tmp_path) == uninterrupted
+    assert metrics_of(workdir) == metrics_of(finished)
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(manifest, tmp_path, uninterrupted):
@@ -157,10 +165,12 @@ def test_kill_9_and_resume_continue_to_the_bit(manifest, tmp_path, uninterrupted
     assert metrics_of(workdir) == uninterrupted
 
 
-def test_non_finite_steps_name_their_utterances_and_end_the_run(manifest, tmp_path, capsys):
-    config = tone_config(manifest, optim__learning_rate=float("nan"), max_bad_steps=3)
+def test_non_finite_steps_name_their_utterances_and_end_the_run(manifest, tmp_path, monkeypatch):
+    to_global = sharding.to_global
+    broken = lambda batch, mesh: to_global(batch | {"mel": batch["mel"] + np.nan}, mesh)
+    monkeypatch.setattr(sharding, "to_global", broken)
     with pytest.raises(FloatingPointError, match="3 steps in a row.*learning_rate"):
-        train_lib.train(config, tmp_path)
+        train_lib.train(tone_config(manifest, max_bad_steps=3), tmp_path)
     skipped = [
         json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
         if "skipped" in line
@@ -169,11 +179,11 @@ def test_non_finite_steps_name_their_utterances_and_end_the_run(manifest, tmp_pa
     assert all(name.endswith(".wav") for name in skipped[0]["skipped"])
 
 
-def test_a_workdir_of_another_configuration_is_refused(manifest, tmp_path):
-    train_lib.train(tone_config(manifest, num_steps=4), tmp_path)
-    train_lib.train(tone_config(manifest, num_steps=5, log_every=5), tmp_path)  # these may change
+def test_a_workdir_of_another_configuration_is_refused(manifest, tmp_path, finished):
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    train_lib.train(tone_config(manifest, log_every=5, keep_checkpoints=3), workdir)  # may change
     with pytest.raises(ValueError) as error:
-        train_lib.train(tone_config(manifest, num_steps=4, encoder__embed_dim=32, seed=1), tmp_path)
+        train_lib.train(tone_config(manifest, encoder__embed_dim=32, seed=1), workdir)
     assert "encoder.embed_dim: 16 -> 32" in str(error.value)
     assert "seed: 0 -> 1" in str(error.value)
 
