@@ -165,7 +165,7 @@ class Attention(nn.Module):
     config: LLMConfig
 
     @nn.compact
-    def __call__(self, x_BLD, cache, cos_BLp, sin_BLp, mask_BLS, positions_BL):
+    def __call__(self, x_BLD, cache, layer, cos_BLp, sin_BLp, mask_BLS, positions_BL):
         c = self.config
 
         def project(name: str, heads: int) -> jax.Array:
@@ -181,10 +181,13 @@ class Attention(nn.Module):
             k = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name="k_norm")(k)
         q, k = rotate(q, cos_BLp, sin_BLp), rotate(k, cos_BLp, sin_BLp)
         if cache is not None:
-            rows = jnp.arange(x_BLD.shape[0])[:, None]
-            k = cache["k"].at[rows, positions_BL].set(k.astype(cache["k"].dtype))
-            v = cache["v"].at[rows, positions_BL].set(v.astype(cache["v"].dtype))
-            cache = {"k": k, "v": v}
+            # Written where it lies: a layer's cache taken out and put back is copied every step.
+            slots = (layer, jnp.arange(x_BLD.shape[0])[:, None], positions_BL)
+            cache = {
+                name: cache[name].at[slots].set(new.astype(cache[name].dtype))
+                for name, new in (("k", k), ("v", v))
+            }
+            k, v = cache["k"][layer], cache["v"][layer]
         scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
         y = layers.attention(
             q,
@@ -221,22 +224,22 @@ class Block(nn.Module):
     config: LLMConfig
 
     @nn.compact
-    def __call__(self, carry, cache, kind, is_tap, tables, positions_BL):
+    def __call__(self, carry, layer, kind, is_tap, tables, positions_BL):
         c = self.config
-        x_BLD, tapped_BLD = carry
+        x_BLD, tapped_BLD, cache = carry
 
         def norm(name: str) -> layers.RMSNorm:
             return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=name)
 
         cos, sin, mask = jax.tree.map(lambda table: table[kind], tables)
         attend, mlp = Attention(c, name="attn"), MLP(c, name="mlp")
-        y, cache = attend(norm("attn_norm")(x_BLD), cache, cos, sin, mask, positions_BL)
+        y, cache = attend(norm("attn_norm")(x_BLD), cache, layer, cos, sin, mask, positions_BL)
         x_BLD += norm("attn_post_norm")(y) if c.post_norms else y
         y = mlp(norm("mlp_norm")(x_BLD))
         x_BLD += norm("mlp_post_norm")(y) if c.post_norms else y
         if tapped_BLD is not None:
             tapped_BLD = jnp.where(is_tap, x_BLD, tapped_BLD)
-        return (x_BLD, tapped_BLD), cache
+        return (x_BLD, tapped_BLD, cache), None
 
 
 class LLM(nn.Module):
@@ -255,7 +258,7 @@ class LLM(nn.Module):
             c.vocab_size, c.embed_dim, embedding_init=embed_init, name="embed"
         )
         if c.num_layers:
-            # (cache, kind, is_tap) are per layer; (tables, positions) are the same for all.
+            # (layer, kind, is_tap) are per layer; (tables, positions) are the same for all.
             axes = (0, 0, 0, nn.broadcast, nn.broadcast)
             self.layers = layers.scanned(Block, c.num_layers, axes, c.remat)(c)
         self.norm = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype)
@@ -285,7 +288,7 @@ class LLM(nn.Module):
         `positions` and each position attends to the slots up to its own, so prefill and one-token
         steps of examples at different positions are the same call.
         """
-        (x_BLD, _), cache = self._run(x_BLD, positions_BL, cache, tap=None)
+        x_BLD, _, cache = self._run(x_BLD, positions_BL, cache, tap=None)
         return x_BLD, cache
 
     def hidden_and_tap(self, x_BLD: jax.Array, tap: int) -> tuple[jax.Array, jax.Array]:
@@ -295,13 +298,13 @@ class LLM(nn.Module):
         """
         if not 1 <= tap <= self.config.num_layers:
             raise ValueError(f"layer {tap}: the LLM has layers 1 to {self.config.num_layers}")
-        return self._run(x_BLD, None, None, tap)[0]
+        return self._run(x_BLD, None, None, tap)[:2]
 
     def _run(self, x_BLD, positions_BL, cache, tap):
         c = self.config
         x_BLD = x_BLD.astype(c.dtype)
         if not c.num_layers:
-            return (x_BLD, None), cache
+            return x_BLD, None, cache
         L = x_BLD.shape[1]
         order_BL = jnp.arange(L)[None]
         positions_BL = order_BL if positions_BL is None else positions_BL
@@ -313,10 +316,10 @@ class LLM(nn.Module):
         else:
             masks = None  # plain causal: left to the attention kernel
         tables = (*_rope_tables(c, positions_BL), masks)
-        carry = (x_BLD, None if tap is None else jnp.zeros_like(x_BLD))
+        carry = (x_BLD, None if tap is None else jnp.zeros_like(x_BLD), cache)
         is_tap = None if tap is None else jnp.arange(1, c.num_layers + 1) == tap
-        kinds = jnp.asarray(_layer_kinds(c))
-        return self.layers(carry, cache, kinds, is_tap, tables, positions_BL)
+        index, kinds = jnp.arange(c.num_layers), jnp.asarray(_layer_kinds(c))
+        return self.layers(carry, index, kinds, is_tap, tables, positions_BL)[0]
 
     def logits(self, x_D: jax.Array) -> jax.Array:
         """Final norm, head and soft cap on hidden states [..., D]; float32 [..., V]."""
