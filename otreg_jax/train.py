@@ -31,9 +31,6 @@ from otreg_jax.data import features, pipeline, sets, text
 
 PREEMPTED = 75  # EX_TEMPFAIL: launchers restart a run that ends with it
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a file of configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
-
 
 def train(config, workdir) -> train_step.TrainState:
     """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one.
@@ -262,11 +259,14 @@ def audio_seconds(batch) -> float:
 def main(argv):
     del argv
     sharding.join_cluster()
-    state = train(_CONFIG.value, _WORKDIR.value)
-    if int(state.step) < _CONFIG.value.num_steps:
+    config = flags.FLAGS.config
+    state = train(config, flags.FLAGS.workdir)
+    if int(state.step) < config.num_steps:
         sys.exit(PREEMPTED)
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Recipe, a file of configs/.")
+    flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
     flags.mark_flags_as_required(["config", "workdir"])
     config_lib.run(main)
