@@ -205,9 +205,7 @@ def _prefill(llm: LLM, params, x_BPD, length_B, slots: int) -> tuple[jax.Array, 
     positions_BP = jnp.broadcast_to(jnp.arange(prompt_size), (batch, prompt_size))
     x_BPD = jnp.where((positions_BP < length_B[:, None])[..., None], x_BPD, 0)
     cache = init_cache(llm.config, batch, slots)
-    hidden_BPD, cache = llm.apply(
-        {"params": params}, x_BPD, positions_BP, cache, method="hidden"
-    )
+    hidden_BPD, cache = llm.apply({"params": params}, x_BPD, positions_BP, cache, method="hidden")
     last_B1D = jnp.take_along_axis(hidden_BPD, (length_B - 1)[:, None, None], axis=1)
     return llm.apply({"params": params}, last_B1D[:, 0], method="logits"), cache
 

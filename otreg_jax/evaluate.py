@@ -97,7 +97,7 @@ def evaluate(
         )
     longest = max(len(run.tokenizer.encode(u.text)) for us in utterances.values() for u in us)
     decode = decoding.Settings(
-        run.config.decode.max_tokens or 2 * longest + 8, beam_width, length_penalty, no_repeat_ngram
+        run.config.decode.max_tokens or 3 * longest // 2 + 8, beam_width, length_penalty, no_repeat_ngram
     )
     layer = run.config.otreg.layer
     settings = {
@@ -249,7 +249,7 @@ def batches(
     with data_config.unlocked():
         data_config.update(on_bad_audio="skip", max_tokens=0, features="host")
         # A batch shape must be worth its compilation.
-        data_config.num_buckets = min(data_config.num_buckets, 1 + len(utterances) // 1000)
+        data_config.num_buckets = min(data_config.num_buckets, 1 + len(utterances) // 512)
     batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     host_batches = pipeline.eval_batches(
         utterances, run.tokenizer, data_config, batch_size=batch_size,

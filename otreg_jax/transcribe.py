@@ -95,9 +95,7 @@ def split(utterance: sources.Utterance, limit: float) -> list[sources.Utterance]
         return [utterance]
     edges = quiet_cuts(sources.load_audio(utterance), sources.SAMPLE_RATE, limit)
     return [
-        utterance._replace(
-            id=f"{utterance.id}@{start:.2f}", offset=start, duration=end - start
-        )
+        utterance._replace(id=f"{utterance.id}@{start:.2f}", offset=start, duration=end - start)
         for start, end in zip(edges, edges[1:], strict=False)
     ]
 

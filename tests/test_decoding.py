@@ -67,8 +67,9 @@ def test_greedy_takes_the_best_token_at_every_step(model):
     np.testing.assert_array_equal(
         jnp.where(within, log_prob.argmax(axis=-1), 0), jnp.where(within, with_eos, 0)
     )
-    np.testing.assert_allclose(out.score, log_prob.max(axis=-1, initial=-99).sum(1, where=within),
-                               atol=1e-4)
+    np.testing.assert_allclose(
+        out.score, log_prob.max(axis=-1, initial=-99).sum(1, where=within), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("width", [1, 3])
