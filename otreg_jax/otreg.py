@@ -250,7 +250,12 @@ def transport_plan(
     Every backend runs the same iterations. None is differentiable, on purpose: the plan is a
     constant to `jax.grad`. Padding by zero mass is exact because epsilon is absolute; ott's
     relative epsilon and cost scaling would read padded entries.
+
+    Raises:
+      ValueError: the backend is unknown.
     """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"otreg: backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
     nonempty_B = (a_BS.sum(axis=1) > 0) & (b_BT.sum(axis=1) > 0)
     a_BS = jnp.where(nonempty_B[:, None], a_BS, 0.0)
     b_BT = jnp.where(nonempty_B[:, None], b_BT, 0.0)

@@ -525,3 +525,8 @@ def test_zero_vectors_have_finite_gradients():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         otreg.regularizer(*make_batch(), **options)
+
+
+def test_transport_plan_names_an_unknown_backend():
+    with pytest.raises(ValueError, match="backend='cuda' is not one of auto, xla, pallas, ott"):
+        otreg.transport_plan(*random_problem(), epsilon=0.1, num_iters=5, backend="cuda")
