@@ -96,9 +96,8 @@ def evaluate(
             f"--in_domain: no set {', '.join(unknown)}; there are {', '.join(utterances)}"
         )
     longest = max(len(run.tokenizer.encode(u.text)) for us in utterances.values() for u in us)
-    decode = decoding.Settings(
-        run.config.decode.max_tokens or 3 * longest // 2 + 8, beam_width, length_penalty, no_repeat_ngram
-    )
+    max_tokens = run.config.decode.max_tokens or 3 * longest // 2 + 8
+    decode = decoding.Settings(max_tokens, beam_width, length_penalty, no_repeat_ngram)
     layer = run.config.otreg.layer
     settings = {
         "decode": decode._asdict(),
@@ -172,10 +171,13 @@ def _evaluate_run(run, workdir, utterances: Sets, decode, settings, batch_size):
     Returns (results, rows of hypotheses.jsonl, figures as report wants them).
     """
     out = Path(workdir) / "eval"
-    rows, samples = decode_sets(
-        run, utterances, decode, settings["layer"], batch_size, out / "skipped.jsonl",
-        f"evaluating {workdir}",
-    )  # fmt: skip
+    with Partial(out / "partial.jsonl", settings | {"step": run.step}) as partial:
+        rows, samples = decode_sets(
+            run, utterances, decode, settings["layer"], batch_size, out / "skipped.jsonl",
+            f"evaluating {workdir}", partial,
+        )  # fmt: skip
+    if not rows:
+        raise ValueError(f"{workdir}: no utterance could be evaluated, see {out}/skipped.jsonl")
     results = {
         "workdir": str(workdir),
         "step": run.step,
@@ -194,14 +196,50 @@ def _evaluate_run(run, workdir, utterances: Sets, decode, settings, batch_size):
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         np.savez_compressed(out / "figures.npz", **figures)
         _write_json(out / "results.json", results)
+        (out / "partial.jsonl").unlink()
     return results, rows, figures
+
+
+class Partial:
+    """What an interrupted evaluation has decoded so far, kept in a JSON-lines file.
+
+    The first line says of what; another checkpoint or other settings start afresh.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings = path, settings
+
+    def __enter__(self) -> "Partial":
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        complete = [json.loads(line) for line in lines if line.endswith("}")]
+        self.rows = complete[1:] if complete[:1] == [self.settings] else []
+        self.file = open(os.devnull, "w")
+        if jax.process_index() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "w", encoding="utf-8")
+        self.add([self.settings, *self.rows])
+        return self
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.file.flush()
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
 
 
 # Decoding --------------------------------------------------------------------------------------
 
 
 def decode_sets(
-    run, utterances: Sets, settings, layer: int, batch_size: int, skipped_path, label: str
+    run,
+    utterances: Sets,
+    settings: decoding.Settings,
+    layer: int,
+    batch_size: int,
+    skipped_path: str | os.PathLike,
+    label: str,
+    partial: Partial,
 ) -> tuple[list[dict[str, Any]], dict[str, list[Sample]]]:
     """Decodes all sets in one pass over few batch shapes.
 
@@ -217,20 +255,25 @@ def decode_sets(
         for end, found in zip(ends.tolist(), utterances.values(), strict=True)
         for i in range(end - len(found), end)[:NUM_MEASURED]
     }
-    rows, samples = {}, {name: {} for name in utterances}
-    for batch in batches(run, [u for _, u in everything], batch_size, label, skipped_path):
+    known = {(row["set"], row["id"]): row for row in partial.rows}
+    rows = {i: known[name, u.id] for i, (name, u) in enumerate(everything) if (name, u.id) in known}
+    pending = [i for i in range(len(everything)) if i not in rows or i in sampled]
+    samples = {name: {} for name in utterances}
+    selected = [everything[i][1] for i in pending]
+    for batch in batches(run, selected, batch_size, label, skipped_path):
         decoded, compared = _recognize_and_embed(run.slm, run.params, batch, settings, layer)
         tokens_BN, length_B, score_B, index_B = to_host((*decoded, batch["index"]))
-        if sampled.intersection(index_B.tolist()):
+        # Negative: filler, or unreadable audio.
+        found = [(b, pending[i]) for b, i in enumerate(index_B.tolist()) if i >= 0]
+        if any(i in sampled for _, i in found):
             batch, compared = to_host((batch, compared))
-        for b, i in enumerate(index_B.tolist()):
-            if i < 0:  # filler, or unreadable audio
-                continue
+        for b, i in found:
             name, utterance = everything[i]
             hypothesis = run.tokenizer.decode(tokens_BN[b, : length_B[b]].tolist()).strip()
             rows[i] = _row(name, utterance, hypothesis, float(score_B[b]))
             if i in sampled:
                 samples[name][i] = _sample(utterance, run.tokenizer, batch, compared, b)
+        partial.add([rows[i] for _, i in found])
     in_order = {
         name: [found[i] for i in sorted(found) if len(found[i].ids_T)]
         for name, found in samples.items()

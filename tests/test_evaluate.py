@@ -80,6 +80,37 @@ def test_finished_evaluation_of_a_compared_run_is_used_again(runs, results, caps
     assert "using its evaluation of step 3" in capsys.readouterr().out
 
 
+def test_interrupted_evaluation_goes_on_where_it_stopped(runs, results, monkeypatch):
+    path = runs / "ours" / "eval" / "partial.jsonl"
+    assert not path.exists()
+    decoded = []
+
+    def stop_after_one(*args):
+        decoded.append(len(args[1]))
+        yield next(batches(*args))
+        raise KeyboardInterrupt
+
+    batches = evaluate.batches
+    monkeypatch.setattr(evaluate, "NUM_MEASURED", 2)
+    monkeypatch.setattr(evaluate, "batches", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(runs / "ours", batch_size=8)
+    done = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert len(done) == 7  # one of the batch is unreadable
+    measured_again = sum(row["id"] in ("utt-0", "utt-1") for row in done)
+    with open(path, "a") as file:
+        file.write('{"set": "dev", "id": "torn')
+
+    monkeypatch.setattr(
+        evaluate, "batches", lambda *args: decoded.append(len(args[1])) or batches(*args)
+    )
+    again = evaluate.evaluate(runs / "ours", batch_size=8)
+    assert decoded == [14, 14 - 7 + measured_again]
+    for name, row in results["sets"].items():
+        assert again["sets"][name]["wer"] == row["wer"] and again["sets"][name]["n"] == row["n"]
+    assert not path.exists()
+
+
 def test_other_sets_can_be_named(runs, tmp_path):
     silence = write_set(tmp_path / "silence", 3, seed=5, texts=("",), lang="de")
     results = evaluate.evaluate(
@@ -108,10 +139,11 @@ def test_eight_devices_evaluate_as_one(runs, results):
     one = jax.make_mesh((1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
     alone = run._replace(mesh=one, params=jax.device_put(run.params, NamedSharding(one, P())))
     settings = decoding.Settings(6)
-    rows = [
-        evaluate.decode_sets(r, utterances, settings, 0, 8, runs / "skipped.jsonl", "")[0]
-        for r in (run, alone)
-    ]
+    rows = []
+    for r in (run, alone):
+        with evaluate.Partial(runs / "partial.jsonl", {"devices": r.mesh.size}) as partial:
+            skipped = runs / "skipped.jsonl"
+            rows += evaluate.decode_sets(r, utterances, settings, 0, 8, skipped, "", partial)[:1]
     for eight, single in zip(*rows, strict=True):
         assert eight["score"] == pytest.approx(single["score"], abs=1e-4)
         assert {**eight, "score": 0} == {**single, "score": 0}
