@@ -87,7 +87,7 @@ def test_batch_gives_what_each_example_alone_gives(model, width):
         alone = decode(x[i : i + 1], length[i : i + 1])
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
         np.testing.assert_array_equal(alone.length[0], together.length[i])
-        np.testing.assert_allclose(alone.score[0], together.score[i], atol=1e-5)
+        np.testing.assert_allclose(alone.score[0], together.score[i], atol=1e-4)
 
 
 def test_beam_of_one_is_greedy(model):
@@ -98,7 +98,7 @@ def test_beam_of_one_is_greedy(model):
     )
     np.testing.assert_array_equal(beam.tokens[:, 0], greedy.tokens)
     np.testing.assert_array_equal(beam.length[:, 0], greedy.length)
-    np.testing.assert_allclose(beam.score[:, 0], greedy.score, atol=1e-5)
+    np.testing.assert_allclose(beam.score[:, 0], greedy.score, atol=1e-4)
 
 
 def test_wider_beams_find_more_probable_hypotheses(model):
@@ -107,7 +107,7 @@ def test_wider_beams_find_more_probable_hypotheses(model):
     beam = decoding.beam_search(
         *model, x, length, max_tokens=9, eos=EOS, width=4, length_penalty=0.0
     )
-    assert (beam.score[:, 0] >= greedy.score - 1e-5).all()
+    assert (beam.score[:, 0] >= greedy.score - 1e-4).all()
     assert (beam.score[:, 0] > greedy.score + 0.1).any()
     assert (jnp.diff(beam.score, axis=1) <= 0).all()  # n-best, the best first
     for tokens, count in zip(beam.tokens, beam.length, strict=True):
@@ -160,7 +160,7 @@ def test_eight_devices_decode_as_one(model):
     ):
         one, eight = decode(params, x, length), decode(replicated, *sharded)
         np.testing.assert_array_equal(one.tokens, eight.tokens)
-        np.testing.assert_allclose(one.score, eight.score, atol=1e-5)
+        np.testing.assert_allclose(one.score, eight.score, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
