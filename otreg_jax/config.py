@@ -16,6 +16,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from otreg_jax import otreg
+
 # Keys that may differ when a run is resumed: they change neither the model nor what it is fed.
 RESUMABLE = (
     "num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "mesh", "data.num_workers",
@@ -204,14 +206,20 @@ def check(config: ConfigDict) -> None:
         f"otreg.layer={c.otreg.layer} must be in 0..{c.llm.num_layers - 1} (llm.num_layers - 1)",
     )
     require(
-        c.otreg.plan != "position"
-        or c.otreg.position_weight > 0 < abs(c.otreg.position_weight_final),
-        "otreg.plan='position' needs position_weight > 0 throughout: its plan would become uniform",
+        c.otreg.plan != "position" or c.otreg.position_weight_final != 0,
+        "otreg.plan='position' with position_weight_final=0: its plan would become uniform",
     )
     require(
         "{speech}" in c.prompt and c.prompt.count("{speech}") == 1,
         f"prompt={c.prompt!r} must hold {{speech}} exactly once",
     )
+    try:
+        otreg.check_options(
+            token_ids_BT=(), position_weight=c.otreg.position_weight, backend="auto",
+            **otreg_options(c),
+        )  # fmt: skip
+    except ValueError as error:
+        problems.append(str(error))
     axes = dict(c.mesh)
     require(
         list(axes.values()).count(-1) <= 1 and all(n == -1 or n >= 1 for n in axes.values()),
@@ -219,6 +227,14 @@ def check(config: ConfigDict) -> None:
     )
     if problems:
         raise ValueError("config: " + "\n        ".join(problems))
+
+
+def otreg_options(config: ConfigDict) -> dict:
+    """The arguments of `otreg.regularizer` that the configuration fixes."""
+    names = (
+        "text_set", "text_mass", "center", "cost", "epsilon", "num_iters", "speech_tau", "plan",
+    )  # fmt: skip
+    return {name: config.otreg[name] for name in names}
 
 
 def save(config: ConfigDict, path) -> None:

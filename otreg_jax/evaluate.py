@@ -134,9 +134,9 @@ def load_sets(config, workdir, manifests: str = "") -> tuple[Sets, list[sources.
     """
     if manifests or not config.synthetic.num_train:
         paths = {"dev": config.data.dev} if config.data.dev else {}
-        paths |= sets.test_manifests(config.data.test)
+        paths |= sets.named_manifests(config.data.test)
         if manifests:
-            paths = sets.test_manifests(manifests)
+            paths = sets.named_manifests(manifests)
         scans = {
             name: sources.scan(path, config.data.data_root, require_text=False)
             for name, path in paths.items()
@@ -482,9 +482,9 @@ def alignment(speech_BSD, text_BTD, ids_BT, spoken_BT2, speech_length_B, text_le
     even_BS = (time_BS * text_length_B[:, None]).astype(jnp.int32)
     even_BST = (even_BS[..., None] == jnp.arange(text_BTD.shape[1])) & speech_mask_BS[..., None]
     even_BST = even_BST / jnp.maximum(speech_length_B, 1)[:, None, None]
-    on_spoken = lambda plan: jnp.sum(
-        jnp.sum(plan * heard_BST, axis=(1, 2)), where=timed_B
-    ) / timed_B.sum()
+    on_spoken = lambda plan: (
+        jnp.sum(jnp.sum(plan * heard_BST, axis=(1, 2)), where=timed_B) / timed_B.sum()
+    )
 
     gap_D = mean_unit(speech_BSD, speech_mask_BS) - mean_unit(text_BTD, text_mask_BT)
     figures = out.metrics | {

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from otreg_jax import config as config_lib
 from otreg_jax import otreg
 from otreg_jax.models import slm as slm_lib
 
@@ -62,7 +63,7 @@ def loss_fn(slm: slm_lib.SLM, params, batch, step, *, config, schedules: Schedul
         speech_mask_BS = _mask(out.speech_BSD.shape[1], out.speech_length_B)
         ot = otreg.regularizer(
             out.speech_BSD, out.text_BTD, speech_mask_BS, text_mask_BT,
-            token_ids_BT=batch["tokens"], position_weight=gamma, **otreg_options(config),
+            token_ids_BT=batch["tokens"], position_weight=gamma, **config_lib.otreg_options(config),
         )  # fmt: skip
         loss = loss + weight * ot.loss
         metrics |= {"otreg": ot.loss, "otreg_weight": weight, "position_weight": gamma}
@@ -76,14 +77,6 @@ def loss_fn(slm: slm_lib.SLM, params, batch, step, *, config, schedules: Schedul
         metrics |= {"ctc": ctc, "ctc_infeasible": infeasible}
     metrics = {"loss": loss, **metrics}
     return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
-
-
-def otreg_options(config) -> dict:
-    """The arguments of `otreg.regularizer` that the configuration fixes."""
-    names = (
-        "text_set", "text_mass", "center", "cost", "epsilon", "num_iters", "speech_tau", "plan",
-    )  # fmt: skip
-    return {name: config.otreg[name] for name in names}
 
 
 def cross_entropy(logits_BTV, tokens_BT, length_B, real_B, eos: int):

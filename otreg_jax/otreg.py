@@ -100,7 +100,7 @@ def regularizer(
     Raises:
       ValueError: an option is unknown, out of range, or lacks its input.
     """
-    _check_options(
+    check_options(
         text_set=text_set, text_mass=text_mass, center=center, cost=cost, plan=plan,
         backend=backend, epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau,
         token_ids_BT=token_ids_BT, position_weight=position_weight,
@@ -382,10 +382,11 @@ def _nearest_cosine(cosine_BST, speech_mask_BS, text_mask_BT):
     return jnp.sum(nearest_BS, axis=1, where=speech_mask_BS) / count_B
 
 
-def _check_options(
+def check_options(
     *, text_set, text_mass, center, cost, plan, backend, epsilon, num_iters, speech_tau,
     token_ids_BT, position_weight,
-):  # fmt: skip
+) -> None:  # fmt: skip
+    """Raises one ValueError that lists every argument of `regularizer` that cannot be meant."""
     problems = []
     for name, value, known in (
         ("text_set", text_set, ("sequence", "unique")),

@@ -72,15 +72,12 @@ def train(config, workdir) -> train_step.TrainState:
 
     step_fn = jax.jit(
         functools.partial(
-            train_step.train_step,
-            slm=slm,
-            config=config,
-            optimizer=optimizer,
+            train_step.train_step, slm=slm, config=config, optimizer=optimizer,
             schedules=losses.make_schedules(config),
-        ),  # fmt: skip
+        ),
         donate_argnums=0,
         out_shardings=(state_sharding, None),
-    )
+    )  # fmt: skip
     metadata = {"tokenizer": tokenizer.fingerprint, "prompt": config.prompt}
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     print(
@@ -98,7 +95,7 @@ def train(config, workdir) -> train_step.TrainState:
         skipped_path=str(workdir / "skipped.jsonl"),
     )  # fmt: skip
     writer = MetricsWriter(workdir, start, config.log_every, optim.learning_rate(config))
-    told_to_stop = preemption_notice()
+    told_to_stop, stop_listening = listen_for_preemption()
     pending = None
     progress = tqdm.tqdm(
         zip(range(start, config.num_steps), batches, strict=False), initial=start,
@@ -120,21 +117,23 @@ def train(config, workdir) -> train_step.TrainState:
         if pending:
             read_metrics(*pending, writer, progress, utterances, config)
     finally:
+        stop_listening()
         writer.close()
         progress.close()
         checkpointer.close()  # waits for saves under way
     return state
 
 
-def preemption_notice():
-    """A function of the step: must the run stop now? It has got SIGTERM, as preempted machines do;
-    several hosts agree on the step."""
+def listen_for_preemption():
+    """Two functions: of the step, whether the run must stop now, as preempted machines are told by
+    SIGTERM (several hosts agree on the step); and one that ends the listening."""
     if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point
+        return multihost_utils.reached_preemption_sync_point, lambda: None
+    if threading.current_thread() is not threading.main_thread():  # it gets no signals
+        return lambda step: False, lambda: None
     told = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: told.set())
-    return lambda step: told.is_set()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    return lambda step: told.is_set(), lambda: signal.signal(signal.SIGTERM, before)
 
 
 def make_tokenizer(config, workdir, utterances) -> text.Tokenizer:

@@ -19,8 +19,7 @@ def test_spans_are_the_best_monotone_division():
         def likelihood(cuts, shares=shares, num_speech=num_speech):
             edges = [0, *cuts, num_speech]
             return sum(
-                np.log(shares[a:b, t]).sum()
-                for t, (a, b) in enumerate(itertools.pairwise(edges))
+                np.log(shares[a:b, t]).sum() for t, (a, b) in enumerate(itertools.pairwise(edges))
             )
 
         best = max(itertools.combinations(range(1, num_speech), num_text - 1), key=likelihood)

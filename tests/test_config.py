@@ -69,11 +69,12 @@ def test_help_says_what_to_type():
 def test_check_lists_every_problem_at_once():
     config = toy_config(
         num_steps=10, otreg__start_step=10, otreg__layer=2, compute_dtype="float16",
-        prompt="no speech", optim__learning_rate=1e-3,
+        prompt="no speech", otreg__center="median", otreg__epsilon=0.0,
     )  # fmt: skip
     with pytest.raises(ValueError) as error:
         config_lib.check(config)
-    for part in ("data.train", "start_step=10", "otreg.layer=2", "float16", "{speech}"):
+    parts = ("data.train", "start_step=10", "otreg.layer=2", "float16", "{speech}", "'median'")
+    for part in (*parts, "epsilon=0.0"):
         assert part in str(error.value)
 
 

@@ -45,8 +45,8 @@ def load_synthetic(config, workdir) -> dict[str, list[sources.Utterance]]:
     return {name: sources.read_manifest(path) for name, path in paths.items()}
 
 
-def test_manifests(text: str) -> dict[str, str]:
-    """ "name=manifest,name=manifest" -> {name: manifest}."""
+def named_manifests(text: str) -> dict[str, str]:
+    """The string name=manifest,name=manifest as {name: manifest}."""
     pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
     wrong = ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]
     if wrong:
