@@ -1,6 +1,7 @@
 """Configurations: every recipe parses, flags work, every mistake is one clear line."""
 
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -14,8 +15,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
 
 def load_recipe(path, arm=""):
-    module = {}
-    exec(compile(path.read_text(), path, "exec"), module)
+    module = runpy.run_path(str(path))
     return module["get_config"](*([arm] if arm else [])), module
 
 
