@@ -141,7 +141,7 @@ def launch(script, *arguments, code=0):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == code, done.stdout
     return done.stdout
@@ -419,14 +419,14 @@ def test_tpu_ctrl_c_leaves_training_and_the_same_command_follows_it_again(fake):
 
     first = start_and_wait_for_follow(1)
     os.killpg(first.pid, signal.SIGINT)
-    printed = first.communicate(timeout=60)[1]
+    printed = first.communicate(timeout=240)[1]
     assert first.returncode == 130
     assert "run (READY) STILL EXISTS" in printed
     assert f"follow it again: {' '.join(command)}" in printed
 
     second = start_and_wait_for_follow(2)
     (fake / "go").touch()
-    printed = second.communicate(timeout=60)[1]
+    printed = second.communicate(timeout=240)[1]
     assert second.returncode == 0, printed
     assert "training is already running on run; following it" in printed
     assert len(calls(fake, "train")) == 2
