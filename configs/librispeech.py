@@ -10,6 +10,9 @@
     python -m otreg_jax.train --config=configs/librispeech.py:otreg --workdir=runs/libri
     python -m otreg_jax.train --config=configs/librispeech.py:runlocal --workdir=runs/libri-local
 
+Pretrained weights come from the hub at a revision that you pin (--config.llm.revision=COMMIT
+--config.encoder.revision=COMMIT), or from directories (--config.llm.path=DIR).
+
 `baseline` is cross-entropy alone. `runlocal` is the same recipe at a tiny size with random weights
 and synthetic speech: a minute on a CPU to see that everything fits together. The sizes of OTReg's
 weights come from experiments on tiny models; expect to tune them.

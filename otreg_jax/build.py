@@ -45,8 +45,8 @@ def load_run(workdir) -> Run:
         )
     config = config_lib.load(workdir / "config.json")
     tokenizer = text.load_tokenizer(workdir)
-    slm, params = build(config, tokenizer, llm_path(config, workdir))
     mesh = sharding.data_mesh()
+    slm, params = build(config, tokenizer, llm_path(config, workdir), mesh)
     params, frozen = split(params, config)
     abstract_state = train_step.abstract_state(params, optim.make_optimizer(config), mesh)
     with checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpointer:
@@ -71,18 +71,20 @@ def llm_path(config, workdir) -> str:
     return str(Path(workdir) / "llm")
 
 
-def build(config, tokenizer: text.Tokenizer, llm_dir: str = "") -> tuple[SLM, dict]:
+def build(config, tokenizer: text.Tokenizer, llm_dir: str = "", mesh=None) -> tuple[SLM, dict]:
     """Modules and weights: pretrained where the configuration names a path, else from the seed.
 
     Args:
-      llm_dir: a Hugging Face directory with the LLM; "" builds one from scratch.
+      llm_dir: a Hugging Face directory or hub id with the LLM; "" builds one from scratch.
+      mesh: pretrained weights are read straight into their shards of it, if given.
 
     Returns:
       The SLM and {"encoder", "adapter", "llm"} (and "ctc" if that loss is on).
     """
     key = jax.random.key(config.seed)
-    encoder, encoder_params = load_encoder(config, jax.random.fold_in(key, 0))
-    llm, llm_params = load_llm(config, llm_dir, tokenizer.vocab_size, jax.random.fold_in(key, 1))
+    encoder, encoder_params = load_encoder(config, jax.random.fold_in(key, 0), mesh)
+    llm_key = jax.random.fold_in(key, 1)
+    llm, llm_params = load_llm(config, llm_dir, tokenizer.vocab_size, llm_key, mesh)
     adapter = Adapter(
         AdapterConfig(
             in_dim=encoder.config.embed_dim,
@@ -107,12 +109,12 @@ def build(config, tokenizer: text.Tokenizer, llm_dir: str = "") -> tuple[SLM, di
     return SLM(encoder, adapter, llm, prompt), params
 
 
-def load_encoder(config, key) -> tuple[SpeechEncoder, dict]:
+def load_encoder(config, key, mesh=None) -> tuple[SpeechEncoder, dict]:
     """The speech encoder of `config.encoder`."""
     c = config.encoder
     if c.path:
         encoder, params = pretrained.load_speech_encoder(
-            c.path, c.revision or None, _weights_dtype(config, "encoder")
+            c.path, c.revision or None, **_placement(config, "encoder", mesh)
         )
         if encoder.config.num_mels != config.data.num_mels:
             raise ValueError(
@@ -131,11 +133,12 @@ def load_encoder(config, key) -> tuple[SpeechEncoder, dict]:
     return encoder, _init(encoder, key, mel, [16])
 
 
-def load_llm(config, llm_dir: str, vocab_size: int, key) -> tuple[LLM, dict]:
+def load_llm(config, llm_dir: str, vocab_size: int, key, mesh=None) -> tuple[LLM, dict]:
     """The LLM in `llm_dir`, or one from scratch after `config.llm`."""
     if llm_dir:
-        dtype = _weights_dtype(config, "llm")
-        llm, params = pretrained.load_llm(llm_dir, config.llm.revision or None, dtype)
+        llm, params = pretrained.load_llm(
+            llm_dir, config.llm.revision or None, **_placement(config, "llm", mesh)
+        )
         if llm.config.vocab_size < vocab_size:
             raise ValueError(
                 f"{llm_dir}: the LLM has {llm.config.vocab_size} tokens, its tokenizer "
@@ -160,10 +163,11 @@ def _init(module, key, *inputs):
     return jax.jit(module.init)(key, *inputs)["params"]
 
 
-def _weights_dtype(config, part: str) -> str:
-    """What to read a part's weights in: a frozen part never needs them in float32."""
+def _placement(config, part: str, mesh) -> dict:
+    """In which dtype (a frozen part never needs float32) and shards to read a part's weights."""
     is_frozen = config.freeze and re.search(config.freeze, f"{part}/weights")
-    return config.compute_dtype if is_frozen else "float32"
+    shardings = mesh and (lambda shapes: sharding.tree_shardings({part: shapes}, mesh)[part])
+    return {"dtype": config.compute_dtype if is_frozen else "float32", "shardings": shardings}
 
 
 def _compute_in(module_config, config):

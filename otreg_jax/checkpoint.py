@@ -61,6 +61,11 @@ def restore(checkpointer, abstract_state, params_only: bool = False):
     return None
 
 
+def exists(workdir) -> bool:
+    """Whether a run directory holds a checkpoint, readable or not."""
+    return any(p.name.isdigit() for p in (Path(workdir) / "checkpoints").glob("*"))
+
+
 def check_workdir(workdir, config) -> None:
     """Refuses a run directory that holds checkpoints of another configuration.
 
@@ -69,8 +74,7 @@ def check_workdir(workdir, config) -> None:
     """
     workdir = Path(workdir)
     path = workdir / "config.json"
-    has_checkpoints = any((workdir / "checkpoints").glob("[0-9]*"))
-    if not (path.exists() and has_checkpoints):
+    if not (path.exists() and exists(workdir)):
         return
     different = config_lib.differences(config_lib.load(path), config)
     if different:

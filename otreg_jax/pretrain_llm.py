@@ -6,6 +6,8 @@ the speech is taken by the transcript's own embeddings, each repeated a random n
 fillers between them, all under noise: what ideally aligned speech would look like.
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 import jax
@@ -22,10 +24,18 @@ FILLER = -1  # in place of a token id: noise without a token
 
 
 def ensure_llm(config, tokenizer, sentences: list[str], out_dir) -> None:
-    """Writes the pretrained LLM to `out_dir` in Hugging Face layout, unless it is there."""
-    if not (Path(out_dir) / "config.json").exists():
+    """Writes the pretrained LLM to `out_dir` in Hugging Face layout, unless it is there, made of
+    the same text in the same way (pretrain.json beside it says how)."""
+    recipe = {
+        "seed": config.seed, "prompt": config.prompt, "tokenizer": tokenizer.fingerprint,
+        "text": hashlib.sha256("\n".join(sentences).encode()).hexdigest(),
+        "llm": config.llm.to_dict(),
+    }  # fmt: skip
+    stored = Path(out_dir) / "pretrain.json"
+    if not stored.exists() or json.loads(stored.read_text()) != recipe:
         llm, params = pretrain(config, tokenizer, sentences)
         pretrained.save_llm(out_dir, llm, params, tokenizer)
+        stored.write_text(json.dumps(recipe, indent=2) + "\n")
 
 
 def pretrain(config, tokenizer, sentences: list[str]):

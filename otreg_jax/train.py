@@ -25,14 +25,15 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from otreg_jax import build, checkpoint, losses, optim, pretrain_llm, sharding, train_step
+from otreg_jax import build, checkpoint, losses, optim, pretrain_llm, pretrained, sharding
 from otreg_jax import config as config_lib
+from otreg_jax import train_step as step_lib
 from otreg_jax.data import features, pipeline, sets, text
 
 PREEMPTED = 75  # EX_TEMPFAIL: launchers restart a run that ends with it
 
 
-def train(config, workdir) -> train_step.TrainState:
+def train(config, workdir) -> step_lib.TrainState:
     """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
     Writes config.json, tokenizer files, metrics.jsonl, TensorBoard events and checkpoints.
@@ -54,25 +55,25 @@ def train(config, workdir) -> train_step.TrainState:
     utterances = sets.load_train(config, workdir)
     tokenizer = make_tokenizer(config, workdir, utterances)
     llm_dir = prepare_llm(config, workdir, tokenizer, utterances)
-    slm, params = build.build(config, tokenizer, llm_dir)
+    slm, params = build.build(config, tokenizer, llm_dir, mesh)
     config_lib.save(config, workdir / "config.json")
 
     # ---- state, sharded over the mesh ------------------------------------------------------------
     params, frozen = build.split(params, config)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     optimizer = optim.make_optimizer(config)
-    abstract_state = train_step.abstract_state(params, optimizer, mesh)
+    abstract_state = step_lib.abstract_state(params, optimizer, mesh)
     state_sharding = jax.tree.map(lambda x: x.sharding, abstract_state)
     checkpointer = checkpoint.open_checkpoints(workdir, config.keep_checkpoints)
     state = checkpoint.restore(checkpointer, abstract_state)
     if state is None:
-        init = functools.partial(train_step.init_state, optimizer=optimizer)
+        init = functools.partial(step_lib.init_state, optimizer=optimizer)
         state = jax.jit(init, out_shardings=state_sharding)(params)
     start = int(state.step)
 
     step_fn = jax.jit(
         functools.partial(
-            train_step.train_step, slm=slm, config=config, optimizer=optimizer,
+            step_lib.train_step, slm=slm, config=config, optimizer=optimizer,
             schedules=losses.make_schedules(config),
         ),
         donate_argnums=0,
@@ -137,11 +138,13 @@ def listen_for_preemption():
 
 
 def make_tokenizer(config, workdir, utterances) -> text.Tokenizer:
-    """The run's tokenizer: kept in `workdir`, else of `tokenizer.path` or `llm.path`, else trained
-    on the transcripts."""
-    if any((workdir / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+    """The run's tokenizer, a copy of it in `workdir`: that of `tokenizer.path` or `llm.path`, else
+    one trained on the transcripts; a run that resumes keeps what it has."""
+    if checkpoint.exists(workdir):
         return text.load_tokenizer(workdir)
-    path = config.tokenizer.path or config.llm.path
+    path = config.tokenizer.path
+    if config.llm.path and not path:
+        path = pretrained.resolve(config.llm.path, config.llm.revision or None)
     if path:
         tokenizer = text.load_tokenizer(path)
         text.save_tokenizer(workdir, tokenizer)
