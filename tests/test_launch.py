@@ -411,6 +411,8 @@ def test_tpu_ctrl_c_leaves_training_and_the_same_command_follows_it_again(fake):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A job started in the background ignores Ctrl-C, and its children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 60
         while verbs(fake).count("ssh follow") < count and time.monotonic() < deadline:
