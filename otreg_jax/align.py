@@ -24,6 +24,7 @@ from otreg_jax import build, evaluate, otreg
 from otreg_jax import config as config_lib
 from otreg_jax.data import sources
 from otreg_jax.models import slm as slm_lib
+from otreg_jax.models.layers import length_mask
 
 # A slight position prior settles which of two equal words is which.
 POSITION_WEIGHT = 0.3
@@ -64,8 +65,8 @@ def align(
 def _shares(slm, params, batch, layer: int):
     """The share of each speech position's mass that goes to each token, [B, S, T]."""
     out = slm_lib.forward(slm, params, batch, layer)
-    speech_mask_BS = jnp.arange(out.speech_BSD.shape[1]) < out.speech_length_B[:, None]
-    text_mask_BT = jnp.arange(out.text_BTD.shape[1]) < batch["token_length"][:, None]
+    speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
+    text_mask_BT = length_mask(batch["token_length"], out.text_BTD.shape[1])
     options = evaluate.MEASURED_PLAN | {"position_weight": POSITION_WEIGHT}
     plan_BST = otreg.regularizer(
         out.speech_BSD, out.text_BTD, speech_mask_BS, text_mask_BT, center="mean", **options

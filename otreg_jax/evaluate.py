@@ -28,6 +28,7 @@ from otreg_jax import build, decoding, metrics, otreg, report, sharding
 from otreg_jax import config as config_lib
 from otreg_jax.data import pipeline, sets, sources
 from otreg_jax.models import slm as slm_lib
+from otreg_jax.models.layers import length_mask
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _COMPARE = flags.DEFINE_multi_string("compare", [], "Directory of a run to compare; repeatable.")
@@ -439,8 +440,8 @@ def alignment(speech_BSD, text_BTD, ids_BT, spoken_BT2, speech_length_B, text_le
 
     The definitions are in docs/evaluation.md. spoken_BT2: see `spoken_times`.
     """
-    speech_mask_BS = jnp.arange(speech_BSD.shape[1]) < speech_length_B[:, None]
-    text_mask_BT = jnp.arange(text_BTD.shape[1]) < text_length_B[:, None]
+    speech_mask_BS = length_mask(speech_length_B, speech_BSD.shape[1])
+    text_mask_BT = length_mask(text_length_B, text_BTD.shape[1])
     center = otreg.text_centering(text_BTD, text_mask_BT, "mean")
     out = otreg.regularizer(
         speech_BSD, text_BTD, speech_mask_BS, text_mask_BT, center=center, **MEASURED_PLAN

@@ -13,6 +13,7 @@ import optax
 from otreg_jax import config as config_lib
 from otreg_jax import otreg
 from otreg_jax.models import slm as slm_lib
+from otreg_jax.models.layers import length_mask
 
 
 class Schedules(NamedTuple):
@@ -57,10 +58,10 @@ def loss_fn(slm: slm_lib.SLM, params, batch, step, *, config, schedules: Schedul
     loss = ce
     metrics = {"ce": ce, "token_accuracy": accuracy}
 
-    text_mask_BT = _mask(batch["tokens"].shape[1], batch["token_length"]) & real_B[:, None]
+    text_mask_BT = length_mask(batch["token_length"], batch["tokens"].shape[1]) & real_B[:, None]
     if config.otreg.weight:
         weight, gamma = schedules.otreg_weight(step), schedules.position_weight(step)
-        speech_mask_BS = _mask(out.speech_BSD.shape[1], out.speech_length_B)
+        speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
         ot = otreg.regularizer(
             out.speech_BSD, out.text_BTD, speech_mask_BS, text_mask_BT,
             token_ids_BT=batch["tokens"], position_weight=gamma, **config_lib.otreg_options(config),
@@ -111,7 +112,7 @@ def ctc_loss(speech_BSD, speech_length_B, tokens_BT, text_mask_BT, table_VD, ctc
     Returns:
       (loss per transcript token, number of utterances left out).
     """
-    speech_mask_BS = _mask(speech_BSD.shape[1], speech_length_B)
+    speech_mask_BS = length_mask(speech_length_B, speech_BSD.shape[1])
     square = lambda x: jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(square(x), 1e-12))
     speech_BSD = unit(jnp.where(speech_mask_BS[..., None], speech_BSD, 0).astype(jnp.float32))
@@ -130,7 +131,3 @@ def ctc_loss(speech_BSD, speech_length_B, tokens_BT, text_mask_BT, table_VD, ctc
     )  # fmt: skip
     num_tokens = jnp.maximum(jnp.sum(length_B, where=fits_B), 1)
     return jnp.sum(loss_B, where=fits_B) / num_tokens, jnp.sum((length_B > 0) & ~fits_B)
-
-
-def _mask(size: int, length_B: jax.Array) -> jax.Array:
-    return jnp.arange(size) < length_B[:, None]
