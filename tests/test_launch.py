@@ -25,10 +25,12 @@ TPU = (
 RECORD = """#!/usr/bin/env bash
 set -eu
 record() { printf '%q ' "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"; }
-pop() {  # FILE: takes its first line
+pop() {  # FILE: takes its first line; workers do so at once, so one after the other
   [[ -s $FAKE/$1 ]] || return 0
+  until mkdir "$FAKE/lock" 2>/dev/null; do sleep 0.01; done
   head -n 1 "$FAKE/$1"
   sed -i 1d "$FAKE/$1"
+  rmdir "$FAKE/lock"
 }
 """
 
@@ -48,8 +50,10 @@ case "$*" in
     echo "step 1 of $*"
     code=$(pop train)
     if [[ $code == preempt ]]; then
-      until grep -q follow "$FAKE/calls"; do sleep 0.1; done
-      echo SUSPENDED >"$FAKE/state" && exit 143
+      until grep -q follow "$FAKE/calls" && [[ ! -s $FAKE/train ]]; do sleep 0.1; done
+      # Once: the other worker may come here when the next TPU is there already.
+      if mkdir "$FAKE/preempted" 2>/dev/null; then echo SUSPENDED >"$FAKE/state"; fi
+      exit 143
     fi
     if [[ $code == killed ]]; then kill -9 "$PPID" && exit 1; fi
     if [[ $code == wait ]]; then until [[ -e $FAKE/go ]]; do sleep 0.1; done && exit 0; fi
