@@ -82,26 +82,42 @@ def sentences(grammar, count: int, seed: int, exclude=()) -> list[str]:
 def synthetic_sets(config) -> dict[str, list[synthetic.Speech]]:
     """The training set, the in-domain "dev" set and one test set a condition.
 
-    config: see configs/quickstart.py. No test sentence is a training sentence; every test set
-    speaks the same sentences, so that their scores differ by the condition alone.
+    No test sentence is a training sentence, and test sets of the same templates speak the same
+    sentences, so that their scores differ by the condition alone.
+
+    Args:
+      config: "templates", "slots", "train_voices", ..., see configs/quickstart.py. A condition may
+        name other voices ("voices": "other" for `other_voices`) and templates ("templates": "new"
+        for `new_templates`), the rest of it is "rate" (a factor), "reverb", "snr" and "silence"
+        (seconds at both ends, drawn between two bounds). `silence` holds for every set without its
+        own; `train_conditions` are met in turn by the training utterances.
     """
     train = sentences(config, config.num_train, config.seed)
-    test = sentences(config, config.num_test, config.seed + 1, exclude=train)
+    plain = config.get("silence", (0.0, 0.0))
+    rng = random.Random(config.seed + 3)
 
-    def spoken(texts, voices, rate=1.0, **condition):
-        speed = round(config.rate * rate)
-        return [
-            synthetic.Speech(
-                text, voice=voice, pitch=pitch, rate=speed, lang=config.lang, **condition
-            )
-            for text, (voice, pitch) in zip(texts, _cycle(voices, len(texts)), strict=True)
-        ]
+    def spoken(texts, voices, conditions):
+        items = zip(
+            texts, _cycle(voices, len(texts)), _cycle(conditions, len(texts)), strict=True
+        )  # fmt: skip
+        for text, (voice, pitch), condition in items:
+            condition = {"silence": plain, "rate": 1.0} | dict(condition)
+            silence = tuple(round(rng.uniform(*condition["silence"]), 3) for _ in range(2))
+            rate = round(config.rate * condition["rate"])
+            fields = {"rate": rate, "silence": silence, "lang": config.lang, "pitch": pitch}
+            yield synthetic.Speech(text, voice=voice, **(condition | fields))
 
-    sets = {"train": spoken(train, config.train_voices), "dev": spoken(test, config.train_voices)}
-    for name, condition in config.conditions.items():
+    train_conditions = list(config.get("train_conditions", {"plain": {}}).values())
+    sets = {"train": list(spoken(train, config.train_voices, train_conditions))}
+    for name, condition in {"dev": {}, **config.conditions}.items():
         condition = dict(condition)
         voices = config[condition.pop("voices", "train") + "_voices"]
-        sets[name] = spoken(test, voices, **condition)
+        grammar = config
+        if "templates" in condition:
+            templates = config[condition.pop("templates") + "_templates"]
+            grammar = {"templates": templates, "slots": config.slots}
+        texts = sentences(grammar, config.num_test, config.seed + 1, exclude=train)
+        sets[name] = list(spoken(texts, voices, [condition]))
     return sets
 
 
