@@ -1,6 +1,7 @@
 """From a configuration to modules and weights, and from a run directory to a trained model."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from otreg_jax import checkpoint, losses, optim, pretrained, sharding, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import text
-from otreg_jax.models import lora
+from otreg_jax.models import attention, lora
 from otreg_jax.models.adapter import Adapter, AdapterConfig
 from otreg_jax.models.llm import LLM, LLMConfig
 from otreg_jax.models.slm import SLM
@@ -44,6 +45,7 @@ def load_run(workdir) -> Run:
             f"python -m otreg_jax.train --config=configs/quickstart.py --workdir={workdir}"
         )
     config = config_lib.load(workdir / "config.json")
+    config.attention = "auto"  # the machine may be another one
     tokenizer = text.load_tokenizer(workdir)
     mesh = sharding.data_mesh()
     slm, params = build(config, tokenizer, llm_path(config, workdir), mesh)
@@ -81,23 +83,94 @@ def build(config, tokenizer: text.Tokenizer, llm_dir: str = "", mesh=None) -> tu
     Returns:
       The SLM and {"encoder", "adapter", "llm"} (and "ctc" if that loss is on).
     """
-    key = jax.random.key(config.seed)
-    encoder, encoder_params = load_encoder(config, jax.random.fold_in(key, 0), mesh)
-    llm_key = jax.random.fold_in(key, 1)
-    llm, llm_params = load_llm(config, llm_dir, tokenizer.vocab_size, llm_key, mesh)
-    adapter = Adapter(
-        AdapterConfig(
-            in_dim=encoder.config.embed_dim,
-            out_dim=llm.config.embed_dim,
-            dtype=config.compute_dtype,
-            **config.adapter.to_dict(),
-        )
-    )
-    adapter_params = _init(
-        adapter, jax.random.fold_in(key, 2), jnp.zeros((1, 8, encoder.config.embed_dim)), [8]
-    )
     prompt = text.build_prompt(tokenizer, config.prompt)
-    params = {"encoder": encoder_params, "adapter": adapter_params, "llm": llm_params}
+    slm = modules(config, tokenizer.vocab_size, prompt, llm_dir, mesh)
+    loaded = {}
+    if config.encoder.path:
+        _, loaded["encoder"] = pretrained.load_speech_encoder(
+            config.encoder.path, config.encoder.revision or None,
+            **_placement(config, "encoder", mesh),
+        )  # fmt: skip
+    if llm_dir:
+        _, loaded["llm"] = pretrained.load_llm(
+            llm_dir, config.llm.revision or None, **_placement(config, "llm", mesh)
+        )
+    return slm, init_params(slm, config, loaded)
+
+
+def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mesh=None) -> SLM:
+    """The modules, to compute on `mesh`; of pretrained models no more than config.json is read.
+
+    Raises:
+      ValueError: parts that do not belong together.
+    """
+    c = config.encoder
+    if c.path:
+        encoder_config = pretrained.speech_encoder_config(c.path, c.revision or None)
+        if encoder_config.num_mels != config.data.num_mels:
+            raise ValueError(
+                f"{c.path} takes {encoder_config.num_mels} mel bins: set data.num_mels="
+                f"{encoder_config.num_mels} (it is {config.data.num_mels})"
+            )
+    else:
+        encoder_config = SpeechEncoderConfig(
+            num_mels=config.data.num_mels, embed_dim=c.embed_dim, num_layers=c.num_layers,
+            num_heads=c.num_heads, mlp_dim=c.mlp_dim, max_positions=c.max_positions,
+            strides=tuple(c.strides),
+        )  # fmt: skip
+    if llm_dir:
+        llm_config = pretrained.llm_config(llm_dir, config.llm.revision or None)
+        if llm_config.vocab_size < vocab_size:
+            raise ValueError(
+                f"{llm_dir}: the LLM has {llm_config.vocab_size} tokens, its tokenizer "
+                f"{vocab_size}: they do not belong together"
+            )
+    else:
+        llm_config = new_llm_config(config, vocab_size)
+    adapter_config = AdapterConfig(
+        in_dim=encoder_config.embed_dim, out_dim=llm_config.embed_dim, dtype=config.compute_dtype,
+        **config.adapter.to_dict(),
+    )  # fmt: skip
+    choose = functools.partial(
+        attention.choose_kernel, config.attention, mesh, dtype=config.compute_dtype
+    )
+    computing = {"dtype": config.compute_dtype, "remat": config.remat}
+    encoder_config = dataclasses.replace(
+        encoder_config, **computing,
+        attention=choose(head_dim=encoder_config.embed_dim // encoder_config.num_heads),
+    )  # fmt: skip
+    llm_config = dataclasses.replace(
+        llm_config, **computing,
+        attention=choose(head_dim=llm_config.head_dim, softcap=llm_config.attn_softcap),
+    )  # fmt: skip
+    return SLM(SpeechEncoder(encoder_config), Adapter(adapter_config), LLM(llm_config), prompt)
+
+
+def new_llm_config(config, vocab_size: int) -> LLMConfig:
+    """The LLM that `config.llm` describes when it names no path."""
+    c = config.llm
+    return LLMConfig(
+        vocab_size=vocab_size, embed_dim=c.embed_dim, num_layers=c.num_layers,
+        num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+        mlp_dim=c.mlp_dim, tied_head=c.tie_embeddings,
+    )  # fmt: skip
+
+
+def init_params(slm: SLM, config, loaded: dict | None = None) -> dict:
+    """All parameters: those of `loaded` parts as they are, the others drawn from the seed, low-rank
+    pairs and the CTC head added."""
+    params = dict(loaded or {})
+    key = jax.random.key(config.seed)
+    inputs = {
+        "encoder": (jnp.zeros((1, 16, slm.encoder.config.num_mels)), jnp.array([16])),
+        "llm": (jnp.zeros((1, 4), jnp.int32),),
+        "adapter": (jnp.zeros((1, 8, slm.encoder.config.embed_dim)), jnp.array([8])),
+    }
+    for i, part in enumerate(inputs):
+        if part not in params:
+            # jit: op by op, initialisation would compile hundreds of small programs.
+            init = jax.jit(getattr(slm, part).init)
+            params[part] = init(jax.random.fold_in(key, i), *inputs[part])["params"]
     if config.lora.pattern:
         lora_key = jax.random.fold_in(key, 4)
         params = lora.add(
@@ -105,62 +178,21 @@ def build(config, tokenizer: text.Tokenizer, llm_dir: str = "", mesh=None) -> tu
         )
     if config.ctc.weight:
         ctc_key = jax.random.fold_in(key, 3)
-        params["ctc"] = losses.init_ctc(ctc_key, llm.config.embed_dim, config.ctc.scale)
-    return SLM(encoder, adapter, llm, prompt), params
+        params["ctc"] = losses.init_ctc(ctc_key, slm.llm.config.embed_dim, config.ctc.scale)
+    return params
 
 
-def load_encoder(config, key, mesh=None) -> tuple[SpeechEncoder, dict]:
-    """The speech encoder of `config.encoder`."""
-    c = config.encoder
-    if c.path:
-        encoder, params = pretrained.load_speech_encoder(
-            c.path, c.revision or None, **_placement(config, "encoder", mesh)
-        )
-        if encoder.config.num_mels != config.data.num_mels:
-            raise ValueError(
-                f"{c.path} takes {encoder.config.num_mels} mel bins: set data.num_mels="
-                f"{encoder.config.num_mels} (it is {config.data.num_mels})"
-            )
-        return SpeechEncoder(_compute_in(encoder.config, config)), params
-    encoder = SpeechEncoder(
-        SpeechEncoderConfig(
-            num_mels=config.data.num_mels, embed_dim=c.embed_dim, num_layers=c.num_layers,
-            num_heads=c.num_heads, mlp_dim=c.mlp_dim, max_positions=c.max_positions,
-            strides=tuple(c.strides), dtype=config.compute_dtype, remat=config.remat,
-        )
-    )  # fmt: skip
-    mel = jnp.zeros((1, 16, config.data.num_mels))
-    return encoder, _init(encoder, key, mel, [16])
+def abstract_params(slm: SLM, config) -> tuple[dict, dict]:
+    """Shapes and dtypes of the parameters, (trained, frozen); nothing is computed."""
+    return jax.eval_shape(lambda: split(init_params(slm, config), config))
 
 
-def load_llm(config, llm_dir: str, vocab_size: int, key, mesh=None) -> tuple[LLM, dict]:
-    """The LLM in `llm_dir`, or one from scratch after `config.llm`."""
-    if llm_dir:
-        llm, params = pretrained.load_llm(
-            llm_dir, config.llm.revision or None, **_placement(config, "llm", mesh)
-        )
-        if llm.config.vocab_size < vocab_size:
-            raise ValueError(
-                f"{llm_dir}: the LLM has {llm.config.vocab_size} tokens, its tokenizer "
-                f"{vocab_size}: they do not belong together"
-            )
-        return LLM(_compute_in(llm.config, config)), params
-    c = config.llm
-    llm = LLM(
-        LLMConfig(
-            vocab_size=vocab_size, embed_dim=c.embed_dim, num_layers=c.num_layers,
-            num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
-            mlp_dim=c.mlp_dim, tied_head=c.tie_embeddings, dtype=config.compute_dtype,
-            remat=config.remat,
-        )
-    )  # fmt: skip
-    return llm, _init(llm, key, jnp.zeros((1, 4), jnp.int32))
-
-
-def _init(module, key, *inputs):
-    inputs = [jnp.asarray(x) for x in inputs]
-    # Op by op, initialisation would compile hundreds of small programs.
-    return jax.jit(module.init)(key, *inputs)["params"]
+def plain(slm: SLM) -> SLM:
+    """The same model without recomputation and with XLA's attention: what FLOPs are counted on."""
+    simple = lambda module: type(module)(
+        dataclasses.replace(module.config, remat=False, attention=attention.XLA)
+    )
+    return slm._replace(encoder=simple(slm.encoder), llm=simple(slm.llm))
 
 
 def _placement(config, part: str, mesh) -> dict:
@@ -168,7 +200,3 @@ def _placement(config, part: str, mesh) -> dict:
     is_frozen = config.freeze and re.search(config.freeze, f"{part}/weights")
     shardings = mesh and (lambda shapes: sharding.tree_shardings({part: shapes}, mesh)[part])
     return {"dtype": config.compute_dtype if is_frozen else "float32", "shardings": shardings}
-
-
-def _compute_in(module_config, config):
-    return dataclasses.replace(module_config, dtype=config.compute_dtype, remat=config.remat)

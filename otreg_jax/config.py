@@ -21,7 +21,7 @@ from otreg_jax import otreg
 # Keys that may differ when a run is resumed: they change neither the model nor what it is fed.
 RESUMABLE = (
     "num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "mesh", "data.num_workers",
-    "data.cache", "data.dev", "data.test", "max_bad_steps",
+    "data.cache", "data.dev", "data.test", "max_bad_steps", "attention",
 )  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def default() -> ConfigDict:
             "keep_checkpoints": 2,
             "max_bad_steps": 10,  # non-finite steps in a row before training stops
             "compute_dtype": "float32",  # of activations and frozen weights: float32 | bfloat16
+            "attention": "auto",  # auto | xla | cudnn (GPU) | splash (TPU)
             "remat": False,  # recompute activations in the backward pass: less memory, more time
             "freeze": "^encoder/positions/",  # regex of parameter paths that are not trained
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices per axis; -1: all that are left

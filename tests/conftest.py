@@ -1,4 +1,5 @@
-"""Eight CPU devices, and a compilation cache that the second run of a test finds filled."""
+"""Eight CPU devices, a compilation cache that the second run of a test finds filled, and TPUs to
+compile for."""
 
 import os
 import pathlib
@@ -9,6 +10,22 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # tests spend their time compiling
+
+
+@pytest.fixture(scope="session")
+def tpu_devices():
+    """Four chips of a v5p slice that is not there: libtpu compiles for them on any machine."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed (pip install jax[tpu])")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled",
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
+    return topology.devices

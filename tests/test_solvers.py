@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -183,20 +182,6 @@ def test_pallas_lowers_for(platform, call, speech_tau):
         *make_batch(), epsilon=0.05, num_iters=NUM_ITERS, speech_tau=speech_tau, backend="pallas"
     )
     assert call in traced.lower(lowering_platforms=(platform,)).as_text()
-
-
-@pytest.fixture(scope="module")
-def tpu_devices():
-    """Four chips of a v5p slice that is not there: libtpu compiles for them on any machine."""
-    pytest.importorskip("libtpu", reason="libtpu is not installed (pip install jax[tpu])")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
-    return topology.devices
 
 
 @pytest.mark.parametrize("shape", [(150, 32), (1500, 128)], ids=str)

@@ -69,13 +69,13 @@ class CrossBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x_BQE: jax.Array, mask_BQS: jax.Array, memory_BSE: jax.Array):
+    def __call__(self, x_BQE: jax.Array, length_B: jax.Array, memory_BSE: jax.Array):
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
         attend = layers.EncoderAttention(self.num_heads, self.dtype, name="attn")
         mlp = layers.EncoderMLP(self.mlp_dim, dtype=self.dtype, name="mlp")
-        x_BQE = x_BQE + attend(norm("attn_norm")(x_BQE), mask_BQS, memory_BSE)
+        x_BQE = x_BQE + attend(norm("attn_norm")(x_BQE), length_B, memory_BSE)
         return x_BQE + mlp(norm("mlp_norm")(x_BQE)), None
 
 
@@ -120,13 +120,9 @@ class Adapter(nn.Module):
         c = self.config
         windows = _windows(x_BSE, c.stack)
         x_BSH = self._project(windows.reshape(*windows.shape[:2], -1))
-        B, S, _ = x_BSH.shape
-        mask_BSS = jnp.broadcast_to(
-            layers.length_mask(output_length(c, length_B), S)[:, None], (B, S, S)
-        )
         blocks = layers.scanned(layers.EncoderBlock, c.num_layers, (nn.broadcast,), remat=False)
         block = blocks(c.num_heads, 4 * c.hidden_dim, dtype=c.dtype, name="layers")
-        x_BSH, _ = block(x_BSH, mask_BSS)
+        x_BSH, _ = block(x_BSH, output_length(c, length_B))
         return nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x_BSH)
 
     def _queried(self, x_BSE, length_B):
@@ -134,14 +130,15 @@ class Adapter(nn.Module):
         windows = _windows(x_BSE, c.stack)
         B, W = windows.shape[:2]
         memory = self._project(windows).reshape(B * W, c.stack, c.hidden_dim)
-        valid = layers.length_mask(length_B, W * c.stack).reshape(B * W, 1, c.stack)
-        mask = jnp.broadcast_to(valid, (B * W, c.num_queries, c.stack))
+        valid_BW = jnp.clip(length_B[:, None] - c.stack * jnp.arange(W), 0, c.stack)
         queries = self.param(
             "queries", nn.initializers.normal(1.0), (c.num_queries, c.hidden_dim)
         ).astype(c.dtype)
         x = jnp.broadcast_to(queries, (B * W, *queries.shape))
         axes = (nn.broadcast, nn.broadcast)
         blocks = layers.scanned(CrossBlock, c.num_layers, axes, remat=False)
-        x, _ = blocks(c.num_heads, 4 * c.hidden_dim, c.dtype, name="layers")(x, mask, memory)
+        x, _ = blocks(c.num_heads, 4 * c.hidden_dim, c.dtype, name="layers")(
+            x, valid_BW.reshape(-1), memory
+        )
         x = nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x)
         return x.reshape(B, W * c.num_queries, c.hidden_dim)

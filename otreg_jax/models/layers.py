@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from otreg_jax.models.attention import XLA, Kernel, attention
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -72,48 +74,19 @@ class RMSNorm(nn.Module):
         return (x * (self.offset + scale)).astype(self.dtype)
 
 
-def attention(
-    q_BLHd: jax.Array,
-    k_BSKd: jax.Array,
-    v_BSKd: jax.Array,
-    mask_BLS: jax.Array | None = None,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Grouped-query attention; float32 softmax; [B, L, H, d] in the dtype of q.
-
-    mask_BLS: true where position l may attend to slot s; its leading axis may be 1.
-    softcap: scores become softcap · tanh(scores / softcap) before the mask (Gemma 2, 2408.00118).
-    """
-    if softcap is None:
-        mask = None if mask_BLS is None else mask_BLS[:, None]
-        return jax.nn.dot_product_attention(
-            q_BLHd, k_BSKd, v_BSKd, mask=mask, scale=scale, is_causal=is_causal
-        )
-    B, L, H, d = q_BLHd.shape
-    S, K = k_BSKd.shape[1:3]
-    if is_causal:
-        mask_BLS = jnp.tril(jnp.ones((1, L, S), bool))
-    q_BLKGd = q_BLHd.reshape(B, L, K, H // K, d)
-    scores = jnp.einsum("BLKGd,BSKd->BKGLS", q_BLKGd, k_BSKd, preferred_element_type=jnp.float32)
-    scores = softcap * jnp.tanh(scores * scale / softcap)
-    if mask_BLS is not None:
-        scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKd.dtype)
-    return jnp.einsum("BKGLS,BSKd->BLKGd", weights, v_BSKd).reshape(B, L, H, d)
-
-
 class EncoderAttention(nn.Module):
-    """Multi-head attention of x over `memory` (x itself when None), Whisper's biases: none on k."""
+    """Multi-head attention of x over `memory` (x itself when None), Whisper's biases: none on k.
+
+    length_B: valid positions of the memory.
+    """
 
     num_heads: int
     dtype: str = "float32"
+    attention: Kernel = XLA
 
     @nn.compact
     def __call__(
-        self, x_BLE: jax.Array, mask_BLS: jax.Array, memory_BSE: jax.Array | None = None
+        self, x_BLE: jax.Array, length_B: jax.Array, memory_BSE: jax.Array | None = None
     ) -> jax.Array:
         memory_BSE = x_BLE if memory_BSE is None else memory_BSE
         width = x_BLE.shape[-1]
@@ -125,7 +98,8 @@ class EncoderAttention(nn.Module):
         q = heads("q", x_BLE, True)
         k = heads("k", memory_BSE, False)
         v = heads("v", memory_BSE, True)
-        y = attention(q, k, v, mask_BLS, scale=q.shape[-1] ** -0.5)
+        scale = q.shape[-1] ** -0.5
+        y = attention(q, k, v, scale=scale, length_B=length_B, kernel=self.attention)
         return Dense(width, True, dtype=self.dtype, name="o")(y.reshape(x_BLE.shape))
 
 
@@ -150,15 +124,16 @@ class EncoderBlock(nn.Module):
     mlp_dim: int
     activation: str = "gelu"
     dtype: str = "float32"
+    attention: Kernel = XLA
 
     @nn.compact
-    def __call__(self, x_BSE: jax.Array, mask_BSS: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BSE: jax.Array, length_B: jax.Array) -> tuple[jax.Array, None]:
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
-        attend = EncoderAttention(self.num_heads, self.dtype, name="attn")
+        attend = EncoderAttention(self.num_heads, self.dtype, self.attention, name="attn")
         mlp = EncoderMLP(self.mlp_dim, self.activation, self.dtype, name="mlp")
-        x_BSE = x_BSE + attend(norm("attn_norm")(x_BSE), mask_BSS)
+        x_BSE = x_BSE + attend(norm("attn_norm")(x_BSE), length_B)
         return x_BSE + mlp(norm("mlp_norm")(x_BSE)), None
 
 

@@ -7,6 +7,7 @@ Sequences are right-padded and causal, so padding needs no mask; it only has to 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otreg_jax.models import layers
+from otreg_jax.models.attention import XLA, Kernel, attention
 
 Cache = dict[str, jax.Array]  # {"k", "v"}: [num_layers, B, slots, K, head_dim]
 
@@ -47,6 +49,7 @@ class LLMConfig:
 
     family: the Hugging Face `model_type` the weights are saved as.
     dtype: what the layers compute in; the weights keep their own.
+    attention: what computes it over whole sequences; one-token steps are left to XLA.
     norm_offset: norms multiply by (norm_offset + scale); 1 for Gemma.
     post_norms: norm each sublayer's output too, before the residual sum (Gemma).
     attn_scale: multiplies the attention scores; head_dim**-0.5 when None.
@@ -84,6 +87,7 @@ class LLMConfig:
     family: str = "llama"
     dtype: str = "float32"
     remat: bool = False
+    attention: Kernel = XLA
 
 
 def rope_frequencies(
@@ -161,12 +165,23 @@ def _masks(config: LLMConfig, query_BL: jax.Array, slots: int) -> jax.Array:
     return jnp.stack([causal, causal if window is None else causal & (behind < window)])
 
 
+def _by_kind(config: LLMConfig, attend, kind, *qkv):
+    """`attend(*qkv)`, in a local layer (kind 1) with the window where it hides anything."""
+    window = config.sliding_window
+    if window is None or qkv[0].shape[1] <= window:
+        return attend(*qkv)
+    kinds = (attend, functools.partial(attend, window=window))
+    present = set(_layer_kinds(config).tolist())
+    return kinds[present.pop()](*qkv) if len(present) == 1 else jax.lax.switch(kind, kinds, *qkv)
+
+
 class Attention(nn.Module):
     config: LLMConfig
 
     @nn.compact
-    def __call__(self, x_BLD, cache, layer, cos_BLp, sin_BLp, mask_BLS, positions_BL):
+    def __call__(self, x_BLD, cache, layer, kind, tables, positions_BL):
         c = self.config
+        cos_BLp, sin_BLp, mask_BLS = jax.tree.map(lambda table: table[kind], tables)
 
         def project(name: str, heads: int) -> jax.Array:
             y = layers.Dense(heads * c.head_dim, c.qkv_bias, dtype=c.dtype, name=name)(x_BLD)
@@ -187,17 +202,14 @@ class Attention(nn.Module):
                 name: cache[name].at[slots].set(new.astype(cache[name].dtype))
                 for name, new in (("k", k), ("v", v))
             }
-            k, v = cache["k"][layer], cache["v"][layer]
         scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
-        y = layers.attention(
-            q,
-            k.astype(q.dtype),
-            v.astype(q.dtype),
-            mask_BLS,
-            scale=scale,
-            is_causal=mask_BLS is None,
-            softcap=c.attn_softcap,
-        )
+        attend = functools.partial(attention, scale=scale, softcap=c.attn_softcap)
+        if mask_BLS is None:
+            causal = functools.partial(attend, is_causal=True, kernel=c.attention)
+            y = _by_kind(c, causal, kind, q, k, v)
+        else:
+            k, v = cache["k"][layer], cache["v"][layer]
+            y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BLS)
         out_init = _residual_init(c)
         o = layers.Dense(c.embed_dim, c.out_bias, out_init, c.dtype, name="o")
         return o(y.reshape(*y.shape[:2], -1)), cache
@@ -231,9 +243,8 @@ class Block(nn.Module):
         def norm(name: str) -> layers.RMSNorm:
             return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=name)
 
-        cos, sin, mask = jax.tree.map(lambda table: table[kind], tables)
         attend, mlp = Attention(c, name="attn"), MLP(c, name="mlp")
-        y, cache = attend(norm("attn_norm")(x_BLD), cache, layer, cos, sin, mask, positions_BL)
+        y, cache = attend(norm("attn_norm")(x_BLD), cache, layer, kind, tables, positions_BL)
         x_BLD += norm("attn_post_norm")(y) if c.post_norms else y
         y = mlp(norm("mlp_norm")(x_BLD))
         x_BLD += norm("mlp_post_norm")(y) if c.post_norms else y
@@ -283,10 +294,10 @@ class LLM(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Through the layers, before the final norm; [B, L, D] and the updated cache.
 
-        Without a cache a position attends to the positions before it in the sequence; `positions`
-        (default 0, 1, …) only rotate. With one, keys and values are written to the slots
-        `positions` and each position attends to the slots up to its own, so prefill and one-token
-        steps of examples at different positions are the same call.
+        A position attends to the positions before it in the sequence; `positions` (default 0, 1, …)
+        only rotate. With a cache, keys and values are written to its slots `positions`, and where
+        the sequence is a single position, it attends to the slots up to its own: prefill (a prompt
+        at positions 0, 1, …), then steps of examples at different positions.
         """
         x_BLD, _, cache = self._run(x_BLD, positions_BL, cache, tap=None)
         return x_BLD, cache
@@ -306,15 +317,9 @@ class LLM(nn.Module):
         if not c.num_layers:
             return x_BLD, None, cache
         L = x_BLD.shape[1]
-        order_BL = jnp.arange(L)[None]
-        positions_BL = order_BL if positions_BL is None else positions_BL
-        windowed = c.sliding_window is not None and L > c.sliding_window
-        if cache is not None:
-            masks = _masks(c, positions_BL, cache["k"].shape[2])
-        elif windowed:
-            masks = _masks(c, order_BL, L)
-        else:
-            masks = None  # plain causal: left to the attention kernel
+        positions_BL = jnp.arange(L)[None] if positions_BL is None else positions_BL
+        is_step = cache is not None and L == 1
+        masks = _masks(c, positions_BL, cache["k"].shape[2]) if is_step else None
         tables = (*_rope_tables(c, positions_BL), masks)
         carry = (x_BLD, None if tap is None else jnp.zeros_like(x_BLD), cache)
         is_tap = None if tap is None else jnp.arange(1, c.num_layers + 1) == tap

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otreg_jax.models import layers
+from otreg_jax.models.attention import XLA, Kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class SpeechEncoderConfig:
     activation: str = "gelu"
     dtype: str = "float32"
     remat: bool = False
+    attention: Kernel = XLA
 
 
 def output_length(config: SpeechEncoderConfig, frames):
@@ -85,12 +87,8 @@ class SpeechEncoder(nn.Module):
             name="positions",
         )
         x_BSE = x + positions(jnp.arange(size))
-        mask_BSS = jnp.broadcast_to(
-            layers.length_mask(length_B, size)[:, None], (x.shape[0], size, size)
-        )
         blocks = layers.scanned(layers.EncoderBlock, c.num_layers, (nn.broadcast,), c.remat)
-        x_BSE, _ = blocks(c.num_heads, c.mlp_dim, c.activation, c.dtype, name="layers")(
-            x_BSE, mask_BSS
-        )
+        block = blocks(c.num_heads, c.mlp_dim, c.activation, c.dtype, c.attention, name="layers")
+        x_BSE, _ = block(x_BSE, length_B)
         x_BSE = nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x_BSE)
         return layers.zero_padding(x_BSE, length_B), length_B

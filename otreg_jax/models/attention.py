@@ -1,0 +1,159 @@
+"""Attention over whole sequences and over a cache, and the choice of what computes it."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from otreg_jax import sharding
+
+
+class Kernel(NamedTuple):
+    """What computes attention over whole sequences; `choose_kernel` chooses it.
+
+    name: "xla", "cudnn" (flash attention on GPUs) or "splash" (flash attention on TPUs).
+    mesh: what batch and heads are split over; XLA cannot split a Pallas kernel by itself.
+    """
+
+    name: str = "xla"
+    mesh: Mesh | None = None
+
+
+XLA = Kernel()
+KERNELS = ("auto", "xla", "cudnn", "splash")
+
+
+def choose_kernel(
+    name: str, mesh: Mesh | None, *, dtype: str, head_dim: int, softcap: float | None = None
+) -> Kernel:
+    """The kernel of that name in `KERNELS` for the devices of `mesh` (None: the default one).
+
+    "auto" is the flash attention of the platform where it computes what is asked, else "xla".
+
+    Raises:
+      ValueError: the kernel does not run there, or cannot compute this.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    is_nvidia = device.device_kind.startswith("NVIDIA")
+    capability = float(device.compute_capability) if is_nvidia else 0
+    widest = 256 if capability >= 9 else 128
+    limits = {
+        "cudnn": [
+            (capability >= 8, f"needs an NVIDIA GPU since Ampere, the device is {device}"),
+            (dtype == "bfloat16", f"computes in bfloat16 only, compute_dtype is {dtype}"),
+            (not softcap, "does not cap attention scores, as this model (Gemma 2) does"),
+            (
+                head_dim % 8 == 0 and head_dim <= widest,
+                f"needs heads of a multiple of 8 up to {widest} dimensions, these have {head_dim}",
+            ),
+        ],
+        "splash": [(device.platform == "tpu", f"needs a TPU, the device is {device}")],
+        "xla": [],
+    }
+    if name == "auto":
+        name = next(name for name, needs in limits.items() if all(good for good, _ in needs))
+    if name not in limits:
+        raise ValueError(f"attention={name!r}: choose from {', '.join(KERNELS)}")
+    problems = [problem for good, problem in limits[name] if not good]
+    if problems:
+        raise ValueError(f"attention={name!r} {'; '.join(problems)}. attention='auto' always works")
+    return Kernel(name, mesh)
+
+
+def attention(
+    q_BLHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKd: jax.Array,
+    mask_BLS: jax.Array | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    window: int | None = None,
+    length_B: jax.Array | None = None,
+    softcap: float | None = None,
+    kernel: Kernel = XLA,
+) -> jax.Array:
+    """Grouped-query attention; float32 softmax; [B, L, H, d] in the dtype of q.
+
+    Args:
+      mask_BLS: true where position l may attend to slot s; "xla" only, and then all there is.
+      is_causal: position l attends to l and what is before it.
+      window: with is_causal, to the last so many only, its own included.
+      length_B: int32, slots from there on are padding; what padding attends to is undefined.
+      softcap: scores become softcap · tanh(scores / softcap) before the mask (Gemma 2, 2408.00118).
+    """
+    options = dict(scale=scale, is_causal=is_causal, window=window, softcap=softcap)
+    if kernel.name == "splash":
+        attend = functools.partial(_splash_attention, **options)
+        return _per_shard(attend, kernel.mesh, q_BLHd, k_BSKd, v_BSKd, length_B)
+    if softcap is None:
+        if length_B is not None and kernel.name == "cudnn":
+            length_B = jnp.maximum(length_B, 1)  # a softmax over nothing is not defined
+        return jax.nn.dot_product_attention(
+            q_BLHd, k_BSKd, v_BSKd, mask=None if mask_BLS is None else mask_BLS[:, None],
+            scale=scale, is_causal=is_causal, key_value_seq_lengths=length_B,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation=kernel.name,
+        )  # fmt: skip
+    B, L, H, d = q_BLHd.shape
+    S, K = k_BSKd.shape[1:3]
+    if mask_BLS is None:
+        behind_LS = jnp.arange(L)[:, None] - jnp.arange(S)
+        mask_BLS = jnp.ones((1, L, S), bool)
+        if is_causal:
+            mask_BLS &= (behind_LS >= 0) & (behind_LS < (window or S))
+        if length_B is not None:
+            mask_BLS &= (jnp.arange(S) < length_B[:, None])[:, None]
+    q_BLKGd = q_BLHd.reshape(B, L, K, H // K, d)
+    scores = jnp.einsum("BLKGd,BSKd->BKGLS", q_BLKGd, k_BSKd, preferred_element_type=jnp.float32)
+    scores = softcap * jnp.tanh(scores * scale / softcap)
+    scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKd.dtype)
+    return jnp.einsum("BKGLS,BSKd->BLKGd", weights, v_BSKd).reshape(B, L, H, d)
+
+
+def _splash_attention(q_BLHd, k_BLKd, v_BLKd, length_B, *, scale, is_causal, window, softcap):
+    """Self-attention by JAX's splash attention, in sequences padded to whole blocks."""
+    L, H = q_BLHd.shape[1:3]
+    size = -(-L // 128) * 128
+    block = max(b for b in (128, 256, 384, 512) if size % b == 0)
+    if window is not None:
+        mask = splash.LocalMask((size, size), (window - 1, 0), offset=0)
+    else:
+        mask = (splash.CausalMask if is_causal else splash.FullMask)((size, size))
+    segments = None
+    if length_B is not None or not is_causal:  # valid positions see valid ones, padding padding
+        valid = jnp.arange(size) < (L if length_B is None else length_B[:, None])
+        valid = jnp.broadcast_to(valid, (len(q_BLHd), size)).astype(jnp.int32)
+        segments = splash.SegmentIds(valid, valid)
+    attend = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * H),
+        block_sizes=splash.BlockSizes(*[block] * 8),
+        attn_logits_soft_cap=softcap,
+    )
+    padded = lambda x: jnp.pad(x, ((0, 0), (0, size - L), (0, 0), (0, 0))).swapaxes(1, 2)
+    out_BHLd = jax.vmap(attend)(padded(q_BLHd * scale), padded(k_BLKd), padded(v_BLKd), segments)
+    return out_BHLd.swapaxes(1, 2)[:, :L]
+
+
+def _per_shard(attend, mesh, q_BLHd, k_BSKd, v_BSKd, length_B):
+    """`attend` by every device on its rows and heads; on all of them where they do not divide."""
+    if mesh is None or mesh.size == 1:
+        return attend(q_BLHd, k_BSKd, v_BSKd, length_B)
+    (row_axes,) = sharding.BATCH
+    num_shards = math.prod(mesh.shape[axis] for axis in row_axes)
+    rows = row_axes if len(q_BLHd) % num_shards == 0 else None
+    heads = "tensor" if k_BSKd.shape[2] % mesh.shape["tensor"] == 0 else None
+    split = P(rows, None, heads)
+    return jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(split, split, split, P(rows)),
+        out_specs=split,
+        check_vma=False,
+    )(q_BLHd, k_BSKd, v_BSKd, length_B)
