@@ -20,8 +20,8 @@ from otreg_jax import otreg
 
 # Keys that may differ when a run is resumed: they change neither the model nor what it is fed.
 RESUMABLE = (
-    "num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "mesh", "data.num_workers",
-    "data.cache", "data.dev", "data.test", "max_bad_steps", "attention",
+    "num_steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "mesh",
+    "attention", "data.num_workers", "data.cache", "data.dev", "data.test", "max_bad_steps",
 )  # fmt: skip
 
 
@@ -32,6 +32,7 @@ def default() -> ConfigDict:
             "seed": 0,
             "num_steps": 1000,
             "batch_size": 16,  # utterances a step, over all devices and hosts
+            "accumulation": 1,  # micro-batches a step, one after the other: less memory
             "log_every": 10,  # steps between lines of metrics.jsonl
             "checkpoint_every": 500,
             "keep_checkpoints": 2,
@@ -185,7 +186,10 @@ def check(config: ConfigDict) -> None:
         if not good:
             problems.append(message)
 
-    for key in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+    for key in (
+        "num_steps", "batch_size", "accumulation", "log_every", "checkpoint_every",
+        "keep_checkpoints",
+    ):  # fmt: skip
         require(c[key] >= 1, f"{key}={c[key]} must be at least 1")
     require(
         c.compute_dtype in ("float32", "bfloat16"),

@@ -1,9 +1,12 @@
 """The training loss: cross-entropy + lambda * OTReg + weight * CTC -> (loss, metrics).
 
-Every term is a sum divided by a global count (transcript tokens for cross-entropy, utterances for
-OTReg and CTC), so that the value does not depend on how many devices the batch is spread over.
+Every term is a sum divided by a global count (transcript tokens for cross-entropy and CTC,
+utterances for OTReg), so that the value does not depend on how many devices the batch is spread
+over, nor on how many micro-batches it is cut into.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +17,10 @@ from otreg_jax import config as config_lib
 from otreg_jax import otreg
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.layers import length_mask
+
+# Logits of an utterance that exist at a time. With a large vocabulary all of them, in float32 and
+# with their gradients, would be the largest arrays of the step.
+LOGITS_AT_A_TIME = 2**21
 
 
 class Schedules(NamedTuple):
@@ -38,41 +45,82 @@ def make_schedules(config) -> Schedules:
     return Schedules(ramp, decay)
 
 
-def loss_fn(slm: slm_lib.SLM, params, batch, step, *, config, schedules: Schedules):
+class Totals(NamedTuple):
+    """What belongs to a whole batch when only a part of its rows is at hand (accumulation).
+
+    num_tokens, num_examples, num_ctc_tokens: what the sums of cross-entropy, OTReg and CTC are
+      divided by. center: what OTReg removes from its embeddings.
+    """
+
+    num_tokens: jax.Array | None = None
+    num_examples: jax.Array | None = None
+    num_ctc_tokens: jax.Array | None = None
+    center: otreg.Centering | str | None = None
+
+
+def batch_totals(slm: slm_lib.SLM, params, batch, config) -> Totals:
+    """The totals of a batch; with them the losses of its micro-batches add up to its own."""
+    c = config.otreg
+    length_B = jnp.where(batch["index"] >= 0, batch["token_length"], 0)
+    text_mask_BT = length_mask(length_B, batch["tokens"].shape[1])
+    speech_length_B = slm_lib.speech_length(slm, batch["mel_length"])
+    center = c.center
+    if c.weight and center != "none":
+        text_BTD = slm_lib.text_embeddings(slm, params, batch["tokens"], c.layer)
+        center = otreg.text_centering(text_BTD, text_mask_BT, center)
+    fits_B = ctc_feasible(speech_length_B, batch["tokens"], text_mask_BT)
+    return Totals(
+        num_tokens=jnp.sum(batch["token_length"] + 1, where=batch["index"] >= 0),
+        num_examples=jnp.sum((length_B > 0) & (speech_length_B > 0)),
+        num_ctc_tokens=jnp.sum(length_B, where=fits_B),
+        center=center,
+    )
+
+
+def loss_fn(
+    slm: slm_lib.SLM, params, batch, step, *, config, schedules: Schedules,
+    totals: Totals | None = None,
+):  # fmt: skip
     """The loss of a batch and its metrics.
 
     Args:
       batch: as of the data pipeline; rows whose `index` is negative are filler and count nowhere.
       step: int32 scalar, for the schedules.
+      totals: of the batch that these rows are a part of; they are a whole one without it.
 
     Returns:
       loss: float32 scalar. metrics: float32 scalars `loss`, `ce`, `token_accuracy`, and where the
-      term is on `otreg`, `otreg_weight`, `position_weight`, `marginal_error`, `entropy`,
-      `nearest_cosine`, `ctc`.
+      term is on `otreg`, `marginal_error`, `entropy`, `nearest_cosine`, `ctc`, `ctc_infeasible`;
+      all of them sums over utterances divided by totals.
     """
+    totals = totals or Totals()
     out = slm_lib.forward(slm, params, batch, config.otreg.layer)
     real_B = batch["index"] >= 0
     ce, accuracy = cross_entropy(
-        out.logits_BTV, batch["tokens"], batch["token_length"], real_B, slm.prompt.eos
-    )
+        out.hidden_BTD, functools.partial(slm_lib.logits, slm, params), batch["tokens"],
+        batch["token_length"], real_B, slm.prompt.eos, totals.num_tokens,
+    )  # fmt: skip
     loss = ce
     metrics = {"ce": ce, "token_accuracy": accuracy}
 
     text_mask_BT = length_mask(batch["token_length"], batch["tokens"].shape[1]) & real_B[:, None]
     if config.otreg.weight:
-        weight, gamma = schedules.otreg_weight(step), schedules.position_weight(step)
         speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
+        options = config_lib.otreg_options(config)
+        if totals.center is not None:
+            options["center"] = totals.center
         ot = otreg.regularizer(
             out.speech_BSD, out.text_BTD, speech_mask_BS, text_mask_BT,
-            token_ids_BT=batch["tokens"], position_weight=gamma, **config_lib.otreg_options(config),
+            token_ids_BT=batch["tokens"], position_weight=schedules.position_weight(step),
+            num_examples=totals.num_examples, **options,
         )  # fmt: skip
-        loss = loss + weight * ot.loss
-        metrics |= {"otreg": ot.loss, "otreg_weight": weight, "position_weight": gamma}
+        loss = loss + schedules.otreg_weight(step) * ot.loss
+        metrics |= {"otreg": ot.loss}
         metrics |= {key: ot.metrics[key] for key in ("marginal_error", "entropy", "nearest_cosine")}
     if config.ctc.weight:
         ctc, infeasible = ctc_loss(
             out.adapted_BSD, out.speech_length_B, batch["tokens"], text_mask_BT,
-            params["llm"]["embed"]["embedding"], params["ctc"],
+            params["llm"]["embed"]["embedding"], params["ctc"], totals.num_ctc_tokens,
         )  # fmt: skip
         loss = loss + config.ctc.weight * ctc
         metrics |= {"ctc": ctc, "ctc_infeasible": infeasible}
@@ -80,21 +128,50 @@ def loss_fn(slm: slm_lib.SLM, params, batch, step, *, config, schedules: Schedul
     return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
 
-def cross_entropy(logits_BTV, tokens_BT, length_B, real_B, eos: int):
+def cross_entropy(
+    hidden_BTD: jax.Array, to_logits: Callable, tokens_BT: jax.Array, length_B: jax.Array,
+    real_B: jax.Array, eos: int, num_tokens: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Mean cross-entropy and accuracy over the transcript tokens and one end of sequence each.
 
-    logits_BTV has T + 1 predictions for T tokens; prediction t <= length_B counts.
+    With a large vocabulary the logits are made, used and forgotten a few positions at a time, and
+    made once more for the backward pass.
+
+    Args:
+      hidden_BTD: T + 1 states that predict T tokens; prediction t <= length_B counts.
+      to_logits: from states [B, n, D] to float32 logits [B, n, V].
+      num_tokens: what the sums are divided by, if these rows are a part of a batch.
     """
-    num_predictions = logits_BTV.shape[1]
+    num_predictions = hidden_BTD.shape[1]
     index_T = jnp.arange(num_predictions)
     padded_BT = jnp.pad(tokens_BT, ((0, 0), (0, 1)))
     labels_BT = jnp.where(index_T < length_B[:, None], padded_BT, eos)
     mask_BT = (index_T <= length_B[:, None]) & real_B[:, None]
-    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, labels_BT)
-    count = jnp.maximum(mask_BT.sum(), 1)
-    correct_BT = logits_BTV.argmax(axis=-1) == labels_BT
-    mean = lambda x: jnp.sum(x, where=mask_BT) / count
-    return mean(losses_BT), mean(correct_BT.astype(jnp.float32))
+
+    def sums(hidden_BnD, labels_Bn, mask_Bn):
+        logits_BnV = to_logits(hidden_BnD)
+        losses_Bn = optax.softmax_cross_entropy_with_integer_labels(logits_BnV, labels_Bn)
+        correct_Bn = logits_BnV.argmax(axis=-1) == labels_Bn
+        return jnp.sum(losses_Bn, where=mask_Bn), jnp.sum(correct_Bn, where=mask_Bn)
+
+    vocab_size = jax.eval_shape(to_logits, hidden_BTD).shape[-1]
+    size = max(LOGITS_AT_A_TIME // vocab_size, 1)
+    if num_predictions <= size:
+        loss, correct = sums(hidden_BTD, labels_BT, mask_BT)
+    else:
+
+        def pieces(x_BT):  # [B, T, ...] -> [pieces, B, size, ...]; what is added is masked out
+            x_BT = jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % size)] + [(0, 0)] * (x_BT.ndim - 2))
+            return jnp.moveaxis(x_BT.reshape(len(x_BT), -1, size, *x_BT.shape[2:]), 1, 0)
+
+        def add(carry, piece):
+            return jax.tree.map(jnp.add, carry, jax.checkpoint(sums)(*piece)), None
+
+        zero = jnp.float32(0), jnp.int32(0)
+        arrays = pieces(hidden_BTD), pieces(labels_BT), pieces(mask_BT)
+        (loss, correct), _ = jax.lax.scan(add, zero, arrays)
+    count = jnp.maximum(mask_BT.sum() if num_tokens is None else num_tokens, 1)
+    return loss / count, correct / count
 
 
 def init_ctc(key, width: int, scale: float) -> dict:
@@ -102,7 +179,17 @@ def init_ctc(key, width: int, scale: float) -> dict:
     return {"blank": jax.random.normal(key, (width,)), "log_scale": jnp.log(jnp.float32(scale))}
 
 
-def ctc_loss(speech_BSD, speech_length_B, tokens_BT, text_mask_BT, table_VD, ctc_params):
+def ctc_feasible(speech_length_B, tokens_BT, text_mask_BT) -> jax.Array:
+    """bool [B]: has a transcript, and enough positions to emit it in."""
+    length_B = text_mask_BT.sum(axis=1)
+    # CTC needs a blank between equal neighbours.
+    repeats_B = jnp.sum((tokens_BT[:, 1:] == tokens_BT[:, :-1]) & text_mask_BT[:, 1:], axis=1)
+    return (length_B > 0) & (length_B + repeats_B <= speech_length_B)
+
+
+def ctc_loss(
+    speech_BSD, speech_length_B, tokens_BT, text_mask_BT, table_VD, ctc_params, num_tokens=None
+):
     """CTC (Graves et al. 2006, optax) of adapter outputs against the LLM's vocabulary.
 
     The logits are scaled cosines to the rows of the embedding table (which this loss does not
@@ -122,12 +209,12 @@ def ctc_loss(speech_BSD, speech_length_B, tokens_BT, text_mask_BT, table_VD, ctc
     logits_BSV = cosine_BSV * jnp.exp(ctc_params["log_scale"])
 
     length_B = text_mask_BT.sum(axis=1)
-    # CTC needs a blank between equal neighbours.
-    repeats_B = jnp.sum((tokens_BT[:, 1:] == tokens_BT[:, :-1]) & text_mask_BT[:, 1:], axis=1)
-    fits_B = (length_B > 0) & (length_B + repeats_B <= speech_length_B)
+    fits_B = ctc_feasible(speech_length_B, tokens_BT, text_mask_BT)
     loss_B = optax.ctc_loss(
         logits_BSV, 1.0 - speech_mask_BS, tokens_BT, 1.0 - text_mask_BT,
         blank_id=classes_VD.shape[0] - 1,
     )  # fmt: skip
-    num_tokens = jnp.maximum(jnp.sum(length_B, where=fits_B), 1)
-    return jnp.sum(loss_B, where=fits_B) / num_tokens, jnp.sum((length_B > 0) & ~fits_B)
+    if num_tokens is None:
+        num_tokens = jnp.sum(length_B, where=fits_B)
+    loss = jnp.sum(loss_B, where=fits_B) / jnp.maximum(num_tokens, 1)
+    return loss, jnp.sum((length_B > 0) & ~fits_B)

@@ -6,6 +6,7 @@ the speech is taken by the transcript's own embeddings, each repeated a random n
 fillers between them, all under noise: what ideally aligned speech would look like.
 """
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ import tqdm
 from otreg_jax import build, losses, pretrained
 from otreg_jax.data import text as text_lib
 from otreg_jax.models import slm as slm_lib
+from otreg_jax.models.llm import LLM
 
 FILLER = -1  # in place of a token id: noise without a token
 
@@ -41,7 +43,9 @@ def ensure_llm(config, tokenizer, sentences: list[str], out_dir) -> None:
 def pretrain(config, tokenizer, sentences: list[str]):
     """(LLM, params) trained for `config.llm.pretrain.num_steps` on the sentences."""
     c = config.llm.pretrain
-    llm, params = build.load_llm(config, "", tokenizer.vocab_size, jax.random.key(config.seed))
+    llm = LLM(build.new_llm_config(config, tokenizer.vocab_size))
+    init = jax.jit(llm.init)
+    params = init(jax.random.key(config.seed), jnp.zeros((1, 4), jnp.int32))["params"]
     slm = slm_lib.SLM(None, None, llm, text_lib.build_prompt(tokenizer, config.prompt))
     encoded = [tokenizer.encode(sentence) for sentence in sentences]
     schedule = optax.warmup_cosine_decay_schedule(
@@ -103,9 +107,8 @@ def copy_loss(slm: slm_lib.SLM, params, batch, key, noise: float):
     text_BTD = slm_lib.embed(slm, params, batch["tokens"])
     x_BLD, start_B = slm_lib.assemble(slm, params, source_BSD, batch["source_length"], text_BTD)
     hidden_BLD, _ = slm.llm.apply({"params": params["llm"]}, x_BLD, method="hidden")
-    num_predictions = batch["tokens"].shape[1] + 1
-    logits_BTV = slm_lib.transcript_logits(slm, params, hidden_BLD, start_B, num_predictions)
-    real_B = jnp.ones_like(batch["token_length"], bool)
+    hidden_BTD = slm_lib.predicting(hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
     return losses.cross_entropy(
-        logits_BTV, batch["tokens"], batch["token_length"], real_B, slm.prompt.eos
-    )
+        hidden_BTD, functools.partial(slm_lib.logits, slm, params), batch["tokens"],
+        batch["token_length"], jnp.ones_like(batch["token_length"], bool), slm.prompt.eos,
+    )  # fmt: skip

@@ -50,10 +50,11 @@ def make_mesh(config, devices=None) -> Mesh:
             "set config.mesh (one axis may be -1)"
         )
     rows = sizes[0] * sizes[1]
-    if config.batch_size % rows:
+    if config.batch_size % (rows * config.accumulation):
+        times = f" times accumulation={config.accumulation}" if config.accumulation > 1 else ""
         raise ValueError(
-            f"mesh: batch_size={config.batch_size} does not divide over {rows} devices ({named}); "
-            f"use a multiple of {rows}"
+            f"mesh: batch_size={config.batch_size} does not divide over {rows} devices{times} "
+            f"({named}); use a multiple of {rows * config.accumulation}"
         )
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
 

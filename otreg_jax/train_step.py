@@ -1,5 +1,6 @@
 """One training step: pure, jitted over a mesh, no I/O. `pmap` is the same step on one mesh axis."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -60,15 +61,23 @@ def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, sche
       optimizer state; it still counts as a step, `metrics["bad_steps"]` says how many there were in
       a row.
     """
-
     batch = prepare(batch, state.step, config)
 
-    def loss_of(params):
-        return losses.loss_fn(
-            slm, optim.merge(params, frozen), batch, state.step, config=config, schedules=schedules
-        )
+    def gradient_of(rows, totals=None):
+        def loss_of(params):
+            return losses.loss_fn(
+                slm, optim.merge(params, frozen), rows, state.step,
+                config=config, schedules=schedules, totals=totals,
+            )  # fmt: skip
 
-    gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
+        return jax.grad(loss_of, has_aux=True)(state.params)
+
+    if config.accumulation == 1:
+        gradient, metrics = gradient_of(batch)
+    else:
+        totals = losses.batch_totals(slm, optim.merge(state.params, frozen), batch, config)
+        gradient_of = functools.partial(gradient_of, totals=totals)
+        gradient, metrics = sum_over_micro_batches(gradient_of, batch, config.accumulation)
     grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -81,4 +90,18 @@ def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, sche
         bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
     )
     metrics |= {"grad_norm": grad_norm, "bad_steps": new_state.bad_steps}
+    if config.otreg.weight:
+        metrics["otreg_weight"] = schedules.otreg_weight(state.step)
+        metrics["position_weight"] = schedules.position_weight(state.step)
     return new_state, metrics
+
+
+def sum_over_micro_batches(fn, batch, count: int):
+    """The sum of fn(micro-batch) over `count` of them, one after the other. Row i is in micro-batch
+    i modulo `count`: that way each of them is spread over all devices as the batch is."""
+    cut = lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+    parts = jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None)
+    return jax.lax.scan(add, zero, parts)[0]

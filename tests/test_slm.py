@@ -16,8 +16,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def forward(model):
+    """(batch, layer) -> (outputs, logits)."""
     slm, params = model
-    run = lambda batch, layer: slm_lib.forward(slm, params, batch, layer)
+
+    def run(batch, layer):
+        out = slm_lib.forward(slm, params, batch, layer)
+        return out, slm_lib.logits(slm, params, out.hidden_BTD)
+
     return jax.jit(run, static_argnums=1)
 
 
@@ -40,23 +45,19 @@ def test_padding_of_audio_and_text_never_matters(forward):
     wide = dict(batch)
     wide["mel"] = jnp.pad(batch["mel"], ((0, 0), (0, 24), (0, 0)), constant_values=jnp.nan)
     wide["tokens"] = jnp.pad(batch["tokens"], ((0, 0), (0, 3)), constant_values=7)
-    narrow_out = forward(batch, 1)
-    wide_out = forward(wide, 1)
+    narrow_out, narrow_logits = forward(batch, 1)
+    wide_out, wide_logits = forward(wide, 1)
     for row in range(4):
         n = int(batch["token_length"][row]) + 1
-        np.testing.assert_allclose(
-            narrow_out.logits_BTV[row, :n], wide_out.logits_BTV[row, :n], atol=1e-5
-        )
+        np.testing.assert_allclose(narrow_logits[row, :n], wide_logits[row, :n], atol=1e-5)
         s = int(narrow_out.speech_length_B[row])
         np.testing.assert_allclose(
             narrow_out.speech_BSD[row, :s], wide_out.speech_BSD[row, :s], atol=1e-5
         )
         alone = {key: value[row : row + 1] for key, value in batch.items()}
         alone["mel"] = alone["mel"][:, : int(batch["mel_length"][row])]
-        alone_out = forward(alone, 1)
-        np.testing.assert_allclose(
-            narrow_out.logits_BTV[row, :n], alone_out.logits_BTV[0, :n], atol=1e-5
-        )
+        _, alone_logits = forward(alone, 1)
+        np.testing.assert_allclose(narrow_logits[row, :n], alone_logits[0, :n], atol=1e-5)
 
 
 def test_a_prediction_sees_the_speech_and_earlier_tokens_only(model):
@@ -70,8 +71,8 @@ def test_a_prediction_sees_the_speech_and_earlier_tokens_only(model):
     def prediction(speech, text):
         x, start = slm_lib.assemble(slm, params, speech, length, text)
         hidden, _ = slm.llm.apply({"params": params["llm"]}, x, method="hidden")
-        logits = slm_lib.transcript_logits(slm, params, hidden, start, text.shape[1] + 1)
-        return jnp.sum(jnp.sin(logits[:, 2]))
+        predicting = slm_lib.predicting(hidden, start, text.shape[1] + 1)
+        return jnp.sum(jnp.sin(slm_lib.logits(slm, params, predicting)[:, 2]))
 
     by_speech, by_text = jax.jit(jax.grad(prediction, argnums=(0, 1)))(speech, text)
     for row in range(4):
@@ -84,9 +85,9 @@ def test_a_prediction_sees_the_speech_and_earlier_tokens_only(model):
 def test_layer_k_compares_hidden_states_with_the_transcript_alone(model, forward):
     slm, params = model
     batch = toy_batch()
-    at_zero = forward(batch, 0)
-    at_one = forward(batch, 1)
-    np.testing.assert_allclose(at_zero.logits_BTV, at_one.logits_BTV, atol=1e-5)
+    at_zero, logits_zero = forward(batch, 0)
+    at_one, logits_one = forward(batch, 1)
+    np.testing.assert_allclose(logits_zero, logits_one, atol=1e-5)
     np.testing.assert_array_equal(at_zero.text_BTD, slm_lib.embed(slm, params, batch["tokens"]))
     assert not np.allclose(at_one.text_BTD, at_zero.text_BTD, atol=1e-2)
     np.testing.assert_array_equal(at_one.adapted_BSD, at_zero.speech_BSD)

@@ -1,6 +1,7 @@
 """The training step: golden metrics, freezing, devices, the non-finite guard, schedules."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def make(axes=None, freeze="", **changes):
 
 def make_mesh(config, axes):
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = axes
-    return sharding.make_mesh(config)
+    return sharding.make_mesh(config, jax.devices()[: math.prod(axes)])
 
 
 def test_golden_metrics_of_one_step():
@@ -52,21 +53,42 @@ def test_golden_metrics_of_one_step():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_any_mesh_gives_what_one_device_gives(axes):
+@pytest.mark.parametrize(
+    "axes, accumulation",
+    [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), (None, 4), ((2, 1, 1), 4), ((1, 2, 2), 2)],
+)
+def test_any_mesh_and_micro_batches_give_what_one_device_gives(axes, accumulation):
+    """Also where rows have different numbers of tokens, none of them, or are filler."""
     one_state, frozen, one_step = make(**OTREG)
-    state, mesh_frozen, step = make(axes, **OTREG)
-    mesh = make_mesh(toy_config(), axes)
-    for i in range(3):
+    state, mesh_frozen, step = make(axes, accumulation=accumulation, **OTREG)
+    mesh = axes and make_mesh(toy_config(accumulation=accumulation), axes)
+    for i in range(20):
         batch = toy_batch(8, seed=i)
-        one_state, one_metrics = one_step(one_state, frozen, batch)
-        state, metrics = step(state, mesh_frozen, sharding.to_global(batch, mesh))
-        np.testing.assert_allclose(metrics["loss"], one_metrics["loss"], rtol=1e-5)
+        batch["index"][5] = -1
+        one_state, wanted = one_step(one_state, frozen, batch)
+        placed = sharding.to_global(batch, mesh) if axes else batch
+        state, metrics = step(state, mesh_frozen, placed)
+        for name in wanted:
+            np.testing.assert_allclose(
+                metrics[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=f"{name}, step {i}"
+            )
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(one_state.params),
         strict=True,
     ):  # fmt: skip
         np.testing.assert_allclose(a, b, atol=1e-4, err_msg=jax.tree_util.keystr(path))
+
+
+def test_logits_a_few_positions_at_a_time_change_nothing(monkeypatch):
+    state, frozen, step = make(**OTREG)
+    _, wanted = step(state, frozen, toy_batch(8))
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 2 * 24)
+    make.cache_clear()
+    state, frozen, step = make(**OTREG)
+    after, metrics = step(state, frozen, toy_batch(8))
+    for name in wanted:
+        np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5, err_msg=name)
+    make.cache_clear()
 
 
 def test_what_is_frozen_or_multiplied_by_zero_stays_and_the_loss_falls():
@@ -162,15 +184,22 @@ def test_impossible_meshes_say_what_to_do():
         sharding.make_mesh(toy_config(batch_size=12))
 
 
-def test_cross_entropy_and_ctc_against_the_definition():
+def test_cross_entropy_and_ctc_against_the_definition(monkeypatch):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 4, 5)).astype(np.float32)
     tokens, length = np.array([[1, 2, 3], [4, 0, 0]]), np.array([3, 1])
     log_p = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
     wanted = [log_p[0, 0, 1], log_p[0, 1, 2], log_p[0, 2, 3], log_p[0, 3, 0]]
     wanted += [log_p[1, 0, 4], log_p[1, 1, 0]]
-    ce, _ = losses.cross_entropy(logits, tokens, length, np.array([True, True]), eos=0)
-    np.testing.assert_allclose(ce, -np.mean(wanted), rtol=1e-5)
+    for at_a_time in (2**21, 15, 1):  # logits; of 5 tokens: all positions, 3 of them, one
+        monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", at_a_time)
+        ce, accuracy = losses.cross_entropy(
+            jnp.asarray(logits), lambda x: x, tokens, length, np.array([True, True]), eos=0
+        )
+        np.testing.assert_allclose(ce, -np.mean(wanted), rtol=1e-5)
+        right = [logits[0, t].argmax() == label for t, label in enumerate([1, 2, 3, 0])]
+        right += [logits[1, t].argmax() == label for t, label in enumerate([4, 0])]
+        np.testing.assert_allclose(accuracy, np.mean(right), rtol=1e-6)
 
     # CTC of one token in two positions: blank-token, token-blank or token-token.
     speech = rng.normal(size=(2, 2, 6)).astype(np.float32)

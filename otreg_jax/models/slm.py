@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from otreg_jax.data.text import Prompt
-from otreg_jax.models import lora
+from otreg_jax.models import adapter, lora, speech_encoder
 from otreg_jax.models.adapter import Adapter
 from otreg_jax.models.llm import LLM, sublayers
 from otreg_jax.models.speech_encoder import SpeechEncoder
@@ -31,15 +31,15 @@ class SLM(NamedTuple):
 class Outputs(NamedTuple):
     """What `forward` returns.
 
-    logits_BTV: float32, T + 1 predictions: position t predicts transcript token t, the last one
-      after a transcript of full length predicts the end of sequence.
+    hidden_BTD: the T + 1 hidden states that predict: state t predicts transcript token t, the last
+      one after a transcript of full length the end of sequence. `logits` turns them into logits.
     speech_BSD, text_BTD: the embeddings OTReg compares; for layer 0 the adapter's outputs and the
       embedding table's rows, for layer k hidden states after k layers.
     speech_length_B: int32, valid speech positions.
     adapted_BSD: the adapter's outputs, whatever the layer.
     """
 
-    logits_BTV: jax.Array
+    hidden_BTD: jax.Array
     speech_BSD: jax.Array
     text_BTD: jax.Array
     speech_length_B: jax.Array
@@ -52,6 +52,12 @@ def speech_embeddings(
     """Log-mel frames -> adapter outputs [B, S, D] and their lengths [B]."""
     encoded_BSE, length_B = slm.encoder.apply({"params": params["encoder"]}, mel_BFM, mel_length_B)
     return slm.adapter.apply({"params": params["adapter"]}, encoded_BSE, length_B)
+
+
+def speech_length(slm: SLM, mel_length):
+    """Speech embeddings that `mel_length` frames become; an int or an array of them."""
+    positions = speech_encoder.output_length(slm.encoder.config, mel_length)
+    return adapter.output_length(slm.adapter.config, positions)
 
 
 def embed(slm: SLM, params, tokens: jax.Array) -> jax.Array:
@@ -88,12 +94,16 @@ def assemble(
     return x_BLD, speech_end_B + len(suffix) - 1
 
 
-def transcript_logits(slm: SLM, params, hidden_BLD, start_B, num_predictions: int) -> jax.Array:
-    """Logits [B, num_predictions, V] at start_B, start_B + 1, ..."""
-    index_BT = start_B[:, None] + jnp.arange(num_predictions)
+def predicting(hidden_BLD: jax.Array, start_B: jax.Array, count: int) -> jax.Array:
+    """The hidden states [B, count, D] at start_B, start_B + 1, ..."""
+    index_BT = start_B[:, None] + jnp.arange(count)
     index_BT = jnp.clip(index_BT, 0, hidden_BLD.shape[1] - 1)
-    at_text_BTD = jnp.take_along_axis(hidden_BLD, index_BT[..., None], axis=1)
-    return slm.llm.apply({"params": params["llm"]}, at_text_BTD, method="logits")
+    return jnp.take_along_axis(hidden_BLD, index_BT[..., None], axis=1)
+
+
+def logits(slm: SLM, params, hidden: jax.Array) -> jax.Array:
+    """Hidden states [..., D] -> float32 logits [..., V]."""
+    return slm.llm.apply({"params": params["llm"]}, hidden, method="logits")
 
 
 def forward(slm: SLM, params, batch, layer: int = 0) -> Outputs:
@@ -104,27 +114,29 @@ def forward(slm: SLM, params, batch, layer: int = 0) -> Outputs:
       layer: where OTReg compares speech and text; see `Outputs`.
     """
     adapted_BSD, speech_length_B = speech_embeddings(slm, params, batch["mel"], batch["mel_length"])
-    text_BTD = embed(slm, params, batch["tokens"])
-    x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, text_BTD)
+    transcript_BTD = embed(slm, params, batch["tokens"])
+    x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, transcript_BTD)
 
     variables, speech_BSD = {"params": params["llm"]}, adapted_BSD
     if layer:
         hidden_BLD, tapped_BLD = slm.llm.apply(variables, x_BLD, layer, method="hidden_and_tap")
         first = len(slm.prompt.prefix)
         speech_BSD = tapped_BLD[:, first : first + adapted_BSD.shape[1]]
-        text_BTD = contextual_text(slm, params, text_BTD, layer)
     else:
         hidden_BLD, _ = slm.llm.apply(variables, x_BLD, method="hidden")
-    logits_BTV = transcript_logits(slm, params, hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
-    return Outputs(logits_BTV, speech_BSD, text_BTD, speech_length_B, adapted_BSD)
+    hidden_BTD = predicting(hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
+    text_BTD = text_embeddings(slm, params, batch["tokens"], layer)
+    return Outputs(hidden_BTD, speech_BSD, text_BTD, speech_length_B, adapted_BSD)
 
 
-def contextual_text(slm: SLM, params, text_BTD: jax.Array, layer: int) -> jax.Array:
-    """The transcript alone through the LLM's first `layer` layers, without LoRA and without
-    gradient: a target that training the speech side cannot move."""
+def text_embeddings(slm: SLM, params, tokens_BT: jax.Array, layer: int = 0) -> jax.Array:
+    """What OTReg draws speech to [B, T, D]: for layer 0 rows of the embedding table; for layer k
+    the transcript alone through the LLM's first k layers, without LoRA and without gradient: a
+    target that training the speech side cannot move."""
+    if not layer:
+        return embed(slm, params, tokens_BT)
     base = jax.lax.stop_gradient(lora.strip(params["llm"]))
     below, lower_params = sublayers(slm.llm, base, 0, layer)
-    hidden_BTD, _ = below.apply(
-        {"params": lower_params}, jax.lax.stop_gradient(text_BTD), method="hidden"
-    )
+    x_BTD = slm.llm.apply({"params": base}, tokens_BT, method="embed")
+    hidden_BTD, _ = below.apply({"params": lower_params}, x_BTD, method="hidden")
     return hidden_BTD

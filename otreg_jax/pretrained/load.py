@@ -11,7 +11,7 @@ import json
 import pathlib
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +20,13 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
-from otreg_jax.models.llm import LLM
-from otreg_jax.models.speech_encoder import SpeechEncoder
+from otreg_jax.models.llm import LLM, LLMConfig
+from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from otreg_jax.pretrained import tables
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")  # never pickles, never code
 
 Shardings = Callable[[dict], dict]
 
@@ -54,7 +55,7 @@ def load_llm(
         every problem is listed.
     """
     directory = resolve(source, revision)
-    config = tables.llm_config(*_config_json(directory))
+    config = llm_config(directory)
     model = LLM(dataclasses.replace(config, dtype=dtype))
     shapes = _shapes(model, dtype, jnp.zeros((1, 1), jnp.int32))
     return model, read_params(directory, tables.llm_table(config), shapes, shardings)
@@ -68,14 +69,29 @@ def load_speech_encoder(
 ) -> tuple[SpeechEncoder, dict]:
     """The encoder of a Whisper model; arguments, result and errors as for `load_llm`."""
     directory = resolve(source, revision)
-    config = tables.speech_encoder_config(*_config_json(directory))
+    config = speech_encoder_config(directory)
     model = SpeechEncoder(dataclasses.replace(config, dtype=dtype))
     shapes = _shapes(model, dtype, jnp.zeros((1, 8, config.num_mels)), jnp.array([8]))
     return model, read_params(directory, tables.speech_encoder_table(config), shapes, shardings)
 
 
-def resolve(source: str | pathlib.Path, revision: str | None = None) -> pathlib.Path:
-    """The local directory of `source`: itself, or a hub id's snapshot at a pinned revision."""
+def llm_config(source: str | pathlib.Path, revision: str | None = None) -> LLMConfig:
+    """What config.json says about the LLM of a directory or hub id; errors as for `load_llm`."""
+    return tables.llm_config(*_config_json(resolve(source, revision, ["*.json"])))
+
+
+def speech_encoder_config(
+    source: str | pathlib.Path, revision: str | None = None
+) -> SpeechEncoderConfig:
+    """What config.json says about the encoder of a Whisper model."""
+    return tables.speech_encoder_config(*_config_json(resolve(source, revision, ["*.json"])))
+
+
+def resolve(
+    source: str | pathlib.Path, revision: str | None = None, patterns: Sequence[str] = FILES
+) -> pathlib.Path:
+    """The local directory of `source`: itself, or a hub id's snapshot at a pinned revision, of
+    which files that match `patterns` are fetched."""
     directory = pathlib.Path(source)
     if directory.is_dir():
         return directory
@@ -88,9 +104,10 @@ def resolve(source: str | pathlib.Path, revision: str | None = None) -> pathlib.
         )
     import huggingface_hub  # only here: nothing else needs the network
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     return pathlib.Path(
-        huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns)
+        huggingface_hub.snapshot_download(
+            str(source), revision=revision, allow_patterns=list(patterns)
+        )
     )
 
 
