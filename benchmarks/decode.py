@@ -69,9 +69,8 @@ def make_prompts(count: int, width: int):
 
 def ours(llm, params, x_BPD, length_B, num_tokens: int) -> np.ndarray:
     # No token ends a hypothesis: every run does the same work.
-    return np.asarray(
-        decoding.greedy(llm, params, x_BPD, length_B, max_tokens=num_tokens, eos=-1).tokens
-    )
+    settings = decoding.Settings(num_tokens)
+    return np.asarray(decoding.greedy(llm, params, x_BPD, length_B, -1, settings).tokens)
 
 
 def transformers_generate(model, x_BPD, length_B, num_tokens: int) -> np.ndarray:

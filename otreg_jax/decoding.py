@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from otreg_jax.models import slm as slm_lib
-from otreg_jax.models.llm import LLM, Cache, init_cache
+from otreg_jax.models.llm import LLM, Cache, init_cache, unstack
 
 NEVER = -1e9  # a log probability that no hypothesis reaches
 
@@ -31,7 +31,14 @@ class Decoded(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How to decode; beam_width 1 is greedy search."""
+    """How to decode.
+
+    max_tokens: a hypothesis ends after so many tokens.
+    beam_width: hypotheses kept; 1 is greedy search.
+    length_penalty: exponent of the length that a beam's log probability is divided by; above 0
+      favours longer hypotheses.
+    no_repeat_ngram: n > 0 forbids any sequence of n tokens to occur twice in a hypothesis.
+    """
 
     max_tokens: int
     beam_width: int = 1
@@ -46,46 +53,33 @@ def recognize(
     """Log-mel frames -> the best hypothesis of each utterance, [B, N]."""
     speech_BSD, speech_length_B = slm_lib.speech_embeddings(slm, params, mel_BFM, mel_length_B)
     x_BPD, last_B = slm_lib.assemble(slm, params, speech_BSD, speech_length_B, None)
-    limits = dict(
-        max_tokens=settings.max_tokens, eos=slm.prompt.eos,
-        no_repeat_ngram=settings.no_repeat_ngram,
-    )  # fmt: skip
+    args = slm.llm, params["llm"], x_BPD, last_B + 1, slm.prompt.eos, settings
     if settings.beam_width == 1:
-        return greedy(slm.llm, params["llm"], x_BPD, last_B + 1, **limits)
-    beams = beam_search(
-        slm.llm, params["llm"], x_BPD, last_B + 1, width=settings.beam_width,
-        length_penalty=settings.length_penalty, **limits,
-    )  # fmt: skip
-    return jax.tree.map(lambda leaf: leaf[:, 0], beams)
+        return greedy(*args)
+    return jax.tree.map(lambda leaf: leaf[:, 0], beam_search(*args))
 
 
-@functools.partial(jax.jit, static_argnames=("llm", "max_tokens", "eos", "no_repeat_ngram"))
+@functools.partial(jax.jit, static_argnames=("llm", "eos", "settings"))
 def greedy(
-    llm: LLM,
-    params: dict,
-    x_BPD: jax.Array,
-    length_B: jax.Array,
-    *,
-    max_tokens: int,
-    eos: int,
-    no_repeat_ngram: int = 0,
+    llm: LLM, params: dict, x_BPD: jax.Array, length_B: jax.Array, eos: int, settings: Settings
 ) -> Decoded:
-    """The most probable token at every step, until `eos` or `max_tokens` (N) tokens.
+    """The most probable token at every step, until `eos` or `settings.max_tokens` (N) tokens.
 
     Args:
       llm, params: the model and its weights.
       x_BPD: prompt embeddings as the LLM receives them; positions ≥ length_B may hold anything.
       length_B: int32, valid prompt positions, at least 1.
-      no_repeat_ngram: n > 0 forbids any sequence of n tokens to occur twice in a hypothesis.
     """
+    max_tokens = settings.max_tokens
     batch, prompt_size = x_BPD.shape[:2]
     logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
+    step_params = _for_steps(params)
     tokens_BN = jnp.zeros((batch, max_tokens), jnp.int32)
     zeros_B = jnp.zeros(batch, jnp.int32)
 
     def emit(n, logits_BV, tokens_BN, emitted_B, score_B, done_B):
         log_prob_BV = jax.nn.log_softmax(logits_BV)
-        allowed_BV = _forbid_repeats(log_prob_BV, tokens_BN, n, no_repeat_ngram)
+        allowed_BV = _forbid_repeats(log_prob_BV, tokens_BN, n, settings.no_repeat_ngram)
         token_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
         chosen_B = jnp.take_along_axis(log_prob_BV, token_B[:, None], axis=-1)[:, 0]
         score_B += jnp.where(done_B, 0.0, chosen_B)
@@ -96,7 +90,7 @@ def greedy(
     def step(state):
         n, cache, tokens_BN, *rest = state
         positions_B = length_B + n - 1
-        logits_BV, cache = _next_logits(llm, params, tokens_BN[:, n - 1], positions_B, cache)
+        logits_BV, cache = _next_logits(llm, step_params, tokens_BN[:, n - 1], positions_B, cache)
         return n + 1, cache, *emit(n, logits_BV, tokens_BN, *rest)
 
     start = emit(0, logits_BV, tokens_BN, zeros_B, jnp.zeros(batch), zeros_B.astype(bool))
@@ -105,36 +99,23 @@ def greedy(
     return Decoded(*state[2:5])
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("llm", "max_tokens", "eos", "width", "length_penalty", "no_repeat_ngram"),
-)
+@functools.partial(jax.jit, static_argnames=("llm", "eos", "settings"))
 def beam_search(
-    llm: LLM,
-    params: dict,
-    x_BPD: jax.Array,
-    length_B: jax.Array,
-    *,
-    max_tokens: int,
-    eos: int,
-    width: int,
-    length_penalty: float = 1.0,
-    no_repeat_ngram: int = 0,
+    llm: LLM, params: dict, x_BPD: jax.Array, length_B: jax.Array, eos: int, settings: Settings
 ) -> Decoded:
-    """Beam search; returns the `width` (W) best hypotheses of every example.
+    """Beam search; returns the `settings.beam_width` (W) best hypotheses of every example.
 
     The rules are those of transformers' `generate(num_beams=W, early_stopping=False)`: each step
     ranks 2 W continuations, those of the first W that end are candidates for the result, the best W
     that go on are the next beams. An example is settled once all W results beat the best beam's
     score at its current length; with length_penalty 0 nothing better can follow.
 
-    Args: as in `greedy`, and
-      length_penalty: exponent of the length that a hypothesis's log probability is divided by;
-        above 0 favours longer hypotheses.
+    Args: as in `greedy`.
     """
+    max_tokens, width = settings.max_tokens, settings.beam_width
     batch, prompt_size = x_BPD.shape[:2]
     logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
-    vocab = logits_BV.shape[-1]
+    step_params, vocab = _for_steps(params), logits_BV.shape[-1]
     cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, width, axis=1), cache)
     first_row_B = jnp.arange(batch)[:, None] * width
 
@@ -142,7 +123,7 @@ def beam_search(
         log_prob_BWV = jax.nn.log_softmax(logits_BWV)
         flat = (batch * width, -1)
         log_prob_BWV = _forbid_repeats(
-            log_prob_BWV.reshape(flat), beams.tokens.reshape(flat), n, no_repeat_ngram
+            log_prob_BWV.reshape(flat), beams.tokens.reshape(flat), n, settings.no_repeat_ngram
         ).reshape(batch, width, vocab)
         total_BV = (log_prob_BWV + beams.score[..., None]).reshape(batch, -1)
         score_BC, index_BC = jax.lax.top_k(total_BV, 2 * width)
@@ -160,7 +141,7 @@ def beam_search(
 
         # Beyond the first W, candidates are only there to keep W beams going.
         enters_BC = final_BC & (jnp.arange(2 * width) < width) & open_B[:, None]
-        penalty = jnp.asarray(n + 1, jnp.float32) ** length_penalty
+        penalty = jnp.asarray(n + 1, jnp.float32) ** settings.length_penalty
         entry_BC = jnp.where(enters_BC, score_BC / penalty, NEVER)
         entries = candidates._replace(score=entry_BC)
         both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), results, entries)
@@ -172,7 +153,7 @@ def beam_search(
         n, cache, beams, results, open_B = state
         tokens = beams.tokens[:, :, n - 1].reshape(-1)
         positions = jnp.repeat(length_B + n - 1, width)
-        logits, cache = _next_logits(llm, params, tokens, positions, cache)
+        logits, cache = _next_logits(llm, step_params, tokens, positions, cache)
         return advance(n, logits.reshape(batch, width, -1), cache, beams, results, open_B)
 
     empty = Decoded(
@@ -194,6 +175,12 @@ def _best(hypotheses: Decoded, count: int) -> tuple[Decoded, jax.Array]:
     tokens = jnp.take_along_axis(hypotheses.tokens, index[..., None], axis=1)
     length = jnp.take_along_axis(hypotheses.length, index, axis=1)
     return Decoded(tokens, length, score), index
+
+
+def _for_steps(params):
+    """The weights as the loop reads them fastest: once unstacked, a CPU copies none in a step. The
+    copy this takes is not worth its memory where XLA reads a slice in place."""
+    return unstack(params) if jax.default_backend() == "cpu" else params
 
 
 def _prefill(llm: LLM, params, x_BPD, length_B, slots: int) -> tuple[jax.Array, Cache]:

@@ -57,7 +57,7 @@ def hypotheses(out):
 
 def test_greedy_takes_the_best_token_at_every_step(model):
     x, length = prompts(8)
-    out = decoding.greedy(*model, x, length, max_tokens=9, eos=EOS)
+    out = decoding.greedy(*model, x, length, EOS, decoding.Settings(9))
     ended = out.length < 9
     assert 0 < ended.sum() < 8  # both ways of ending took place
     with_eos = jnp.where(jnp.arange(9) == out.length[:, None], EOS, out.tokens)
@@ -75,12 +75,10 @@ def test_greedy_takes_the_best_token_at_every_step(model):
 @pytest.mark.parametrize("width", [1, 3])
 def test_batch_gives_what_each_example_alone_gives(model, width):
     x, length = prompts(8)
-    settings = dict(max_tokens=9, eos=EOS)
+    search = decoding.greedy if width == 1 else decoding.beam_search
 
     def decode(x, length):
-        if width == 1:
-            return decoding.greedy(*model, x, length, **settings)
-        return decoding.beam_search(*model, x, length, width=width, **settings)
+        return search(*model, x, length, EOS, decoding.Settings(9, width))
 
     together = decode(x, length)
     for i in range(8):
@@ -92,10 +90,8 @@ def test_batch_gives_what_each_example_alone_gives(model, width):
 
 def test_beam_of_one_is_greedy(model):
     x, length = prompts(8)
-    greedy = decoding.greedy(*model, x, length, max_tokens=9, eos=EOS)
-    beam = decoding.beam_search(
-        *model, x, length, max_tokens=9, eos=EOS, width=1, length_penalty=0.0
-    )
+    greedy = decoding.greedy(*model, x, length, EOS, decoding.Settings(9))
+    beam = decoding.beam_search(*model, x, length, EOS, decoding.Settings(9, 1, 0.0))
     np.testing.assert_array_equal(beam.tokens[:, 0], greedy.tokens)
     np.testing.assert_array_equal(beam.length[:, 0], greedy.length)
     np.testing.assert_allclose(beam.score[:, 0], greedy.score, atol=1e-4)
@@ -103,10 +99,8 @@ def test_beam_of_one_is_greedy(model):
 
 def test_wider_beams_find_more_probable_hypotheses(model):
     x, length = prompts(8)
-    greedy = decoding.greedy(*model, x, length, max_tokens=9, eos=EOS)
-    beam = decoding.beam_search(
-        *model, x, length, max_tokens=9, eos=EOS, width=4, length_penalty=0.0
-    )
+    greedy = decoding.greedy(*model, x, length, EOS, decoding.Settings(9))
+    beam = decoding.beam_search(*model, x, length, EOS, decoding.Settings(9, 4, 0.0))
     assert (beam.score[:, 0] >= greedy.score - 1e-4).all()
     assert (beam.score[:, 0] > greedy.score + 0.1).any()
     assert (jnp.diff(beam.score, axis=1) <= 0).all()  # n-best, the best first
@@ -116,7 +110,7 @@ def test_wider_beams_find_more_probable_hypotheses(model):
 
 def test_widest_beam_is_exhaustive_search(model):
     x, length = prompts(1)
-    out = decoding.beam_search(*model, x, length, max_tokens=2, eos=EOS, width=29)
+    out = decoding.beam_search(*model, x, length, EOS, decoding.Settings(2, 29))
     others = [v for v in range(29) if v != EOS]
     candidates = [[EOS], *([v, EOS] for v in others), *itertools.product(others, repeat=2)]
     batch = jnp.asarray([[*c, 0][:2] for c in candidates], jnp.int32)
@@ -133,7 +127,7 @@ def test_widest_beam_is_exhaustive_search(model):
 
 def test_no_ngram_is_repeated(model):
     x, length = prompts(8)
-    free = decoding.greedy(*model, x, length, max_tokens=24, eos=-1)
+    free = decoding.greedy(*model, x, length, -1, decoding.Settings(24))
 
     def repeats(out):
         return [
@@ -143,7 +137,7 @@ def test_no_ngram_is_repeated(model):
         ]
 
     assert max(repeats(free)) > 0
-    guarded = decoding.greedy(*model, x, length, max_tokens=24, eos=-1, no_repeat_ngram=2)
+    guarded = decoding.greedy(*model, x, length, -1, decoding.Settings(24, no_repeat_ngram=2))
     assert max(repeats(guarded)) == 0
 
 
@@ -155,8 +149,8 @@ def test_eight_devices_decode_as_one(model):
     sharded = jax.device_put((x, length), rows)
     replicated = jax.device_put(params, everywhere)
     for decode in (
-        lambda *args: decoding.greedy(llm, *args, max_tokens=9, eos=EOS),
-        lambda *args: decoding.beam_search(llm, *args, max_tokens=9, eos=EOS, width=3),
+        lambda *args: decoding.greedy(llm, *args, EOS, decoding.Settings(9)),
+        lambda *args: decoding.beam_search(llm, *args, EOS, decoding.Settings(9, 3)),
     ):
         one, eight = decode(params, x, length), decode(replicated, *sharded)
         np.testing.assert_array_equal(one.tokens, eight.tokens)
@@ -198,9 +192,8 @@ def generate(theirs, x_BPD, length_B, **settings):
 def test_greedy_matches_transformers(reference, no_repeat_ngram):
     theirs, (llm, params) = reference
     x, length = prompts(8)
-    out = decoding.greedy(
-        llm, params, x, length, max_tokens=12, eos=EOS, no_repeat_ngram=no_repeat_ngram
-    )
+    settings = decoding.Settings(12, no_repeat_ngram=no_repeat_ngram)
+    out = decoding.greedy(llm, params, x, length, EOS, settings)
     wanted = generate(
         theirs, x, length, max_new_tokens=12, num_beams=1, no_repeat_ngram_size=no_repeat_ngram
     )
@@ -212,10 +205,8 @@ def test_greedy_matches_transformers(reference, no_repeat_ngram):
 def test_beam_search_matches_transformers(reference, width, length_penalty, ngram):
     theirs, (llm, params) = reference
     x, length = prompts(8)
-    out = decoding.beam_search(
-        llm, params, x, length, max_tokens=10, eos=EOS, width=width,
-        length_penalty=length_penalty, no_repeat_ngram=ngram,
-    )  # fmt: skip
+    settings = decoding.Settings(10, width, length_penalty, ngram)
+    out = decoding.beam_search(llm, params, x, length, EOS, settings)
     wanted = generate(
         theirs, x, length, max_new_tokens=10, num_beams=width, num_return_sequences=width,
         length_penalty=length_penalty, early_stopping=False, no_repeat_ngram_size=ngram,

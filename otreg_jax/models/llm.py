@@ -323,8 +323,16 @@ class LLM(nn.Module):
         tables = (*_rope_tables(c, positions_BL), masks)
         carry = (x_BLD, None if tap is None else jnp.zeros_like(x_BLD), cache)
         is_tap = None if tap is None else jnp.arange(1, c.num_layers + 1) == tap
-        index, kinds = jnp.arange(c.num_layers), jnp.asarray(_layer_kinds(c))
-        return self.layers(carry, index, kinds, is_tap, tables, positions_BL)[0]
+        kinds = _layer_kinds(c)
+        unstacked = None if self.is_initializing() else self.variables["params"]["layers"]
+        if isinstance(unstacked, tuple):
+            block = Block(c, parent=None)
+            for layer, params in enumerate(unstacked):
+                args = carry, layer, kinds[layer], None, tables, positions_BL
+                carry, _ = block.apply({"params": params}, *args)
+            return carry
+        index = jnp.arange(c.num_layers)
+        return self.layers(carry, index, jnp.asarray(kinds), is_tap, tables, positions_BL)[0]
 
     def logits(self, x_D: jax.Array) -> jax.Array:
         """Final norm, head and soft cap on hidden states [..., D]; float32 [..., V]."""
@@ -344,6 +352,16 @@ def init_cache(config: LLMConfig, batch: int, length: int, dtype: Any = None) ->
     """An empty cache of `length` slots (slot = position) in `dtype`, or in the compute dtype."""
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return {name: jnp.zeros(shape, dtype or config.dtype) for name in ("k", "v")}
+
+
+def unstack(params: dict) -> dict:
+    """Params with the layers a tuple of trees instead of stacked: `hidden` runs them one by one.
+
+    For loops on a CPU, where a scan copies each layer's slice of the stacked weights every time.
+    """
+    num_layers = len(jax.tree.leaves(params["layers"])[0])
+    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["layers"])
+    return {**params, "layers": tuple(layer(i) for i in range(num_layers))}
 
 
 def sublayers(model: LLM, params: dict, start: int, stop: int) -> tuple[LLM, dict]:
