@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,6 +186,37 @@ def init_params(slm: SLM, config, loaded: dict | None = None) -> dict:
 def abstract_params(slm: SLM, config) -> tuple[dict, dict]:
     """Shapes and dtypes of the parameters, (trained, frozen); nothing is computed."""
     return jax.eval_shape(lambda: split(init_params(slm, config), config))
+
+
+def parameter_table(trained, frozen) -> str:
+    """Every parameter's shape, sharding, dtype, kind and MiB on one device; then the sums.
+
+    Both are trees of arrays or ShapeDtypeStructs with a sharding.
+    """
+    rows, sums = [], {}
+    for tree, kind in ((trained, "trained"), (frozen, "frozen")):
+        for path, x in sorted(optim.flat_paths(tree).items()):
+            shown = "LoRA" if path.endswith(lora.PAIR) else kind
+            shard = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize / 2**20
+            spec = ", ".join(
+                "+".join(axis) if isinstance(axis, tuple) else axis or "-"
+                for axis in getattr(x.sharding, "spec", ())
+            )
+            shape = "x".join(map(str, x.shape)) or "()"
+            rows.append((path, shape, spec or "-", str(x.dtype), shown, f"{shard:.3f}"))
+            number, size = sums.get(shown, (0, 0.0))
+            sums[shown] = number + x.size, size + shard
+    header = ("parameter", "shape", "sharding", "dtype", "kind", "MiB/device")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    line = lambda row: "  ".join(
+        [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        + [row[-1].rjust(widths[-1])]
+    )
+    total = [
+        f"{shown}: {number:,} parameters, {size:.3f} MiB a device"
+        for shown, (number, size) in sums.items()
+    ]
+    return "\n".join([*map(line, [header, *rows]), *total])
 
 
 def plain(slm: SLM) -> SLM:

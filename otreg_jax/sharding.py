@@ -6,6 +6,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,8 +19,9 @@ BATCH = P(("data", "fsdp"))  # the batch dimension is split over both
 RULES = (
     (r"llm/embed/embedding$", P("tensor", "fsdp")),
     (r"llm/head/kernel$", P("fsdp", "tensor")),
-    (r"layers/(attn/[qkv]|cross/[qkv]|mlp/(gate|up))/kernel$", P(None, "fsdp", "tensor")),
-    (r"layers/(attn/o|cross/o|mlp/down)/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/((attn|cross)/[qkv]|mlp\d?/(gate|up)|\w+_in)/kernel$", P(None, "fsdp", "tensor")),
+    (r"layers/((attn|cross)/o|mlp\d?/down|\w+_out)/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/depthwise/kernel$", P()),
     (r"layers/.*/lora_a$", P(None, "fsdp", None)),
     (r"layers/.*/lora_b$", P(None, None, "fsdp")),
     (r"encoder/conv\d+/kernel$", P(None, None, "fsdp")),
@@ -32,31 +34,53 @@ RULES = (
 )
 
 
-def make_mesh(config, devices=None) -> Mesh:
-    """A mesh of all devices; one axis of `config.mesh` may be -1: what the others leave.
+def mesh_sizes(config, num_devices: int) -> dict[str, int]:
+    """Devices along every axis; one axis of `config.mesh` may be -1: what the others leave.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices, or the batch does not divide.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = [config.mesh[axis] for axis in AXES]
-    if -1 in sizes:
-        others = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(len(devices) // others, 1)
-    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if math.prod(sizes) != len(devices):
+    sizes = {axis: config.mesh[axis] for axis in AXES}
+    for axis in AXES:
+        if sizes[axis] == -1:
+            others = math.prod(size for size in sizes.values() if size != -1)
+            sizes[axis] = max(num_devices // others, 1)
+    named = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if math.prod(sizes.values()) != num_devices:
         raise ValueError(
-            f"mesh: {named} needs {math.prod(sizes)} devices, {len(devices)} are there; "
+            f"mesh: {named} needs {math.prod(sizes.values())} devices, {num_devices} are there; "
             "set config.mesh (one axis may be -1)"
         )
-    rows = sizes[0] * sizes[1]
+    rows = sizes["data"] * sizes["fsdp"]
     if config.batch_size % (rows * config.accumulation):
         times = f" times accumulation={config.accumulation}" if config.accumulation > 1 else ""
         raise ValueError(
             f"mesh: batch_size={config.batch_size} does not divide over {rows} devices{times} "
             f"({named}); use a multiple of {rows * config.accumulation}"
         )
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+    return sizes
+
+
+def make_mesh(config, devices=None) -> Mesh:
+    """The mesh of all devices that `config.mesh` asks for; several TPU slices, which only the data
+    centre's network joins, lie along the data axis.
+
+    Raises:
+      ValueError: as `mesh_sizes`, or the slices do not divide the data axis.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh: data={sizes['data']} is not a multiple of the {slices} slices; set mesh.data="
+            f"{slices}, so that only gradients cross the slower network between them"
+        )
+    within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def join_cluster() -> None:

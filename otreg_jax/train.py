@@ -25,7 +25,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from otreg_jax import build, checkpoint, losses, optim, pretrain_llm, pretrained, sharding
+from otreg_jax import build, checkpoint, flops, optim, pretrain_llm, pretrained, sharding
 from otreg_jax import config as config_lib
 from otreg_jax import train_step as step_lib
 from otreg_jax.data import features, pipeline, sets, text
@@ -71,21 +71,18 @@ def train(config, workdir) -> step_lib.TrainState:
         state = jax.jit(init, out_shardings=state_sharding)(params)
     start = int(state.step)
 
-    step_fn = jax.jit(
-        functools.partial(
-            step_lib.train_step, slm=slm, config=config, optimizer=optimizer,
-            schedules=losses.make_schedules(config),
-        ),
-        donate_argnums=0,
-        out_shardings=(state_sharding, None),
+    step_fn = step_lib.make_step(slm, config, optimizer, abstract_state)
+    flops_of = flops.of_batches(
+        step_lib.make_step(build.plain(slm), config, optimizer, abstract_state),
+        abstract_state, frozen,
     )  # fmt: skip
     metadata = {"tokenizer": tokenizer.fingerprint, "prompt": config.prompt}
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    print(
-        f"model: {count(params):,} trained and {count(frozen):,} frozen parameters on "
-        f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s); "
-        + (f"resuming at step {start}" if start else "starting at step 0")
-    )
+    if jax.process_index() == 0:
+        print(build.parameter_table(abstract_state.params, frozen))
+        print(
+            f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s); "
+            + (f"resuming at step {start}" if start else "starting at step 0")
+        )
     del params
 
     # ---- the loop --------------------------------------------------------------------------------
@@ -104,11 +101,12 @@ def train(config, workdir) -> step_lib.TrainState:
     )  # fmt: skip
     try:
         for step, batch in progress:
-            state, metrics = step_fn(state, frozen, sharding.to_global(batch, mesh))
+            placed = sharding.to_global(batch, mesh)
+            state, metrics = step_fn(state, frozen, placed)
             # Metrics of the step before are ready now: reading them does not stall the device.
             if pending:
                 read_metrics(*pending, writer, progress, utterances, config)
-            pending = (step + 1, metrics, batch)
+            pending = (step + 1, metrics, batch, flops_of(placed))
             stop = told_to_stop(step)
             if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
                 checkpoint.save(checkpointer, state, step + 1, metadata)
@@ -166,7 +164,7 @@ def prepare_llm(config, workdir, tokenizer, utterances) -> str:
     return path
 
 
-def read_metrics(step, metrics, batch, writer, progress, utterances, config) -> None:
+def read_metrics(step, metrics, batch, step_flops, writer, progress, utterances, config) -> None:
     """Logs the metrics of a finished step; names the utterances of a non-finite one.
 
     Raises:
@@ -187,7 +185,7 @@ def read_metrics(step, metrics, batch, writer, progress, utterances, config) -> 
                 f"{step}; lower optim.learning_rate, look at the utterances named above, or run "
                 "with JAX_DEBUG_NANS=1 to find the operation"
             )
-    logged = writer.step(step, metrics, batch)
+    logged = writer.step(step, metrics, batch, step_flops)
     if logged:
         shown = ("loss", "ce", "otreg", "ctc")
         progress.set_postfix({key: f"{logged[key]:.3f}" for key in shown if key in logged})
@@ -200,7 +198,9 @@ class MetricsWriter:
     def __init__(self, workdir, start: int, log_every: int, learning_rate):
         self.log_every, self.learning_rate = log_every, learning_rate
         self.is_writer = jax.process_index() == 0
-        self.window, self.count = [], {"audio": 0.0, "tokens": 0}
+        self.window, self.count = [], {"audio": 0.0, "tokens": 0, "flops": 0}
+        chip = flops.chip(jax.devices()[0])
+        self.peak_flops = chip.flops * jax.device_count() if chip else None
         self.time = None  # the first window starts after the first step: compilation is no speed
         if not self.is_writer:
             return
@@ -211,11 +211,12 @@ class MetricsWriter:
         self.file = open(path, "a")
         self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
 
-    def step(self, step: int, metrics: dict, batch) -> dict | None:
+    def step(self, step: int, metrics: dict, batch, step_flops: int) -> dict | None:
         """Adds a step; returns the line if one was written."""
         self.window.append(metrics)
         self.count["audio"] += audio_seconds(batch) * jax.process_count()
         self.count["tokens"] += int(batch["token_length"].sum()) * jax.process_count()
+        self.count["flops"] += step_flops
         if self.time is None:
             self.time, self.timed = time.perf_counter(), -len(self.window)
             self.count = dict.fromkeys(self.count, 0)
@@ -229,6 +230,9 @@ class MetricsWriter:
             line["steps_per_sec"] = steps / elapsed
             line["audio_sec_per_sec"] = self.count["audio"] / elapsed
             line["tokens_per_sec"] = self.count["tokens"] / elapsed
+            line["flops_per_sec"] = self.count["flops"] / elapsed
+            if self.peak_flops:
+                line["mfu"] = line["flops_per_sec"] / self.peak_flops
         self.window, self.timed = [], 0
         self.count = dict.fromkeys(self.count, 0)
         self.time = time.perf_counter()

@@ -34,6 +34,17 @@ def abstract_state(params, optimizer: optax.GradientTransformation, mesh) -> Tra
     )  # fmt: skip
 
 
+def make_step(slm, config, optimizer: optax.GradientTransformation, state: TrainState):
+    """`train_step` jitted, a function of (state, frozen, batch); the state it is given is donated,
+    and its successor has the shardings of `state` (arrays or ShapeDtypeStructs)."""
+    step = functools.partial(
+        train_step, slm=slm, config=config, optimizer=optimizer,
+        schedules=losses.make_schedules(config),
+    )  # fmt: skip
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
 def prepare(batch, step, config):
     """Log-mel of a batch that comes as audio (`data.features="step"`), and SpecAugment."""
     if "audio" in batch:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-_PAIR = ("lora_a", "lora_b")
+PAIR = ("lora_a", "lora_b")
 
 
 def add(params: dict, pattern: str, rank: int, key: jax.Array, scale: float = 1.0) -> dict:
@@ -48,7 +48,7 @@ def add(params: dict, pattern: str, rank: int, key: jax.Array, scale: float = 1.
 def strip(params: dict) -> dict:
     """Params without their low-rank pairs: the model as it was before LoRA."""
     flat = traverse_util.flatten_dict(params)
-    return traverse_util.unflatten_dict({p: x for p, x in flat.items() if p[-1] not in _PAIR})
+    return traverse_util.unflatten_dict({p: x for p, x in flat.items() if p[-1] not in PAIR})
 
 
 def merge(params: dict) -> dict:
@@ -57,7 +57,7 @@ def merge(params: dict) -> dict:
     merged = traverse_util.flatten_dict(strip(params))
     for *parent, name in flat:
         if name == "lora_a":
-            a, b = (jnp.asarray(flat[(*parent, leaf)], jnp.float32) for leaf in _PAIR)
+            a, b = (jnp.asarray(flat[(*parent, leaf)], jnp.float32) for leaf in PAIR)
             kernel = merged[(*parent, "kernel")]
             change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
             merged[(*parent, "kernel")] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
