@@ -91,10 +91,10 @@ def default() -> ConfigDict:
                 "strides": (1, 2),  # of the convolutions over 100 mel frames a second
             },
             "adapter": {
-                "kind": "mlp",  # mlp | conv | transformer | qformer
+                "kind": "mlp",  # mlp | conv | transformer | conformer | qformer
                 "stack": 1,  # encoder positions to one speech embedding
                 "hidden_dim": 192,
-                "num_layers": 2,  # transformer, qformer
+                "num_layers": 2,  # transformer, conformer, qformer
                 "num_heads": 8,
                 "num_queries": 1,  # qformer: embeddings a window
             },

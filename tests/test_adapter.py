@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from otreg_jax import sharding
 from otreg_jax.models.adapter import KINDS, Adapter, AdapterConfig, output_length
 
 
@@ -18,6 +19,7 @@ def test_padding_never_matters_and_the_length_is_known(kind):
     x_BSE = np.random.default_rng(0).normal(size=(3, 11, 6)).astype(np.float32)
     length_B = np.array([11, 4, 0], np.int32)
     params = jax.jit(adapter.init)(jax.random.key(0), x_BSE, length_B)["params"]
+    sharding.tree_shardings({"adapter": params}, sharding.data_mesh())  # every one has a rule
     for row, length in enumerate(length_B):
         x_BSE[row, length:] = np.nan
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from otreg_jax.models import layers
 
-KINDS = ("mlp", "conv", "transformer", "qformer")
+KINDS = ("mlp", "conv", "transformer", "conformer", "qformer")
+CONFORMER_WIDTH = 15  # positions of its convolution: 1.2 s where one is 80 ms, as in the paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class AdapterConfig:
       "mlp": `stack` neighbouring positions side by side, then an MLP (SLAM-ASR, 2402.08846);
       "conv": a convolution of width 2·stack - 1 and stride `stack`, then the MLP;
       "transformer": stacked positions, `num_layers` Transformer blocks, then a projection;
+      "conformer": the same with Conformer blocks (2005.08100);
       "qformer": `num_queries` learned queries read each window of `stack` positions through
         `num_layers` blocks of cross-attention (window-level Q-Former, SALMONN, 2310.13289).
     in_dim, out_dim: widths of the encoder and of the LLM.
@@ -41,7 +43,7 @@ class AdapterConfig:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"adapter: unknown kind {self.kind!r}, choose from {', '.join(KINDS)}")
-        if self.kind in ("transformer", "qformer") and self.hidden_dim % self.num_heads:
+        if self.kind not in ("mlp", "conv") and self.hidden_dim % self.num_heads:
             raise ValueError(
                 f"adapter: hidden_dim {self.hidden_dim} must be a multiple of num_heads "
                 f"{self.num_heads}"
@@ -79,6 +81,44 @@ class CrossBlock(nn.Module):
         return x_BQE + mlp(norm("mlp_norm")(x_BQE)), None
 
 
+class ConformerBlock(nn.Module):
+    """Half an MLP, self-attention, a convolution, half an MLP, norm (Conformer, 2005.08100).
+
+    Two departures: LayerNorm stands for the convolution's BatchNorm, whose statistics padding and
+    batch would change, and attention has no relative positions: the encoder's outputs know theirs.
+    """
+
+    num_heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x_BSE: jax.Array, length_B: jax.Array) -> tuple[jax.Array, None]:
+        width = x_BSE.shape[-1]
+
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+
+        def mlp(name: str) -> layers.EncoderMLP:
+            return layers.EncoderMLP(4 * width, "silu", self.dtype, name=name)
+
+        def convolve(x_BSE):
+            gated = layers.Dense(2 * width, True, dtype=self.dtype, name="pointwise_in")(x_BSE)
+            x_BSE = layers.zero_padding(jax.nn.glu(gated), length_B)
+            depthwise = nn.Conv(
+                width, (CONFORMER_WIDTH,), feature_group_count=width, dtype=self.dtype,
+                name="depthwise",
+            )  # fmt: skip
+            x_BSE = jax.nn.silu(norm("depthwise_norm")(depthwise(x_BSE)))
+            return layers.Dense(width, True, dtype=self.dtype, name="pointwise_out")(x_BSE)
+
+        attend = layers.EncoderAttention(self.num_heads, self.dtype, name="attn")
+        x_BSE += 0.5 * mlp("mlp1")(norm("mlp1_norm")(x_BSE))
+        x_BSE += attend(norm("attn_norm")(x_BSE), length_B)
+        x_BSE += convolve(norm("conv_norm")(x_BSE))
+        x_BSE += 0.5 * mlp("mlp2")(norm("mlp2_norm")(x_BSE))
+        return norm("norm")(x_BSE), None
+
+
 class Adapter(nn.Module):
     """Speech features [B, S, in_dim], int32 [B] to [B, output_length(S), out_dim], int32 [B].
 
@@ -95,6 +135,7 @@ class Adapter(nn.Module):
             "mlp": self._stacked,
             "conv": self._convolved,
             "transformer": self._transformed,
+            "conformer": self._transformed,
             "qformer": self._queried,
         }[c.kind]
         y_BSH = body(x_BSE, length_B)
@@ -120,8 +161,12 @@ class Adapter(nn.Module):
         c = self.config
         windows = _windows(x_BSE, c.stack)
         x_BSH = self._project(windows.reshape(*windows.shape[:2], -1))
-        blocks = layers.scanned(layers.EncoderBlock, c.num_layers, (nn.broadcast,), remat=False)
-        block = blocks(c.num_heads, 4 * c.hidden_dim, dtype=c.dtype, name="layers")
+        if c.kind == "conformer":
+            block, shape = ConformerBlock, ()
+        else:
+            block, shape = layers.EncoderBlock, (4 * c.hidden_dim,)
+        blocks = layers.scanned(block, c.num_layers, (nn.broadcast,), remat=False)
+        block = blocks(c.num_heads, *shape, dtype=c.dtype, name="layers")
         x_BSH, _ = block(x_BSH, output_length(c, length_B))
         return nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x_BSH)
 
