@@ -12,13 +12,13 @@ Common Voice.
     python -m otreg_jax.train --config=configs/multilingual.py:runlocal --workdir=runs/multi-local
 
 Languages are drawn with temperature 2: small ones more often than their share. Arms as in
-configs/librispeech.py.
+configs/librispeech.py, and `full`: the whole LLM trains, without LoRA.
 """
 
 import runpy
 from pathlib import Path
 
-ARMS = ("otreg", "baseline", "runlocal")
+ARMS = ("otreg", "baseline", "full", "runlocal")
 LIBRISPEECH = runpy.run_path(str(Path(__file__).with_name("librispeech.py")))
 
 MLS = ("de", "nl", "fr", "es", "it", "pt", "pl")
@@ -26,7 +26,7 @@ COMMON_VOICE = ("en", "ja", "zh-CN")
 
 
 def get_config(arm: str = "otreg"):
-    """The recipe of an arm: otreg, baseline or runlocal."""
+    """The recipe of an arm: otreg, baseline, full or runlocal."""
     if arm not in ARMS:
         raise ValueError(
             f"configs/multilingual.py:{arm}: no such arm, choose from {', '.join(ARMS)}"
@@ -44,6 +44,10 @@ def get_config(arm: str = "otreg"):
     c.data.num_buckets = 6
     if arm != "baseline":
         LIBRISPEECH["otreg"](c)
+    if arm == "full":
+        c.lora.pattern, c.freeze = "", "^encoder/"
+        c.optim.learning_rate = 2e-5
+        c.optim.multipliers = (("^adapter/", 10.0),)
     if arm == "runlocal":
         LIBRISPEECH["runlocal"](c)
         c.synthetic.lang = "de"

@@ -185,9 +185,11 @@ def _bytes(tree) -> int:
 def count_collectives(hlo: str) -> dict[str, tuple[int, int]]:
     """{kind: (how often, bytes of results)} on one device, from the text of a compiled program.
 
-    A loop counts as often as XLA knows that it runs, else once.
+    A loop counts as often as it runs where the text tells: by XLA's annotation, or by the one
+    constant that its condition compares a counter with (loops of JAX count up from 0).
     """
     found, calls = collections.defaultdict(list), collections.defaultdict(list)
+    constants = collections.defaultdict(list)
     computation = entry = ""
     for line in hlo.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
@@ -198,18 +200,22 @@ def count_collectives(hlo: str) -> dict[str, tuple[int, int]]:
         instruction = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", line)
         if not instruction:
             continue
-        opcode = instruction[2]
+        shape, opcode = instruction.groups()
+        if opcode == "constant" and shape.startswith("s32[]"):
+            constants[computation].append(int(re.search(r"constant\((-?\d+)\)", line)[1]))
         kind = opcode.removesuffix("-start")
         if kind in KINDS:
-            found[computation].append((kind, _result_bytes(instruction[1], opcode)))
+            found[computation].append((kind, _result_bytes(shape, opcode)))
         if opcode in ("async-update", "async-done"):
             continue  # their start has been counted
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-        for names in re.findall(
-            r"(?:body|calls|to_apply|\w+_computations?)=(\{.*?\}|[^,\s]+)", line
-        ):
+        times = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        condition = re.search(r"condition=%?([\w.-]+)", line)
+        called = r"(?:body|calls|to_apply|\w+_computations?)=(\{.*?\}|[^,\s]+)"
+        for names in re.findall(called, line):
             for name in names.strip("{}").split(", "):
-                calls[computation].append((name.lstrip("%"), int(trips[1]) if trips else 1))
+                calls[computation].append(
+                    (name.lstrip("%"), int(times[1]) if times else condition and condition[1])
+                )
 
     @functools.cache
     def total(name):
@@ -218,14 +224,15 @@ def count_collectives(hlo: str) -> dict[str, tuple[int, int]]:
             sums[kind, "count"] += 1
             sums[kind, "bytes"] += size
         for callee, times in calls[name]:
+            if isinstance(times, str):  # the name of a condition
+                times = constants[times][0] if len(constants[times]) == 1 else 1
             for key, value in total(callee).items():
-                sums[key] += times * value
+                sums[key] += (times or 1) * value
         return sums
 
     sums = total(entry)
-    return {
-        kind: (sums[kind, "count"], sums[kind, "bytes"]) for kind in KINDS if sums[kind, "count"]
-    }
+    used = [kind for kind in KINDS if sums[kind, "count"]]
+    return {kind: (sums[kind, "count"], sums[kind, "bytes"]) for kind in used}
 
 
 def _result_bytes(shape: str, opcode: str) -> int:
@@ -313,7 +320,10 @@ def main(argv):
 
     report = compile_at(config.batch_size)
     print(describe(report, devices, config, frames, tokens))
-    result = {"topology": values.topology, "slices": values.slices, **dataclasses.asdict(report)}
+    result = {
+        "topology": values.topology, "slices": values.slices, "devices": len(devices),
+        **dataclasses.asdict(report),
+    }  # fmt: skip
     if values.largest_batch and report.capacity:
         sizes = sharding.mesh_sizes(config, len(devices))
         unit = sizes["data"] * sizes["fsdp"] * config.accumulation

@@ -24,8 +24,7 @@ RULES = (
     (r"layers/depthwise/kernel$", P()),
     (r"layers/.*/lora_a$", P(None, "fsdp", None)),
     (r"layers/.*/lora_b$", P(None, None, "fsdp")),
-    (r"encoder/conv\d+/kernel$", P(None, None, "fsdp")),
-    (r"encoder/positions/embedding$", P()),
+    (r"encoder/(conv\d+/kernel|positions/embedding)$", P()),  # small beside what they meet
     (r"adapter/(in|conv)/kernel$", P()),
     (r"adapter/out/kernel$", P(None, "fsdp")),
     (r"adapter/queries$", P()),
@@ -112,6 +111,17 @@ def data_mesh() -> Mesh:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
     return NamedSharding(mesh, BATCH)
+
+
+def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """x with its rows spread as those of a batch (if they divide), and nothing else split.
+
+    XLA has to be told: it may otherwise keep all rows on every device and split activations along
+    their width, because the weights that meet them are split so.
+    """
+    if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
 def tree_shardings(tree, mesh: Mesh, rules=RULES):

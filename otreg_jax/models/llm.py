@@ -15,7 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
+from otreg_jax import sharding
 from otreg_jax.models import layers
 from otreg_jax.models.attention import XLA, Kernel, attention
 
@@ -244,10 +246,11 @@ class Block(nn.Module):
             return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=name)
 
         attend, mlp = Attention(c, name="attn"), MLP(c, name="mlp")
+        spread = functools.partial(sharding.over_batch, mesh=c.attention.mesh)
         y, cache = attend(norm("attn_norm")(x_BLD), cache, layer, kind, tables, positions_BL)
-        x_BLD += norm("attn_post_norm")(y) if c.post_norms else y
+        x_BLD = spread(x_BLD + (norm("attn_post_norm")(y) if c.post_norms else y))
         y = mlp(norm("mlp_norm")(x_BLD))
-        x_BLD += norm("mlp_post_norm")(y) if c.post_norms else y
+        x_BLD = spread(x_BLD + (norm("mlp_post_norm")(y) if c.post_norms else y))
         if tapped_BLD is not None:
             tapped_BLD = jnp.where(is_tap, x_BLD, tapped_BLD)
         return (x_BLD, tapped_BLD, cache), None
@@ -284,6 +287,8 @@ class LLM(nn.Module):
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Rows of the embedding table as the first layer receives them (Gemma's scale included)."""
         x_BTD = self.token_embed(tokens_BT).astype(self.config.dtype)
+        if x_BTD.ndim == 3:  # not a prompt, which is the same for all rows
+            x_BTD = sharding.over_batch(x_BTD, self.config.attention.mesh)
         return x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
 
     def hidden(
@@ -324,23 +329,29 @@ class LLM(nn.Module):
         carry = (x_BLD, None if tap is None else jnp.zeros_like(x_BLD), cache)
         is_tap = None if tap is None else jnp.arange(1, c.num_layers + 1) == tap
         kinds = _layer_kinds(c)
-        unstacked = None if self.is_initializing() else self.variables["params"]["layers"]
-        if isinstance(unstacked, tuple):
+        if self._is_for_steps():
             block = Block(c, parent=None)
-            for layer, params in enumerate(unstacked):
+            for layer, params in enumerate(self.variables["params"]["layers"]):
                 args = carry, layer, kinds[layer], None, tables, positions_BL
                 carry, _ = block.apply({"params": params}, *args)
             return carry
         index = jnp.arange(c.num_layers)
         return self.layers(carry, index, jnp.asarray(kinds), is_tap, tables, positions_BL)[0]
 
+    def _is_for_steps(self) -> bool:
+        params = self.variables.get("params", {})
+        return isinstance(params.get("layers"), tuple)
+
     def logits(self, x_D: jax.Array) -> jax.Array:
         """Final norm, head and soft cap on hidden states [..., D]; float32 [..., V]."""
         c = self.config
         x_D = self.norm(x_D)
         if c.tied_head:
-            kernel_DV = self.token_embed.embedding.T.astype(c.dtype)
-            logits_V = jnp.matmul(x_D, kernel_DV, preferred_element_type=jnp.float32)
+            kernel_VD = self.token_embed.embedding.astype(c.dtype)
+            if self._is_for_steps():
+                logits_V = layers.matmul_few_rows(x_D, kernel_VD, jnp.float32)
+            else:
+                logits_V = jnp.matmul(x_D, kernel_VD.T, preferred_element_type=jnp.float32)
         else:
             logits_V = self.head(x_D).astype(jnp.float32)
         if c.logit_softcap is not None:
@@ -354,14 +365,26 @@ def init_cache(config: LLMConfig, batch: int, length: int, dtype: Any = None) ->
     return {name: jnp.zeros(shape, dtype or config.dtype) for name in ("k", "v")}
 
 
-def unstack(params: dict) -> dict:
-    """Params with the layers a tuple of trees instead of stacked: `hidden` runs them one by one.
+def for_steps(params: dict) -> dict:
+    """Params as one-token steps on a CPU read them fastest; `hidden` and `logits` take them too.
 
-    For loops on a CPU, where a scan copies each layer's slice of the stacked weights every time.
+    The layers become a tuple, since a scan copies each layer's slice of stacked weights at every
+    step; kernels are transposed for `layers.matmul_few_rows`, to "kernel_t".
     """
+
+    def relaid(tree, index=...):
+        flat = {}
+        for (*path, name), leaf in traverse_util.flatten_dict(tree).items():
+            is_kernel = name == "kernel"
+            flat[*path, "kernel_t" if is_kernel else name] = (
+                leaf[index].T if is_kernel else leaf[index]
+            )
+        return traverse_util.unflatten_dict(flat)
+
     num_layers = len(jax.tree.leaves(params["layers"])[0])
-    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["layers"])
-    return {**params, "layers": tuple(layer(i) for i in range(num_layers))}
+    unstacked = tuple(relaid(params["layers"], i) for i in range(num_layers))
+    head = {"head": relaid(params["head"])} if "head" in params else {}
+    return {**params, **head, "layers": unstacked}
 
 
 def sublayers(model: LLM, params: dict, start: int, stop: int) -> tuple[LLM, dict]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from otreg_jax import sharding
 from otreg_jax.data.text import Prompt
 from otreg_jax.models import adapter, lora, speech_encoder
 from otreg_jax.models.adapter import Adapter
@@ -47,11 +48,14 @@ class Outputs(NamedTuple):
 
 
 def speech_embeddings(
-    slm: SLM, params, mel_BFM: jax.Array, mel_length_B: jax.Array
+    slm: SLM, params, mel_BFM: jax.Array, mel_length_B: jax.Array, rngs=None
 ) -> tuple[jax.Array, jax.Array]:
     """Log-mel frames -> adapter outputs [B, S, D] and their lengths [B]."""
     encoded_BSE, length_B = slm.encoder.apply({"params": params["encoder"]}, mel_BFM, mel_length_B)
-    return slm.adapter.apply({"params": params["adapter"]}, encoded_BSE, length_B)
+    speech_BSD, length_B = slm.adapter.apply(
+        {"params": params["adapter"]}, encoded_BSE, length_B, rngs=rngs
+    )
+    return sharding.over_batch(speech_BSD, slm.llm.config.attention.mesh), length_B
 
 
 def speech_length(slm: SLM, mel_length):
@@ -91,6 +95,7 @@ def assemble(
     source_BL = index_L + jnp.where(index_L >= speech_end_B[:, None], shift_B[:, None], 0)
     source_BL = jnp.minimum(source_BL, unpacked_BLD.shape[1] - 1)
     x_BLD = jnp.take_along_axis(unpacked_BLD, source_BL[..., None], axis=1)
+    x_BLD = sharding.over_batch(x_BLD, slm.llm.config.attention.mesh)
     return x_BLD, speech_end_B + len(suffix) - 1
 
 
@@ -106,14 +111,16 @@ def logits(slm: SLM, params, hidden: jax.Array) -> jax.Array:
     return slm.llm.apply({"params": params["llm"]}, hidden, method="logits")
 
 
-def forward(slm: SLM, params, batch, layer: int = 0) -> Outputs:
+def forward(slm: SLM, params, batch, layer: int = 0, rngs=None) -> Outputs:
     """The teacher-forced forward pass over a batch of the data pipeline.
 
     Args:
       batch: {"mel" [B, F, M], "mel_length" [B], "tokens" [B, T], "token_length" [B]}.
       layer: where OTReg compares speech and text; see `Outputs`.
+      rngs: {"dropout": key} in training with dropout.
     """
-    adapted_BSD, speech_length_B = speech_embeddings(slm, params, batch["mel"], batch["mel_length"])
+    mel = batch["mel"], batch["mel_length"]
+    adapted_BSD, speech_length_B = speech_embeddings(slm, params, *mel, rngs)
     transcript_BTD = embed(slm, params, batch["tokens"])
     x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, transcript_BTD)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from otreg_jax import sharding
 from otreg_jax.models import layers
 from otreg_jax.models.attention import XLA, Kernel
 
@@ -78,7 +79,7 @@ class SpeechEncoder(nn.Module):
         for i, stride in enumerate(c.strides, start=1):
             conv = nn.Conv(c.embed_dim, (3,), stride, padding=1, dtype=c.dtype, name=f"conv{i}")
             x, length_B = layers.ACTIVATIONS[c.activation](conv(x)), -(-length_B // stride)
-            x = layers.zero_padding(x, length_B)
+            x = sharding.over_batch(layers.zero_padding(x, length_B), c.attention.mesh)
         positions = nn.Embed(
             c.max_positions,
             c.embed_dim,

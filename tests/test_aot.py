@@ -1,0 +1,137 @@
+"""Ahead-of-time compilation, FLOPs, and what the compiled step must and must not hold."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from toy import toy_config
+
+from otreg_jax import aot, flops, sharding
+
+FRAMES, TOKENS = 64, 7
+
+
+def config_of(**changes):
+    """Sizes that occur nowhere else in the program: LLM width 24, MLP 40, 3 layers, encoder 16."""
+    changes = {
+        "batch_size": 88, "data.num_mels": 8, "tokenizer.vocab_size": 50,
+        "encoder.embed_dim": 16, "encoder.num_layers": 1, "encoder.num_heads": 2,
+        "encoder.mlp_dim": 32, "llm.embed_dim": 24, "llm.num_layers": 3, "llm.mlp_dim": 40,
+        "llm.num_heads": 2, "llm.num_kv_heads": 1, "llm.head_dim": 8, "adapter.hidden_dim": 16,
+        "adapter.stack": 2, "otreg.weight": 1.0, "otreg.layer": 1, "otreg.center": "mean",
+        "otreg.text_set": "sequence", "mesh.data": 1, "mesh.fsdp": 8, "otreg.num_iters": 30,
+    } | changes  # fmt: skip
+    config = toy_config()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@functools.lru_cache
+def compiled(freeze: str):
+    """(HLO text, memory analysis, arguments) of the step with fsdp=8."""
+    traced, arguments, _ = aot.trace_step(config_of(freeze=freeze), jax.devices(), FRAMES, TOKENS)
+    program = traced.lower().compile()
+    return program.as_text(), program.memory_analysis(), arguments
+
+
+def test_no_collective_inside_sinkhorn_and_no_float64():
+    hlo, _, _ = compiled("^encoder/positions/")
+    assert "f64[" not in hlo
+    bodies = set(re.findall(r"body=%?([\w.-]+)", hlo))
+    headers = re.compile(r"^%?([\w.-]+) (\([^\n]*)\{$(.*?)^\}", re.M | re.S)
+    plan = f"f32[{88 // 8},{FRAMES // 2 // 2},{TOKENS}]"
+    sinkhorn = [m[3] for m in headers.finditer(hlo) if m[1] in bodies and plan in m[2]]
+    assert sinkhorn, "the loop over plans was not found"
+    for text in sinkhorn:
+        assert not re.search("all-reduce|all-gather|all-to-all|collective-permute", text)
+
+
+def test_the_state_is_donated_and_frozen_weights_have_no_gradient():
+    hlo, memory, (state, frozen, _) = compiled("^encoder/positions/|^llm/")
+    assert memory.alias_size_in_bytes >= aot._bytes(state)
+    # The gradient of a layer stack is a stack that a loop fills slice by slice.
+    stacked = r"= f32\[3,(3|24),(40|5)\]\S* dynamic-update-slice\("
+    assert "llm" in frozen and not re.search(stacked, hlo)
+    trained, _, _ = compiled("^encoder/positions/")
+    assert re.search(stacked, trained)
+
+
+def test_activations_are_spread_by_rows_though_weights_are_split_by_width():
+    hlo, _, _ = compiled("^encoder/positions/|^llm/")
+    everywhere = re.findall(r"f32\[88,\d+,\d+\]", hlo.replace("f32[88,64,8]", ""))
+    assert not everywhere, sorted(set(everywhere))
+
+
+def test_report_on_cpu_adds_up_and_matches_the_compiler():
+    config = config_of(freeze="^encoder/positions/|^llm/")
+    report = aot.compile_step(config, jax.devices(), FRAMES, TOKENS)
+    _, memory, arguments = compiled("^encoder/positions/|^llm/")
+    assert report.peak == memory.peak_memory_in_bytes == sum(report.memory.values())
+    assert report.fits is None and report.capacity is None
+    held = sum(size for name, size in report.memory.items() if "buffers" not in name)
+    assert held <= memory.argument_size_in_bytes <= held + 64
+    shown = aot.describe(report, jax.devices(), config, FRAMES, TOKENS)
+    assert "8 x cpu; mesh data=1, fsdp=8, tensor=1; batch 88" in shown
+    assert "all-gather" in shown and "all-reduce" in shown
+
+
+def test_flops_of_products_loops_and_gradients():
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    product = 2 * 4 * 8 * 8
+    assert flops.count(jnp.matmul, x, w) == product
+    scanned = lambda w: jax.lax.fori_loop(0, 5, lambda _, c: jnp.tanh(c @ w), x).sum()
+    assert flops.count(jax.jit(scanned), w) == 5 * product
+    assert flops.count(jax.grad(scanned), w) == 5 * 3 * product
+    either = lambda w: jax.lax.cond(w[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+    assert flops.count(either, w) == 2 * product
+    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (2,), "SAME")
+    signal, kernel = jnp.ones((3, 4, 10)), jnp.ones((6, 4, 3))
+    assert flops.count(conv, signal, kernel) == 2 * (3 * 6 * 5) * 4 * 3
+
+
+def test_flops_of_the_step_are_those_xla_counts_in_an_unrolled_one():
+    """One layer of everything, so that XLA, which counts a loop's body once, counts right."""
+    config = config_of(**{"llm.num_layers": 1, "otreg.weight": 0.0, "mesh.fsdp": 1})
+    config.llm.mlp_dim, config.llm.embed_dim = 512, 128  # products dominate
+    traced, _, _ = aot.trace_step(config, jax.devices()[:1], FRAMES, TOKENS)
+    by_xla = traced.lower().compile().cost_analysis()["flops"]
+    counted = aot.compile_step(config, jax.devices()[:1], FRAMES, TOKENS).flops
+    np.testing.assert_allclose(counted, by_xla, rtol=0.1)
+
+
+def test_collectives_are_counted_with_their_loops():
+    mesh = sharding.data_mesh()
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    def step(x):  # 5 sums over the mesh in a loop, one gather behind it
+        def body(_, total):
+            return total + jax.lax.with_sharding_constraint((x * total[0]).sum(axis=0), whole)
+
+        total = jax.lax.fori_loop(0, 5, body, jnp.ones(128))
+        return total, jax.lax.with_sharding_constraint(x * 2, whole)
+
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=split)
+    program = jax.jit(step).lower(x).compile().as_text()
+    counted = aot.count_collectives(program)
+    assert counted["all-reduce"] == (5, 5 * 128 * 4)
+    assert counted["all-gather"] == (1, 8 * 128 * 4)
+
+
+def test_memory_that_does_not_suffice_halves_the_batch():
+    def compile_at(batch):  # 10 GiB and half a GiB for every utterance
+        peak = (10 + batch / 2) * aot.GIB
+        return aot.Report(batch, {}, int(peak), 16 * aot.GIB, 0, {}, 0)
+
+    assert aot.largest_batch(compile_at, compile_at(64), 4).batch_size == 12
+    assert aot.largest_batch(compile_at, compile_at(4), 4).batch_size == 12
+    assert aot.largest_batch(compile_at, compile_at(16), 16) is None
+
+
+def test_unknown_topologies_say_what_they_look_like():
+    with pytest.raises(ValueError, match="'v9:1x1'.*cannot be described(.|\n)*libtpu"):
+        aot.devices_of("v9:1x1")
