@@ -1,0 +1,175 @@
+"""The whole training step with and without OTReg, over model sizes: time, MFU, memory, share.
+
+    python -m benchmarks.step                          # what a CPU can run; the others on paper
+    python -m benchmarks.step --size=1.5b --size=7b    # on an accelerator
+    python -m benchmarks.step --sweep=batch --sweep=seconds
+
+Adapter and LoRA train, encoder and LLM are frozen, as in configs/librispeech.py; weights are
+random. Steps with and without OTReg are timed in turn, round by round; shares are medians of the
+rounds' own ratios, so that other load on the machine hits both. Sizes that are not run are counted:
+FLOPs of the traced step's matrix products. Prints tables and writes benchmarks/results/step.json.
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import runpy
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from otreg_jax import aot, build, optim, sharding, train_step
+from otreg_jax import config as config_lib
+from otreg_jax import flops as flops_lib
+
+# name: (encoder, LLM, batch size, seconds of audio, transcript tokens)
+SIZES = {
+    "quickstart": None,  # configs/quickstart.py
+    "60m": ("whisper-tiny", "qwen2-60m", 8, 8.0, 32),
+    "0.5b": ("whisper-small", "qwen2.5-0.5b", 16, 15.0, 64),
+    "1.5b": ("whisper-large-v3", "qwen2.5-1.5b", 16, 15.0, 64),
+    "7b": ("whisper-large-v3", "qwen2.5-7b", 16, 15.0, 64),
+}
+SHAPES = Path(__file__).with_name("shapes")
+SWEEPS = {"batch": (4, 8, 16), "seconds": (4.0, 8.0, 16.0)}  # around the smaller sizes
+
+_SIZES = flags.DEFINE_multi_enum("size", [], list(SIZES), "Sizes to run; default: by the device.")
+_SWEEPS = flags.DEFINE_multi_enum("sweep", [], list(SWEEPS), "Also vary this, at the first size.")
+_ATTENTION = flags.DEFINE_string("attention", "auto", "As config.attention.")
+_REPEATS = flags.DEFINE_integer("repeats", 11, "Rounds of timing.")
+_OUT = flags.DEFINE_string("out", "benchmarks/results/step.json", "File of the results.")
+
+
+def recipe(size: str, otreg: bool, attention: str = "auto", **changes):
+    """(config, mel frames, tokens) of a size; `batch` and `seconds` may be changed."""
+    if SIZES[size] is None:
+        config = runpy.run_path("configs/quickstart.py")["get_config"]("otreg" if otreg else "ce")
+        config.batch_size = changes.get("batch", config.batch_size)
+        return config, round(100 * changes.get("seconds", 3.0)), 12
+    encoder, llm, batch, seconds, tokens = SIZES[size]
+    get_config = runpy.run_path("configs/librispeech.py")["get_config"]
+    config = get_config("otreg" if otreg else "baseline")
+    config.otreg.start_step = config.otreg.ramp_steps = 0
+    config.encoder.path, config.llm.path = str(SHAPES / encoder), str(SHAPES / llm)
+    config.data.num_mels = json.loads((SHAPES / encoder / "config.json").read_text())[
+        "num_mel_bins"
+    ]
+    config.data.augment.time_masks = config.data.augment.freq_masks = 0
+    config.mesh.data, config.mesh.fsdp = -1, 1
+    config.remat, config.attention = False, attention
+    if jax.default_backend() == "cpu":
+        config.compute_dtype = "float32"  # CPUs compute in bfloat16 slowly
+    config.batch_size = changes.get("batch", batch)
+    return config, round(100 * changes.get("seconds", seconds)), tokens
+
+
+def make_batch(config, frames: int, tokens: int, vocab_size: int, seed: int = 0) -> dict:
+    """Random utterances, the first of full length, the others from half of it on."""
+    rng = np.random.default_rng(seed)
+    rows = config.batch_size
+    lengths = lambda most: np.r_[most, rng.integers(most // 2, most + 1, rows - 1)].astype(np.int32)
+    return {
+        "mel": rng.normal(size=(rows, frames, config.data.num_mels)).astype(np.float32),
+        "mel_length": lengths(frames),
+        "tokens": rng.integers(0, vocab_size, (rows, tokens)).astype(np.int32),
+        "token_length": lengths(tokens), "index": np.arange(rows, dtype=np.int32),
+    }  # fmt: skip
+
+
+def make_step(config, frames: int, tokens: int):
+    """(step, state, frozen, batch), weights random: state, metrics = step(state, frozen, batch)."""
+    mesh = sharding.make_mesh(config)
+    slm = aot.modules_of(config, mesh)
+    init = lambda: build.split(build.init_params(slm, config), config)
+    shapes = jax.eval_shape(init)
+    params, frozen = jax.jit(init, out_shardings=sharding.tree_shardings(shapes, mesh))()
+    optimizer = optim.make_optimizer(config)
+    abstract = train_step.abstract_state(params, optimizer, mesh)
+    state = jax.jit(functools.partial(train_step.init_state, optimizer=optimizer))(params)
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
+    batch = make_batch(config, frames, tokens, slm.llm.config.vocab_size)
+    step = train_step.make_step(slm, config, optimizer, abstract)
+    return step, state, frozen, sharding.to_global(batch, mesh)
+
+
+def share_on_paper(size: str, **changes) -> tuple[int, float]:
+    """(model FLOPs of a step with OTReg, the part of them that OTReg adds)."""
+    counted = []
+    for otreg in (True, False):
+        config, frames, tokens = recipe(size, otreg, "xla", **changes)
+        config.mesh.data, config.mesh.fsdp = 1, 1
+        counted.append(aot.model_flops(config, jax.devices()[:1], frames, tokens))
+    return counted[0], 1 - counted[1] / counted[0]
+
+
+def measure(size: str, repeats: int, attention: str, **changes) -> dict:
+    """Times both steps in turn."""
+    runs, chip = {}, flops_lib.chip(jax.devices()[0])
+    for otreg in (True, False):
+        config, frames, tokens = recipe(size, otreg, attention, **changes)
+        step, state, frozen, batch = make_step(config, frames, tokens)
+        runs[otreg] = [step, state, frozen, batch, []]
+    for round in range(-2, repeats):  # the first ones compile and warm up
+        for run in runs.values():
+            step, state, frozen, batch, times = run
+            start = time.perf_counter()
+            run[1], metrics = step(state, frozen, batch)
+            jax.block_until_ready((run[1], metrics))
+            if round >= 0:
+                times.append(time.perf_counter() - start)
+    seconds = {otreg: statistics.median(run[4]) for otreg, run in runs.items()}
+    flops, share = share_on_paper(size, **changes)
+    shares = [1 - b / a for a, b in zip(runs[True][4], runs[False][4], strict=True)]
+    memory = jax.devices()[0].memory_stats() or {}
+    return {
+        "size": size, **changes, "batch_size": config.batch_size, "frames": frames,
+        "tokens": tokens, "seconds": seconds[True], "seconds_without": seconds[False],
+        "share": statistics.median(shares),
+        "flops": flops, "flops_share": share, "flops_per_sec": flops / seconds[True],
+        "mfu": chip and flops / seconds[True] / chip.flops / jax.device_count(),
+        "peak_bytes": memory.get("peak_bytes_in_use"),
+    }  # fmt: skip
+
+
+def main(argv):
+    del argv
+    on_cpu = jax.default_backend() == "cpu"
+    sizes = _SIZES.value or (["quickstart", "60m"] if on_cpu else list(SIZES))
+    points = [(size, {}) for size in sizes]
+    points += [(sizes[-1], {name: value}) for name in _SWEEPS.value for value in SWEEPS[name]]
+    rows = []
+    print(
+        f"{'size':12}{'batch':>6}{'audio s':>8}{'ms':>9}{'OTReg':>8}{'of FLOPs':>9}"
+        f"{'GFLOP/s':>9}{'MFU':>7}"
+    )
+    for size, changes in points:
+        row = measure(size, _REPEATS.value, _ATTENTION.value, **changes)
+        rows.append(row)
+        mfu = "" if row["mfu"] is None else f"{row['mfu']:7.1%}"
+        print(
+            f"{size:12}{row['batch_size']:6}{row['frames'] / 100:8.1f}{1e3 * row['seconds']:9.1f}"
+            f"{row['share']:8.1%}{row['flops_share']:9.2%}{row['flops_per_sec'] / 1e9:9.1f}{mfu}"
+        )
+    for size in SIZES:
+        if size not in sizes:
+            flops, share = share_on_paper(size)
+            rows.append({"size": size, "flops": flops, "flops_share": share})
+            print(f"{size:12} on paper: {flops:.3g} FLOPs a step, OTReg {share:.3%} of them")
+    result = {
+        "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "repeats": _REPEATS.value,
+        "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax")},
+        "rows": rows,
+    }  # fmt: skip
+    Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    config_lib.quiet_and_cached()
+    app.run(main)
