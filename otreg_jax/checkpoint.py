@@ -1,44 +1,71 @@
 """Checkpoints (Orbax) and run directories. The only file that imports orbax.
 
 DIR/config.json        the resolved configuration
-DIR/checkpoints/STEP   trainable parameters, optimizer state, step
-Frozen weights are not copied: they come from where the configuration says, or from the seed.
+DIR/checkpoints/STEP   trainable parameters, optimizer state, step; what they were made with
+Frozen weights are not copied: they come from where the configuration says, or from the seed. Their
+fingerprints are kept, so that a checkpoint is never put on top of other weights.
+
+DIR may be local or remote (gs://...).
 """
 
 import logging
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from otreg_jax import config as config_lib
+from otreg_jax import optim
+
+DEV_LOSS = "dev_ce"  # the metric of a checkpoint by which the best one is kept
 
 
 def open_checkpoints(workdir, keep: int = 2) -> ocp.training.Checkpointer:
-    """The checkpoints of a run directory; leftovers of interrupted saves are removed."""
+    """The checkpoints of a run directory; leftovers of interrupted saves are removed.
+
+    The newest `keep` stay, and the one with the lowest dev loss.
+    """
     policies = ocp.training.preservation_policies
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics[DEV_LOSS], reverse=True, n=1,
+        keep_checkpoints_without_metrics=False,
+    )  # fmt: skip
     return ocp.training.Checkpointer(
-        (Path(workdir) / "checkpoints").absolute(),
-        preservation_policy=policies.LatestN(keep),
+        checkpoint_dir(workdir),
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         cleanup_tmp_directories=True,
     )
 
 
-def save(checkpointer, state, step: int, metadata: dict) -> None:
+def checkpoint_dir(workdir) -> epath.Path:
+    """Where the checkpoints of a run are."""
+    path = epath.Path(workdir) / "checkpoints"
+    return path if "://" in str(path) else path.absolute()
+
+
+def save(checkpointer, state, step: int, made_of: dict, metrics: dict | None = None) -> None:
     """Saves asynchronously; returns once the state is copied from the devices, so that the next
-    step may donate its buffers."""
+    step may donate its buffers.
+
+    made_of: see `provenance`. metrics: {"dev_ce": value}, if the dev set was evaluated.
+    """
     # Overwrite: a step that is there already could not be read, and training came back to it.
-    checkpointer.save_async(step, state, force=True, overwrite=True, custom_metadata=metadata)
+    checkpointer.save_async(
+        step, state, force=True, overwrite=True, custom_metadata=made_of, metrics=metrics
+    )
 
 
-def restore(checkpointer, abstract_state, params_only: bool = False):
+def restore(checkpointer, abstract_state, made_of: dict | None = None, params_only: bool = False):
     """The newest readable checkpoint in the shardings of `abstract_state`; None if there is none.
 
     An unreadable one (truncated, say) is skipped with a warning. With `params_only` the optimizer's
     state is left on disk.
 
     Raises:
-      ValueError: checkpoints exist, and none can be read.
+      ValueError: checkpoints exist, and none can be read; or the one that can was made with another
+        tokenizer, prompt or frozen weights than `made_of`; every difference is listed.
     """
     if params_only:
         nothing = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract_state.opt_state)
@@ -46,7 +73,8 @@ def restore(checkpointer, abstract_state, params_only: bool = False):
     problems = []
     for info in reversed(checkpointer.checkpoints):
         try:
-            return checkpointer.load(info.step, abstract_state)
+            stored = checkpointer.metadata(info.step).custom_metadata or {}
+            state = checkpointer.load(info.step, abstract_state)
         except Exception as error:  # whatever a broken file makes the reader raise
             reason = (str(error).strip().splitlines() or [repr(error)])[0][:300]
             problems.append(f"step {info.step}: {reason}")
@@ -54,6 +82,15 @@ def restore(checkpointer, abstract_state, params_only: bool = False):
                 "the checkpoint of step %d cannot be read, trying the one before: %s",
                 info.step, reason,
             )  # fmt: skip
+            continue
+        different = _differences(stored, made_of or {})
+        if different:
+            raise ValueError(
+                f"{checkpointer.directory}/{info.step} does not fit what this run has loaded:\n  "
+                + "\n  ".join(different)
+                + "\nbring back what it was trained with, or use another --workdir"
+            )
+        return state
     if problems:
         raise ValueError(
             f"{checkpointer.directory}: no checkpoint can be read:\n  " + "\n  ".join(problems)
@@ -61,9 +98,67 @@ def restore(checkpointer, abstract_state, params_only: bool = False):
     return None
 
 
+def provenance(config, tokenizer, frozen) -> dict:
+    """What a checkpoint is only valid with: {"tokenizer", "prompt", "frozen": {path: fingerprint}}.
+
+    Of the frozen weights those that files gave; what the seed gives follows from config.json, and
+    its last bits from the kind of device.
+    """
+    from_files = {
+        "encoder": bool(config.encoder.path),
+        "llm": bool(config.llm.path or config.llm.pretrain.num_steps),
+    }
+    loaded = {part: frozen[part] for part in frozen if from_files.get(part)}
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "prompt": config.prompt,
+        "frozen": fingerprints(loaded),
+    }
+
+
+def fingerprints(params) -> dict[str, str]:
+    """{"llm/embed/embedding": "bfloat16[8,4] 1a2b3c4d", ...}: dtype, shape and, modulo 2**32, the
+    sum over all elements of their bits times 2 * index + 1.
+
+    Integers add up to the same in any order, so the sum is the same on any devices; a change of one
+    element always changes it, since odd numbers have inverses modulo 2**32.
+    """
+
+    def checksum(x):
+        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+        strides = np.cumprod([1, *x.shape[:0:-1]], dtype=np.uint64)[::-1].astype(np.uint32)
+        iotas = (jax.lax.broadcasted_iota(jnp.uint32, x.shape, d) for d in range(x.ndim))
+        index = sum(i * stride for i, stride in zip(iotas, strides, strict=False))
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+    flat = optim.flat_paths(params)
+    sums = jax.device_get(jax.jit(lambda flat: jax.tree.map(checksum, flat))(flat))
+    shape = lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    return {path: f"{shape(x)} {int(sums[path]):08x}" for path, x in sorted(flat.items())}
+
+
+def _differences(stored: dict, made_of: dict) -> list[str]:
+    """Lines 'what: stored -> now'; what the checkpoint does not say cannot differ."""
+    lines = [
+        f"{key}: {stored[key]!r} -> {made_of[key]!r}"
+        for key in ("tokenizer", "prompt")
+        if key in made_of and stored.get(key, made_of[key]) != made_of[key]
+    ]
+    before, now = stored.get("frozen"), made_of.get("frozen")
+    if before is None or now is None:
+        return lines
+    return lines + [
+        f"frozen {path}: {before.get(path, 'absent')} -> {now.get(path, 'absent')}"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path)
+    ]
+
+
 def exists(workdir) -> bool:
     """Whether a run directory holds a checkpoint, readable or not."""
-    return any(p.name.isdigit() for p in (Path(workdir) / "checkpoints").glob("*"))
+    path = checkpoint_dir(workdir)
+    return path.exists() and any(p.name.isdigit() for p in path.iterdir())
 
 
 def check_workdir(workdir, config) -> None:
@@ -72,8 +167,7 @@ def check_workdir(workdir, config) -> None:
     Raises:
       ValueError: naming every key that differs and may not.
     """
-    workdir = Path(workdir)
-    path = workdir / "config.json"
+    path = epath.Path(workdir) / "config.json"
     if not (path.exists() and exists(workdir)):
         return
     different = config_lib.differences(config_lib.load(path), config)

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from otreg_jax import otreg
 
 # Keys that may differ when a run is resumed: they change neither the model nor what it is fed.
 RESUMABLE = (
-    "num_steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "mesh",
-    "attention", "data.num_workers", "data.cache", "data.dev", "data.test", "max_bad_steps",
+    "num_steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every",
+    "stall_seconds", "profile", "mesh", "attention", "data.num_workers", "data.cache", "data.dev",
+    "data.test", "max_bad_steps",
 )  # fmt: skip
 
 
@@ -35,7 +37,10 @@ def default() -> ConfigDict:
             "accumulation": 1,  # micro-batches a step, one after the other: less memory
             "log_every": 10,  # steps between lines of metrics.jsonl
             "checkpoint_every": 500,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the newest; and the one with the lowest dev loss, if there is
+            "eval_every": 0,  # steps between cross-entropies on the dev set; 0: none
+            "stall_seconds": 1800,  # a run in which nothing happens for so long ends; 0: never
+            "profile": "",  # START:STOP, steps to trace into WORKDIR/profile
             "max_bad_steps": 10,  # non-finite steps in a row before training stops
             "compute_dtype": "float32",  # of activations and frozen weights: float32 | bfloat16
             "attention": "auto",  # auto | xla | cudnn (GPU) | splash (TPU)
@@ -225,6 +230,20 @@ def check(config: ConfigDict) -> None:
         )  # fmt: skip
     except ValueError as error:
         problems.append(str(error))
+    require(
+        not c.eval_every or c.data.dev or c.synthetic.num_train,
+        f"eval_every={c.eval_every} needs a dev set: set data.dev",
+    )
+    require(
+        c.eval_every >= 0 and not (c.eval_every and c.checkpoint_every % c.eval_every),
+        f"checkpoint_every={c.checkpoint_every} must be a multiple of eval_every={c.eval_every}, "
+        "so that each checkpoint has a dev loss",
+    )
+    require(c.stall_seconds >= 0, f"stall_seconds={c.stall_seconds} must not be negative")
+    try:
+        profile_window(c)
+    except ValueError as error:
+        problems.append(str(error))
     axes = dict(c.mesh)
     require(
         list(axes.values()).count(-1) <= 1 and all(n == -1 or n >= 1 for n in axes.values()),
@@ -242,18 +261,32 @@ def otreg_options(config: ConfigDict) -> dict:
     return {name: config.otreg[name] for name in names}
 
 
+def profile_window(config: ConfigDict) -> tuple[int, int]:
+    """The first step of `profile` and the one after its last; (-1, -1) if there is none.
+
+    Raises:
+      ValueError: it is not START:STOP with START < STOP <= num_steps.
+    """
+    if not config.profile:
+        return -1, -1
+    start, _, stop = config.profile.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop) <= config.num_steps):
+        raise ValueError(
+            f"profile={config.profile!r} is not START:STOP, two steps up to "
+            f"num_steps={config.num_steps}"
+        )
+    return int(start), int(stop)
+
+
 def save(config: ConfigDict, path) -> None:
     """Writes the resolved configuration as JSON."""
-    with open(path, "w") as file:
-        json.dump(config.to_dict(), file, indent=2)
-        file.write("\n")
+    epath.Path(path).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load(path) -> ConfigDict:
     """Reads a configuration written by `save` over today's defaults. Raises ValueError on keys that
     this version does not know."""
-    with open(path) as file:
-        stored = json.load(file)
+    stored = json.loads(epath.Path(path).read_text())
     config = default()
     known = flatten(config)
 

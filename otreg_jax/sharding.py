@@ -1,7 +1,6 @@
 """The device mesh (data, fsdp, tensor) and which parameter is split over which of its axes."""
 
 import math
-import os
 import re
 
 import jax
@@ -80,27 +79,6 @@ def make_mesh(config, devices=None) -> Mesh:
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def join_cluster() -> None:
-    """Connects the processes of a cluster; must run before the first use of a device.
-
-    Cloud TPU, SLURM and Kubernetes are recognised by jax. By hand, set JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    """
-    env = os.environ
-    if "JAX_NUM_PROCESSES" in env:
-        jax.distributed.initialize(
-            env["JAX_COORDINATOR_ADDRESS"],
-            int(env["JAX_NUM_PROCESSES"]),
-            int(env["JAX_PROCESS_ID"]),
-        )
-    elif (
-        int(env.get("SLURM_NTASKS", 1)) > 1
-        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-        or "JOB_COMPLETION_INDEX" in env
-    ):
-        jax.distributed.initialize()
 
 
 def data_mesh() -> Mesh:

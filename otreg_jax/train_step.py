@@ -45,6 +45,12 @@ def make_step(slm, config, optimizer: optax.GradientTransformation, state: Train
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def make_eval_step(slm, config):
+    """`eval_step` jitted, a function of (params, frozen, batch)."""
+    schedules = losses.make_schedules(config)
+    return jax.jit(functools.partial(eval_step, slm=slm, config=config, schedules=schedules))
+
+
 def prepare(batch, step, config):
     """Log-mel of a batch that comes as audio (`data.features="step"`), and SpecAugment."""
     if "audio" in batch:
@@ -116,3 +122,17 @@ def sum_over_micro_batches(fn, batch, count: int):
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     add = lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None)
     return jax.lax.scan(add, zero, parts)[0]
+
+
+def eval_step(params, frozen, batch, *, slm, config, schedules):
+    """(cross-entropy summed over the transcript tokens of a batch, their number); no filler counts.
+
+    Args:
+      params, frozen: all parameters of the model. batch: of mel features, without SpecAugment.
+    """
+    params = optim.merge(params, frozen)
+    _, metrics = losses.loss_fn(
+        slm, params, batch, jnp.int32(0), config=config, schedules=schedules
+    )
+    num_tokens = jnp.sum(batch["token_length"] + 1, where=batch["index"] >= 0)
+    return metrics["ce"] * num_tokens, num_tokens.astype(jnp.float32)

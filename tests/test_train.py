@@ -12,61 +12,17 @@ import time
 
 import numpy as np
 import pytest
-import soundfile
+from toy_run import metrics_of, tone_config, write_recipe, write_tones
 
-from otreg_jax import config as config_lib
 from otreg_jax import sharding
 from otreg_jax import train as train_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
-WORDS = ("do", "re", "mi", "fa", "sol")
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    """Twelve utterances: each word is a tone."""
-    folder = tmp_path_factory.mktemp("tones")
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(12):
-        words = rng.integers(len(WORDS), size=2 + i % 4)
-        tones = [np.sin(2 * np.pi * (300 + 150 * w) * np.arange(2400) / 16000) for w in words]
-        audio = np.concatenate(tones) + 0.01 * rng.normal(size=2400 * len(words))
-        soundfile.write(folder / f"{i}.wav", 0.3 * audio, 16000)
-        text = " ".join(WORDS[w] for w in words)
-        duration = len(audio) / 16000
-        lines.append({"audio_filepath": f"{i}.wav", "text": text, "duration": duration})
-    path = folder / "train.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def tone_config(manifest, **changes):
-    config = config_lib.default()
-    config.data.train = str(manifest)
-    config.num_steps, config.batch_size, config.log_every, config.checkpoint_every = 12, 8, 1, 4
-    config.data.num_mels = 16
-    config.tokenizer.model_type = "word"
-    config.encoder.update(
-        {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32, "strides": (2, 2)}
-    )
-    config.encoder.max_positions = 64
-    config.adapter.hidden_dim = 16
-    config.llm.update({"embed_dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8})
-    config.llm.mlp_dim = 32
-    config.otreg.weight, config.otreg.start_step, config.otreg.ramp_steps = 1.0, 2, 4
-    config.optim.warmup_steps = 2
-    config.data.augment.freq_masks = 1
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return config
-
-
-def metrics_of(workdir):
-    """{step: line without what depends on the clock}"""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {
-        line["step"]: {k: v for k, v in line.items() if not k.endswith("per_sec")} for line in lines
-    }
+    return write_tones(tmp_path_factory.mktemp("tones"))
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +93,47 @@ def test_sigterm_saves_and_the_next_start_goes_on(manifest, tmp_path, uninterrup
     assert metrics_of(tmp_path) == uninterrupted
 
 
+def test_the_best_checkpoint_outlives_newer_ones_and_restarts(manifest, tmp_path, monkeypatch):
+    """Checkpoint 4 has the lowest dev loss of 2, 4, 6, 8; one more is kept, and a restart knows."""
+    bad = manifest.with_name("dev.jsonl")
+    unreadable = {"audio_filepath": "dev.txt", "text": "do", "duration": 0.3}
+    bad.with_name("dev.txt").write_text("not audio")
+    bad.write_text(manifest.read_text() + json.dumps(unreadable) + "\n")
+    changes = dict(data__dev=str(bad), eval_every=2, checkpoint_every=2, keep_checkpoints=1)
+    measured, losses = [], iter([3.0, 1.0, 2.0])
+
+    def dev_loss(*args):
+        measured.append(real(*args))
+        return next(losses, 1.5)
+
+    real = train_lib.dev_loss
+    monkeypatch.setattr(train_lib, "dev_loss", dev_loss)
+    kept = lambda: {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    train_lib.train(tone_config(manifest, num_steps=6, **changes), tmp_path)
+    assert kept() == {"4", "6"}
+    train_lib.train(tone_config(manifest, num_steps=8, **changes), tmp_path)
+    assert kept() == {"4", "8"}
+    assert measured[-1] < measured[0]  # they are real losses, whatever the test made of them
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["dev_ce"] for line in lines if "dev_ce" in line] == [3.0, 1.0, 2.0, 1.5]
+
+
+def test_goodput_goes_on_over_restarts(manifest, tmp_path):
+    train_lib.train(tone_config(manifest, num_steps=8), tmp_path)
+    last = lambda: json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    first = last()
+    time.sleep(1)
+    train_lib.train(tone_config(manifest), tmp_path)
+    second = last()
+    assert second["elapsed"] >= first["elapsed"] + 1
+    assert second["time"] - second["elapsed"] == pytest.approx(first["time"] - first["elapsed"])
+    productive = [line["goodput"] * line["elapsed"] for line in (first, second)]
+    assert 0 < productive[0] < productive[1] < second["elapsed"] - 1
+
+
 def test_kill_9_and_resume_continue_to_the_bit(manifest, tmp_path, uninterrupted):
     """A real process, killed while it saves or trains."""
-    config = tone_config(manifest)
-    config_lib.save(config, tmp_path / "recipe.json")
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(
-        "from otreg_jax import config\n"
-        f"def get_config():\n    return config.load({str(tmp_path / 'recipe.json')!r})\n"
-    )
+    recipe = write_recipe(tmp_path, tone_config(manifest))
     workdir = tmp_path / "run"
     command = [
         sys.executable, "-m", "otreg_jax.train", f"--config={recipe}", f"--workdir={workdir}",
@@ -188,6 +176,23 @@ def test_a_workdir_of_another_configuration_is_refused(manifest, tmp_path, finis
     assert "seed: 0 -> 1" in str(error.value)
 
 
+def test_weights_that_are_not_the_checkpoints_are_named(manifest, tmp_path):
+    """A frozen LLM whose files have changed, and a tokenizer likewise."""
+    changes = dict(freeze="^llm/", llm__pretrain__num_steps=2, num_steps=4)
+    config = tone_config(manifest, **changes)
+    train_lib.train(config, tmp_path)
+    weights = tmp_path / "llm" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1  # the last bits of one number
+    before, content = weights.read_bytes(), bytes(content)
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="(?s)checkpoints/4.*frozen llm/.*: float32") as error:
+        train_lib.train(config, tmp_path)
+    assert str(error.value).count("frozen llm/") == 1
+    weights.write_bytes(before)
+    assert int(train_lib.train(config, tmp_path).step) == 4
+
+
 def test_unusable_data_is_one_clear_message(manifest, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         train_lib.train(tone_config("nowhere.jsonl"), tmp_path)
@@ -198,3 +203,18 @@ def test_unusable_data_is_one_clear_message(manifest, tmp_path):
     with pytest.raises(ValueError, match="(?s)bad.jsonl:1.*text.*bad.jsonl:2.*JSON"):
         train_lib.train(tone_config(bad), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(mesh__tensor=3), "data=2, fsdp=1, tensor=3 needs 6 devices, 8 are there"),
+        (dict(batch_size=6), "batch_size=6 does not divide over 8 devices.*multiple of 8"),
+        (dict(eval_every=2), "eval_every=2 needs a dev set"),
+        (dict(profile="9:3"), "profile='9:3' is not START:STOP"),
+    ],
+)
+def test_impossible_settings_end_before_anything_is_made(manifest, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_lib.train(tone_config(manifest, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

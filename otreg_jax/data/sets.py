@@ -8,9 +8,9 @@ from pathlib import Path
 from otreg_jax.data import sources, synthetic
 
 
-def load_train(config, workdir) -> list[sources.Utterance]:
-    """The training utterances that the model can take; what is set aside is listed in
-    WORKDIR/skipped.jsonl.
+def load_train(config, workdir, skipped_path=None) -> list[sources.Utterance]:
+    """The training utterances that the model can take; what is set aside is appended to the
+    JSON-lines file `skipped_path`, if one is given.
 
     Raises:
       ValueError, FileNotFoundError: a manifest is missing or wrong (all its problems are listed),
@@ -21,13 +21,36 @@ def load_train(config, workdir) -> list[sources.Utterance]:
     else:
         utterances = sources.load_utterances(
             config.data.train, config.data, max_duration=max_seconds(config),
-            skipped_path=str(Path(workdir) / "skipped.jsonl"),
+            skipped_path=skipped_path,
         )  # fmt: skip
     if not utterances:
         raise ValueError(
             f"{config.data.train}: no utterance is left to train on; see skipped.jsonl"
         )
     return utterances[: config.data.max_utterances or None]
+
+
+def load_dev(config, workdir) -> list[sources.Utterance]:
+    """The dev set as training evaluates it; what cannot be used is left out and counted.
+
+    Raises:
+      ValueError, FileNotFoundError: there is no such manifest, or nothing usable in it.
+    """
+    if config.synthetic.num_train:
+        found, problems = load_synthetic(config, workdir)["dev"], []
+    else:
+        found, problems = sources.scan(config.data.dev, config.data.data_root)
+    longest = max_seconds(config)
+    problems += [
+        sources.Problem("too_long", u.where, f"{u.id} is {u.duration:.1f} s, over {longest:g}")
+        for u in found
+        if u.duration > longest
+    ]
+    sources.record_skipped(problems, None, note=f"data.dev={config.data.dev}: left out")
+    found = [u for u in found if u.duration <= longest]
+    if not found:
+        raise ValueError(f"data.dev={config.data.dev}: nothing usable in it; eval_every needs it")
+    return found
 
 
 def max_seconds(config) -> float:
