@@ -44,17 +44,25 @@ bash "$root/launch/setup.sh"
 task='
 gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 ((gpus == 0)) || export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
-exec "$0" -m otreg_jax.train "$@"'
+trap : TERM  # training gets the signal too, and saves
+code=0
+"$0" -m otreg_jax.train "$@" || code=$?
+case $code in
+  0 | 75) exit "$code" ;;
+  134 | 137) exit 75 ;;  # killed, or ended by JAX because another process was
+  *) exit 101 ;;  # srun returns the highest code: a failure must be above what it does to others
+esac'
 status=0
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=300 \
   bash -c "$task" "$root/.venv/bin/python" "$@" || status=$?
+((status != 101)) || status=1
 
-if ((status == 75)); then  # EX_TEMPFAIL: training was interrupted and has saved
+if ((status == 75)); then  # EX_TEMPFAIL: training was interrupted
   if ((${SLURM_RESTART_COUNT:-0} < max_restarts)); then
-    echo "train_slurm: interrupted after saving; requeueing job $SLURM_JOB_ID" >&2
+    echo "train_slurm: interrupted; requeueing job $SLURM_JOB_ID" >&2
     scontrol requeue "$SLURM_JOB_ID" && exit 0
   fi
-  echo "train_slurm: interrupted after saving, and not requeued (restart ${SLURM_RESTART_COUNT:-0}" \
+  echo "train_slurm: interrupted, and not requeued (restart ${SLURM_RESTART_COUNT:-0}" \
     "of $max_restarts); submit it again to go on" >&2
 fi
 exit "$status"

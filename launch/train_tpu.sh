@@ -85,6 +85,7 @@ poll=${OTREG_POLL_SECONDS:-30}
 tmp=$(mktemp -d)
 logs=runs/logs/$name
 restarts=0
+failed=''     # set once a worker has ended with an error of its own
 touched=''    # set once there may be a TPU that costs money
 requested=''  # set while the TPU is one that this script has requested or found
 scope=(--zone="$zone" ${project:+--project="$project"} --quiet)
@@ -274,8 +275,14 @@ while true; do
       on_workers 0 "$worker running" || count_restart "not all workers have ended"
       sleep "$poll"
       ;;
-    *' 75 '* | *' lost '*) count_restart "training was interrupted (exit codes: $codes)" ;;
-    *) die "training failed (exit codes: $codes); see $logs/$restarts.log" ;;
+    *)
+      # 75: told to stop, or it hung; 137, lost: killed; 134: ended by JAX because another one was.
+      for code in $codes; do
+        case $code in 0 | 75 | 134 | 137 | lost) ;; *) failed=yes ;; esac
+      done
+      [[ ! $failed ]] || die "training failed (exit codes: $codes); see $logs/$restarts.log"
+      count_restart "training was interrupted (exit codes: $codes)"
+      ;;
   esac
 done
 

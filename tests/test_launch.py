@@ -398,6 +398,14 @@ def test_tpu_run_killed_with_its_shell_is_started_again(fake):
     assert len(calls(fake, "train")) == 4
 
 
+def test_tpu_death_of_a_process_is_told_from_a_failure(fake):
+    (fake / "train").write_text("137\n134\n")  # one is killed, JAX ends the other
+    printed = launch("train_tpu.sh", *TPU)
+    assert "training was interrupted (exit codes: 134 137 ); restart 1 of 20" in printed
+    (fake / "train").write_text("1\n134\n")
+    assert "training failed (exit codes: 1 134 )" in launch("train_tpu.sh", *TPU, code=1)
+
+
 def test_tpu_copy_that_fails_is_repeated(fake):
     (fake / "scp").write_text("fail\n")
     launch("train_tpu.sh", *TPU)
@@ -502,8 +510,11 @@ def test_slurm_submits_itself_outside_a_job(fake, monkeypatch):
 
 @pytest.mark.parametrize(
     ("train", "restarts", "code", "requeued"),
-    [("0", 0, 0, False), ("75", 3, 0, True), ("75", 100, 75, False), ("1", 0, 1, False)],
-)
+    [
+        ("0", 0, 0, False), ("75", 3, 0, True), ("75", 100, 75, False), ("1", 0, 1, False),
+        ("134", 0, 0, True), ("137", 0, 0, True),
+    ],
+)  # fmt: skip
 def test_slurm_requeues_only_what_was_interrupted(
     fake, monkeypatch, train, restarts, code, requeued
 ):
