@@ -11,19 +11,16 @@ FLOPs of the traced step's matrix products. Prints tables and writes benchmarks/
 """
 
 import functools
-import importlib.metadata
 import json
-import os
-import platform
 import runpy
 import statistics
 import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import app, flags
 
+from benchmarks.common import SHAPES, describe_machine, make_batch
 from otreg_jax import aot, build, optim, sharding, train_step
 from otreg_jax import config as config_lib
 from otreg_jax import flops as flops_lib
@@ -36,7 +33,6 @@ SIZES = {
     "1.5b": ("whisper-large-v3", "qwen2.5-1.5b", 16, 15.0, 64),
     "7b": ("whisper-large-v3", "qwen2.5-7b", 16, 15.0, 64),
 }
-SHAPES = Path(__file__).with_name("shapes")
 SWEEPS = {"batch": (4, 8, 16), "seconds": (4.0, 8.0, 16.0)}  # around the smaller sizes
 
 _SIZES = flags.DEFINE_multi_enum("size", [], list(SIZES), "Sizes to run; default: by the device.")
@@ -67,19 +63,6 @@ def recipe(size: str, otreg: bool, attention: str = "auto", **changes):
         config.compute_dtype = "float32"  # CPUs compute in bfloat16 slowly
     config.batch_size = changes.get("batch", batch)
     return config, round(100 * changes.get("seconds", seconds)), tokens
-
-
-def make_batch(config, frames: int, tokens: int, vocab_size: int, seed: int = 0) -> dict:
-    """Random utterances, the first of full length, the others from half of it on."""
-    rng = np.random.default_rng(seed)
-    rows = config.batch_size
-    lengths = lambda most: np.r_[most, rng.integers(most // 2, most + 1, rows - 1)].astype(np.int32)
-    return {
-        "mel": rng.normal(size=(rows, frames, config.data.num_mels)).astype(np.float32),
-        "mel_length": lengths(frames),
-        "tokens": rng.integers(0, vocab_size, (rows, tokens)).astype(np.int32),
-        "token_length": lengths(tokens), "index": np.arange(rows, dtype=np.int32),
-    }  # fmt: skip
 
 
 def make_step(config, frames: int, tokens: int):
@@ -161,12 +144,7 @@ def main(argv):
             flops, share = share_on_paper(size)
             rows.append({"size": size, "flops": flops, "flops_share": share})
             print(f"{size:12} on paper: {flops:.3g} FLOPs a step, OTReg {share:.3%} of them")
-    result = {
-        "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "repeats": _REPEATS.value,
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax")},
-        "rows": rows,
-    }  # fmt: skip
+    result = {**describe_machine(), "repeats": _REPEATS.value, "rows": rows}
     Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -1,0 +1,420 @@
+"""The study of configs/study.py: trains and evaluates every arm, then writes docs/study.md.
+
+    python -m benchmarks.study                      # all that is missing, in the order of QUESTIONS
+    python -m benchmarks.study --part=0/2           # every second run: one process a core
+    python -m benchmarks.study --report             # docs/study.md and its figures, nothing trained
+    python -m benchmarks.study trimmed,ce,7         # these runs only
+
+A run is one JSON line of benchmarks/results/study.jsonl; what has its line is not run again. Every
+number of docs/study.md is computed from these lines.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import runpy
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+from matplotlib.figure import Figure
+
+from otreg_jax import build, decoding, evaluate, pretrain_llm, pretrained, train
+from otreg_jax import config as config_lib
+from otreg_jax.data import sets, text
+
+ROOT = Path(__file__).parent.parent
+RECIPE = runpy.run_path(str(ROOT / "configs" / "study.py"))
+RESULTS = ROOT / "benchmarks" / "results" / "study.jsonl"
+PAGE = ROOT / "docs" / "study.md"
+BEGIN, END = "<!-- python -m benchmarks.study --report -->", "<!-- end of report -->"
+
+# Kinds of shift, and the test sets of each.
+SHIFTS = {
+    "in-domain": ("dev",),
+    "other sound": ("voices", "unheard", "fast", "reverb", "noise", "silence"),
+    "new text": ("domain", "domain_voices"),
+}
+
+
+class Question(NamedTuple):
+    """Arms compared in one world over the same seeds."""
+
+    title: str
+    world: str
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def runs(self) -> list[str]:
+        return [f"{self.world},{arm},{seed}" for seed in self.seeds for arm in self.arms]
+
+
+FRESH = (1, 2, 3, 4, 5)  # no screening run had these
+# In the order they are run.
+QUESTIONS = (
+    Question(
+        "Trimmed speech, frozen LLM", "trimmed",
+        ("ce", "paper", "layer0_prior", "position0", "layer1_prior", "position1", "ctc",
+         "layer1_prior_ctc", "position1_ctc"), FRESH,
+    ),
+    Question(
+        "Untrimmed speech, frozen LLM", "untrimmed",
+        ("ce", "ctc", "layer1_relaxed_ctc", "position1_ctc", "layer1_prior_ctc"), FRESH,
+    ),
+    Question(
+        "Trimmed speech, LoRA", "trimmed+lora",
+        ("ce", "layer1_prior", "position1", "ctc", "layer1_prior_ctc"), FRESH,
+    ),
+    Question(
+        "Trimmed speech, the encoder learns at a tenth of the rate", "trimmed+tuned",
+        ("ce", "layer1_prior", "position1", "ctc", "layer1_prior_ctc"), FRESH,
+    ),
+    Question(
+        "Screening: every arm, other voices and texts", "trimmed+screen",
+        tuple(RECIPE["ARMS"]), (101, 102),
+    ),
+)  # fmt: skip
+# (arm, reference): the differences that answer a question.
+PAIRS = (
+    ("paper", "ce"), ("layer0_prior", "ce"), ("layer0_prior", "position0"),
+    ("layer1_prior", "ce"), ("layer1_prior", "position1"), ("layer1_prior", "ctc"),
+    ("ctc", "ce"), ("layer1_prior_ctc", "ce"), ("layer1_prior_ctc", "ctc"),
+    ("layer1_prior_ctc", "position1_ctc"), ("layer1_relaxed_ctc", "ce"),
+    ("layer1_relaxed_ctc", "ctc"), ("layer1_relaxed_ctc", "position1_ctc"),
+)  # fmt: skip
+
+# ----------------------------------------------------------------------------------------- running
+
+
+def prepare(folder: Path) -> None:
+    """Makes the pretrained parts, unless they are there: FOLDER/llm and FOLDER/encoder, saved as
+    Hugging Face weights are."""
+    if not (folder / "encoder" / "config.json").exists():
+        config = RECIPE["get_config"]("encoder")
+        config.data.cache = str(folder / "data")
+        train.train(config, folder / "encoder-run")
+        run = build.load_run(folder / "encoder-run")
+        pretrained.save_speech_encoder(folder / "encoder", run.slm.encoder, run.params["encoder"])
+    if not (folder / "llm" / "pretrain.json").exists():
+        config = RECIPE["get_config"]("llm")
+        sentences = sets.text_corpus(config.synthetic, config.llm.pretrain.num_sentences)
+        tested = set()
+        for world in ("trimmed", "trimmed+screen"):
+            items = sets.synthetic_sets(RECIPE["get_config"](f"{world},ce,0").synthetic)
+            tested |= {speech.text for name in items if name != "train" for speech in items[name]}
+        sentences = [sentence for sentence in sentences if sentence not in tested]
+        tokenizer = text.train_sentencepiece(
+            sentences, folder / "tokenizer", config.tokenizer.vocab_size,
+            model_type=config.tokenizer.model_type,
+        )  # fmt: skip
+        pretrain_llm.ensure_llm(config, tokenizer, sentences, folder / "llm")
+
+
+def run(name: str, folder: Path) -> dict:
+    """Trains and evaluates "world,arm,seed"; returns its line of the results."""
+    config = RECIPE["get_config"](name)
+    config.data.cache = str(folder / "data")
+    config.encoder.path, config.llm.path = str(folder / "encoder"), str(folder / "llm")
+    with tempfile.TemporaryDirectory(prefix="study-") as workdir:
+        began = time.perf_counter()
+        train.train(config, workdir)
+        train_seconds = time.perf_counter() - began
+        lines = Path(workdir, "metrics.jsonl").read_text().splitlines()
+        speeds = [json.loads(line).get("steps_per_sec", 0.0) for line in lines]
+        results = test(build.load_run(workdir), config, workdir)
+    world, arm, seed = name.split(",")[:3]
+    return {
+        "run": name, "world": world, "arm": arm, "seed": int(seed),
+        "changes": name.split(",")[3:],
+        **results,
+        # The fastest stretch: the machine may be busy with other things at times.
+        "step_seconds": round(1 / max(speeds), 5) if any(speeds) else None,
+        "seconds": [round(train_seconds, 1), round(time.perf_counter() - began - train_seconds, 1)],
+        "process": os.getpid(),
+        "versions": {
+            "jax": jax.__version__,
+            "espeakng-loader": importlib.metadata.version("espeakng-loader"),
+        },
+    }  # fmt: skip
+
+
+def test(run: build.Run, config, workdir) -> dict:
+    """Errors on every set, and the plan's mass on the word truly spoken."""
+    utterances, _ = evaluate.load_sets(config, workdir)
+    decode = decoding.Settings(max_tokens=16)
+
+    def measure(chosen, layer):
+        with evaluate.Partial(Path(workdir) / f"partial{layer}.jsonl", {}) as partial:
+            rows, samples = evaluate.decode_sets(
+                run, chosen, decode, layer, 64, Path(workdir) / "skipped.jsonl", "evaluating",
+                partial,
+            )  # fmt: skip
+        return rows, evaluate.measure(samples)["dev"]["figures"]
+
+    rows, at_layer1 = measure(utterances, 1)
+    _, at_layer0 = measure({"dev": utterances["dev"][: evaluate.NUM_MEASURED]}, 0)
+    scores = evaluate.score_rows(rows, ["dev"])
+    by_set = {}
+    for name, score in scores.items():
+        column = lambda key, name=name: [row[key] for row in rows if row["set"] == name]
+        by_set[name] = {
+            "wer": score["wer"], "cer": score["cer"],
+            "errors": column("errors"), "words": column("words"),
+            "hallucinated": hallucinated(column("hypothesis"), config.synthetic),
+        }  # fmt: skip
+    mass = {"layer0": at_layer0["spoken_mass"], "layer1": at_layer1["spoken_mass"],
+            "even": at_layer1["spoken_mass_even"]}  # fmt: skip
+    return {"sets": by_set, "spoken_mass": mass}
+
+
+def hallucinated(hypotheses: list[str], grammar) -> float:
+    """The share of outputs that are sentences of the training templates; in a new text domain none
+    should be."""
+    slot = lambda match: "(?:" + "|".join(grammar.slots[match[1]]) + ")"
+    patterns = [re.sub(r"{(\w+)}", slot, template) for template in grammar.templates]
+    return float(np.mean([any(re.fullmatch(p, h) for p in patterns) for h in hypotheses]))
+
+
+def read_results(path: Path = RESULTS) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# --------------------------------------------------------------------------------------- reporting
+
+
+class Difference(NamedTuple):
+    """Arm minus reference, in points of WER (negative is better)."""
+
+    mean: float
+    low: float  # 95 % interval
+    high: float
+    wins: int  # seeds in which the arm made fewer errors
+    seeds: int
+
+    @property
+    def carried(self) -> bool:
+        return self.seeds > 1 and not self.low <= 0 <= self.high
+
+
+def errors_and_words(line: dict, shift: str) -> tuple[np.ndarray, np.ndarray]:
+    """Errors and words of every sentence, summed over the sets of a kind of shift, which speak the
+    same sentences in the same order."""
+    of = lambda key: np.sum([line["sets"][name][key] for name in SHIFTS[shift]], axis=0)
+    return of("errors"), of("words")
+
+
+def wer(line: dict, shift: str) -> float:
+    """Percent, pooled over the sets of a kind of shift."""
+    errors, words = errors_and_words(line, shift)
+    return 100 * errors.sum() / words.sum()
+
+
+def compare(ours: dict[int, dict], theirs: dict[int, dict], shift: str) -> Difference | None:
+    """Over the seeds that both arms have; None without any.
+
+    The interval is a paired bootstrap over seeds and sentences: both are drawn with replacement,
+    and a sentence brings its errors in all sets and under all the drawn seeds with it.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    words_U = errors_and_words(ours[seeds[0]], shift)[1]
+    errors = lambda runs: np.stack([errors_and_words(runs[seed], shift)[0] for seed in seeds])
+    difference_NU = 100.0 * (errors(ours) - errors(theirs))
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(2000):
+        rows = rng.integers(len(seeds), size=len(seeds))
+        columns = rng.integers(len(words_U), size=len(words_U))
+        drawn.append(difference_NU[rows][:, columns].mean(axis=0).sum() / words_U[columns].sum())
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    wins = int((difference_NU.sum(axis=1) < 0).sum())
+    mean = difference_NU.mean(axis=0).sum() / words_U.sum()
+    return Difference(float(mean), float(low), float(high), wins, len(seeds))
+
+
+def arms_of(results: list[dict], question: Question) -> dict[str, dict[int, dict]]:
+    """arm → seed → its line, in the order of the question; arms without a run are left out."""
+    found = {
+        arm: {r["seed"]: r for r in results if r["run"] in runs_of(question, arm)}
+        for arm in question.arms
+    }
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+def runs_of(question: Question, arm: str) -> set[str]:
+    return {f"{question.world},{arm},{seed}" for seed in question.seeds}
+
+
+def spread(numbers) -> str:
+    """mean ± sample standard deviation, of a single number itself."""
+    numbers = list(numbers)
+    deviation = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):.1f}{deviation}"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    rule = ["---"] * len(rows[0])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def error_table(arms: dict[str, dict[int, dict]]) -> str:
+    names = [name for members in SHIFTS.values() for name in members]
+    rows = [["arm", "seeds", *names, "templates", "mass 0", "mass 1"]]
+    for arm, runs in arms.items():
+        lines = list(runs.values())
+        cells = [spread(100 * line["sets"][name]["wer"] for line in lines) for name in names]
+        made_up = [
+            100 * statistics.fmean(line["sets"][n]["hallucinated"] for n in SHIFTS["new text"])
+            for line in lines
+        ]
+        masses = [
+            f"{statistics.fmean(line['spoken_mass'][layer] for line in lines):.2f}"
+            for layer in ("layer0", "layer1")
+        ]
+        rows.append([arm, str(len(lines)), *cells, spread(made_up), *masses])
+    return markdown(rows)
+
+
+def difference_table(arms) -> str:
+    rows = [["arm − reference", *SHIFTS]]
+    for arm, reference in PAIRS:
+        if arm in arms and reference in arms:
+            found = [compare(arms[arm], arms[reference], shift) for shift in SHIFTS]
+            rows.append([f"{arm} − {reference}", *(cell(d) for d in found)])
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+def cell(d: Difference | None) -> str:
+    """-3.1 [-4.0, -2.2] 5/5, bold where the interval leaves out 0."""
+    if d is None:
+        return ""
+    if d.seeds == 1:
+        return f"{d.mean:+.1f}"
+    shown = f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}] {d.wins}/{d.seeds}"
+    return f"**{shown}**" if d.carried else shown
+
+
+def sentence(arm: str, reference: str, shift: str, d: Difference) -> str:
+    if not d.carried:
+        return f"no difference to {reference} that its interval carries on {shift}"
+    verb = "fewer" if d.mean < 0 else "more"
+    return f"{abs(d.mean):.1f} points {verb} errors than {reference} on {shift}"
+
+
+def summary(arms) -> list[str]:
+    """A plain-language line a pair, and the arm of fewest errors for every kind of shift."""
+    lines = []
+    for shift in SHIFTS:
+        means = {
+            arm: statistics.fmean(wer(line, shift) for line in runs.values())
+            for arm, runs in arms.items()
+            if arm != "untrained"
+        }
+        best = min(means, key=means.get)
+        lines.append(f"- Fewest errors on {shift}: {best} ({means[best]:.1f} %).")
+    for arm, reference in PAIRS:
+        if arm in arms and reference in arms:
+            found = {shift: compare(arms[arm], arms[reference], shift) for shift in SHIFTS}
+            told = [sentence(arm, reference, s, d) for s, d in found.items() if d and d.seeds > 1]
+            if told:
+                lines.append(f"- **{arm}**: " + "; ".join(told) + ".")
+    return lines
+
+
+def step_time_table(results: list[dict]) -> str:
+    """The fastest stretch of an arm's runs over that of ce's, the median over processes."""
+    ratios: dict[str, list[float]] = {}
+    for world, process in sorted({(r["world"], r["process"]) for r in results}):
+        fastest: dict[str, float] = {}
+        for r in results:
+            if (r["world"], r["process"]) == (world, process) and r["step_seconds"]:
+                fastest[r["arm"]] = min(r["step_seconds"], fastest.get(r["arm"], np.inf))
+        if "ce" in fastest and world.startswith("trimmed") and "+" not in world:
+            for arm, seconds in fastest.items():
+                ratios.setdefault(arm, []).append(seconds / fastest["ce"])
+    rows = [["arm", "step time / that of ce", "processes"]]
+    for arm in RECIPE["ARMS"]:
+        if arm in ratios:
+            rows.append([arm, f"{statistics.median(ratios[arm]):.2f}", str(len(ratios[arm]))])
+    return markdown(rows)
+
+
+def figure(arms, title: str, path: Path) -> None:
+    """A panel a kind of shift, a row an arm: dots are runs, bars mean ± standard deviation."""
+    shown = [arm for arm in arms if arm != "untrained"]
+    fig = Figure(figsize=(10, 0.9 + 0.26 * len(shown)), layout="constrained")
+    for ax, shift in zip(fig.subplots(1, len(SHIFTS), sharey=True), SHIFTS, strict=True):
+        for y, arm in enumerate(shown):
+            values = [wer(line, shift) for line in arms[arm].values()]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0
+            ax.plot(values, [y] * len(values), ".", color="0.6")
+            ax.errorbar(statistics.fmean(values), y, xerr=deviation, fmt="o", capsize=3, color="C0")
+        ax.set(title=shift, xlabel="WER (%)", yticks=range(len(shown)), yticklabels=shown)
+        ax.grid(axis="x", alpha=0.3)
+    fig.axes[0].invert_yaxis()
+    fig.suptitle(title)
+    fig.savefig(path, dpi=90)
+
+
+def report(results: list[dict], folder: Path) -> str:
+    """The generated part of docs/study.md; figures go to `folder`."""
+    parts = []
+    for question in QUESTIONS:
+        arms = arms_of(results, question)
+        if not arms:
+            parts += [f"## {question.title}", "Not run."]
+            continue
+        name = "study-" + question.world.replace("+", "-")
+        figure(arms, question.title, folder / f"{name}.png")
+        missing = len(set(question.runs()) - {r["run"] for r in results})
+        note = f"; {missing} of {len(question.runs())} runs were not made" if missing else ""
+        parts += [
+            f"## {question.title}",
+            f"`{question.world}`, seeds {', '.join(map(str, question.seeds))}{note}.",
+            "\n".join(summary(arms)),
+            f"![{question.title}]({name}.png)",
+            error_table(arms),
+            difference_table(arms),
+        ]
+    parts += ["## What it costs", step_time_table(results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write_page(results: list[dict]) -> None:
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{report(results, PAGE.parent)}\n\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", help="world,arm,seed; default: all of the study")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th run, from the I-th on")
+    parser.add_argument("--folder", default=str(ROOT / RECIPE["FOLDER"]), help="parts and speech")
+    parser.add_argument("--report", action="store_true", help="write docs/study.md only")
+    args = parser.parse_args()
+    if not args.report:
+        config_lib.quiet_and_cached()
+        prepare(Path(args.folder))
+        names = args.runs or list(dict.fromkeys(n for q in QUESTIONS for n in q.runs()))
+        part, parts = map(int, args.part.split("/"))
+        for name in tqdm.tqdm(names[part::parts], desc="study", unit="run"):
+            if name not in {r["run"] for r in read_results()}:
+                line = json.dumps(run(name, Path(args.folder)))
+                with RESULTS.open("a") as file:
+                    file.write(line + "\n")
+    write_page(read_results())
+
+
+if __name__ == "__main__":
+    main()
