@@ -372,19 +372,18 @@ def for_steps(params: dict) -> dict:
     step; kernels are transposed for `layers.matmul_few_rows`, to "kernel_t".
     """
 
-    def relaid(tree, index=...):
-        flat = {}
-        for (*path, name), leaf in traverse_util.flatten_dict(tree).items():
-            is_kernel = name == "kernel"
-            flat[*path, "kernel_t" if is_kernel else name] = (
-                leaf[index].T if is_kernel else leaf[index]
-            )
+    def transposed(tree):
+        flat = traverse_util.flatten_dict(tree)
+        for path in [path for path in flat if path[-1] == "kernel"]:
+            flat[*path[:-1], "kernel_t"] = flat.pop(path).T
         return traverse_util.unflatten_dict(flat)
 
     num_layers = len(jax.tree.leaves(params["layers"])[0])
-    unstacked = tuple(relaid(params["layers"], i) for i in range(num_layers))
-    head = {"head": relaid(params["head"])} if "head" in params else {}
-    return {**params, **head, "layers": unstacked}
+    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["layers"])
+    params = {**params, "layers": tuple(transposed(layer(i)) for i in range(num_layers))}
+    if "head" in params:
+        params["head"] = transposed(params["head"])
+    return params
 
 
 def sublayers(model: LLM, params: dict, start: int, stop: int) -> tuple[LLM, dict]:
