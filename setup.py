@@ -39,6 +39,7 @@ setup(
     extras_require={
         # Synthetic speech for the quickstart. eSpeak NG is GPLv3 and runs in a process of its own.
         "demo": ["espeakng-loader>=0.2.4"],
+        "gcs": ["gcsfs>=2025.1"],  # work directories and data on gs://
         "tpu": [f"jax[tpu]>={JAX}"],
         "cuda": [f"jax[cuda13]>={JAX}"],
         "dev": [

@@ -29,7 +29,7 @@ import soundfile
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
-NUM_STEPS, CHECKPOINT_EVERY = 300, 4
+CHECKPOINT_EVERY = 4
 RESTART = 75
 WORDS = ("do", "re", "mi", "fa", "sol")
 
@@ -70,7 +70,7 @@ def write_data(folder: Path) -> Path:
 def start(folder: Path, workdir: Path) -> subprocess.Popen:
     """A training process; what it prints is appended to WORKDIR.log."""
     env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
@@ -163,6 +163,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--terms", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=300, help="of the run; a new one follows it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -172,10 +173,10 @@ def main(argv=None) -> int:
     begun = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     manifest = str(write_data(folder))
-    recipe = RECIPE.format(manifest=manifest, num_steps=NUM_STEPS, every=CHECKPOINT_EVERY)
+    recipe = RECIPE.format(manifest=manifest, num_steps=args.steps, every=CHECKPOINT_EVERY)
     (folder / "recipe.py").write_text(recipe)
 
-    print(f"an undisturbed run of {NUM_STEPS} steps in {folder}", flush=True)
+    print(f"an undisturbed run of {args.steps} steps in {folder}", flush=True)
     if start(folder, folder / "reference").wait():
         sys.exit(f"it fails: see {folder / 'reference'}.log")
     reference = read_metrics(folder / "reference")
@@ -210,7 +211,7 @@ def main(argv=None) -> int:
         "kills_during_a_save": sum(
             event["kind"] == "kill" and bool(event["unfinished_saves"]) for event in events
         ),
-        "runs": runs, "num_steps": NUM_STEPS, "checkpoint_every": CHECKPOINT_EVERY,
+        "runs": runs, "num_steps": args.steps, "checkpoint_every": CHECKPOINT_EVERY,
         "truncated_checkpoint_skipped": fell_back, "problems": problems,
         "seconds": round(time.monotonic() - begun, 1), "events": events,
     }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import ConfigDict
 
 from otreg_jax import checkpoint, losses, optim, pretrained, sharding, train_step
@@ -37,9 +38,9 @@ def load_run(workdir) -> Run:
 
     Raises:
       FileNotFoundError: the directory holds no run, or no checkpoint yet.
-      ValueError: its checkpoints cannot be read.
+      ValueError: its checkpoints cannot be read, or were made with other frozen weights.
     """
-    workdir = Path(workdir)
+    workdir = epath.Path(workdir)
     if not (workdir / "config.json").exists():
         raise FileNotFoundError(
             f"{workdir}: no run here (config.json is missing); train one with "
@@ -52,11 +53,12 @@ def load_run(workdir) -> Run:
     slm, params = build(config, tokenizer, llm_path(config, workdir), mesh)
     params, frozen = split(params, config)
     abstract_state = train_step.abstract_state(params, optim.make_optimizer(config), mesh)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+    made_of = checkpoint.provenance(config, tokenizer, frozen)
     with checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpointer:
-        state = checkpoint.restore(checkpointer, abstract_state, params_only=True)
+        state = checkpoint.restore(checkpointer, abstract_state, made_of, params_only=True)
     if state is None:
         raise FileNotFoundError(f"{workdir}: no checkpoint yet; let training reach one")
-    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     return Run(config, slm, optim.merge(state.params, frozen), tokenizer, int(state.step), mesh)
 
 

@@ -105,8 +105,9 @@ class Watch:
     """Where the time of a run goes; and the end of a run that hangs.
 
     Args:
-      stall_seconds: if no lap comes for so long the process says so, shows where each of its
-        threads stands, and ends with RESTART; 0: it never does.
+      stall_seconds: if no lap comes for so long (five times as long before the first "step", for
+        compilation) the process says so, shows where each of its threads stands, and ends with
+        RESTART; 0: it never does.
       productive: seconds already spent in steps that count. start: when the run first started, a
         Unix time. Both are there to be continued after a restart.
     """
@@ -114,15 +115,17 @@ class Watch:
     def __init__(self, stall_seconds: int = 0, productive: float = 0.0, start: float | None = None):
         self.start, self.productive = start or time.time(), productive
         self.last, self.done = time.monotonic(), "start"
+        self.stall_seconds, self.patience = stall_seconds, 5 * stall_seconds
         self.closed = threading.Event()
         if stall_seconds:
-            threading.Thread(target=self._look, args=(stall_seconds,), daemon=True).start()
+            threading.Thread(target=self._look, daemon=True).start()
 
     def lap(self, phase: str, step: int) -> None:
         """The time since the last lap was spent in `phase`; that of "step" is productive."""
         now = time.monotonic()
         if phase == "step":
             self.productive += now - self.last
+            self.patience = self.stall_seconds
         self.last, self.done = now, f"{phase} {step}"
 
     def times(self) -> dict[str, float]:
@@ -134,14 +137,14 @@ class Watch:
     def close(self) -> None:
         self.closed.set()
 
-    def _look(self, stall_seconds: int) -> None:
-        while not self.closed.wait(min(1.0, stall_seconds / 4)):
+    def _look(self) -> None:
+        while not self.closed.wait(1.0):
             idle = time.monotonic() - self.last
-            if idle > stall_seconds:
+            if idle > self.patience:
                 since = datetime.datetime.now() - datetime.timedelta(seconds=idle)
                 print(
                     f"\n{_name()} hangs: nothing after {self.done!r} at {since:%H:%M:%S}, for "
-                    f"{idle:.0f} s (stall_seconds={stall_seconds}).\n"
+                    f"{idle:.0f} s (stall_seconds={self.stall_seconds}).\n"
                     "Below is where each thread stands. In a device computation: another process "
                     "is missing, see its log. In the data pipeline or a checkpoint: look at the "
                     "storage. In a compilation: raise stall_seconds.\n"

@@ -39,7 +39,7 @@ def default() -> ConfigDict:
             "checkpoint_every": 500,
             "keep_checkpoints": 2,  # the newest; and the one with the lowest dev loss, if there is
             "eval_every": 0,  # steps between cross-entropies on the dev set; 0: none
-            "stall_seconds": 1800,  # a run in which nothing happens for so long ends; 0: never
+            "stall_seconds": 900,  # a run in which nothing happens for so long ends; 0: never
             "profile": "",  # START:STOP, steps to trace into WORKDIR/profile
             "max_bad_steps": 10,  # non-finite steps in a row before training stops
             "compute_dtype": "float32",  # of activations and frozen weights: float32 | bfloat16

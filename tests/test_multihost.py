@@ -20,7 +20,7 @@ from otreg_jax import train as train_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATIENCE = 240  # seconds; a busy machine needs most of them to start several processes
-STALL_SECONDS = 20
+STALL_SECONDS = 30  # and five times as long until the first step
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,7 @@ def test_four_processes_train_as_one_and_one_goes_on(config, alone, tmp_path):
 def test_two_processes_take_over_stop_together_and_notice_a_death(config, alone, tmp_path):
     workdir = shutil.copytree(alone, tmp_path / "two")
     shutil.rmtree(workdir / "checkpoints" / "6")
+    (workdir / "metrics.jsonl").unlink()
     flags = "--config.num_steps=100000", "--config.checkpoint_every=100000"
     flags += (f"--config.stall_seconds={STALL_SECONDS}",)
     with Processes(tmp_path, config, workdir, 2, 2, *flags) as run:

@@ -10,12 +10,16 @@ import sys
 import threading
 import time
 
+import fsspec.implementations.memory
 import numpy as np
 import pytest
+from etils import epath
 from toy_run import metrics_of, tone_config, write_recipe, write_tones
 
-from otreg_jax import sharding
+from otreg_jax import cluster, sharding
+from otreg_jax import config as config_lib
 from otreg_jax import train as train_lib
+from otreg_jax.data import sources, text
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -218,3 +222,39 @@ def test_impossible_settings_end_before_anything_is_made(manifest, tmp_path, cha
     with pytest.raises(ValueError, match=message):
         train_lib.train(tone_config(manifest, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_remote_workdir_gets_all_but_tensorboard(manifest):
+    """Everything except the arrays of checkpoints, on a bucket in memory."""
+
+    class Bucket(fsspec.implementations.memory.MemoryFileSystem):
+        protocol = ("gs", "gcs")
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix("gs://").removeprefix("gcs://").strip("/")
+
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    workdir = epath.Path("gs://bucket/run")
+    config = tone_config(manifest, otreg__weight=2.0)
+    config_lib.save(config, workdir / "config.json")
+    assert config_lib.load(workdir / "config.json").to_dict() == config.to_dict()
+    tokenizer = train_lib.make_tokenizer(config, workdir, sources.read_manifest(manifest))
+    assert text.load_tokenizer(workdir).fingerprint == tokenizer.fingerprint
+    problem = sources.Problem("kind", "a:1", "why")
+    for _ in range(2):
+        sources.record_skipped([problem], str(workdir / "skipped.jsonl"))
+    assert len((workdir / "skipped.jsonl").read_text().splitlines()) == 2
+    for start, steps in ((0, (1, 2, 3)), (2, (3,))):  # a restart drops the line after step 2
+        writer = train_lib.MetricsWriter(workdir, start, 1, lambda step: 0.0, cluster.Watch(), 1)
+        for step in steps:
+            writer.evaluated(step, {"dev_ce": 1.0 / step})
+        writer.publish()
+        writer.close()
+    assert [line["step"] for line in train_lib.read_lines(workdir)] == [1, 2, 3]
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json", "tokenizer.model", "skipped.jsonl", "metrics.jsonl"
+    }  # fmt: skip
+    config.llm.pretrain.num_steps = 1
+    with pytest.raises(ValueError, match="(?s)gs://bucket/run is remote.*llm.path"):
+        train_lib.train(config, workdir)

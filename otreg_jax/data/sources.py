@@ -14,7 +14,6 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -389,10 +388,11 @@ def record_skipped(
         return
     print(f"{note} {count(problems)}" + (f": see {path}" if path else ""))
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            for problem in problems:
-                file.write(json.dumps(problem._asdict(), ensure_ascii=False) + "\n")
+        path = epath.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_text() if path.exists() else ""  # remote files cannot be appended to
+        lines = (json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems)
+        path.write_text(before + "".join(lines))
 
 
 def load_utterances(
@@ -433,7 +433,7 @@ def load_utterances(
                 refused.append(Problem("too_long", part.where, length))
     record_skipped(refused, skipped_path, note="refused")
     if segments and skipped_path:
-        path = Path(skipped_path).with_name("segments.jsonl")
+        path = epath.Path(skipped_path).with_name("segments.jsonl")
         write_manifest(path, segments)
         print(f"divided long audio into {len(segments)} segments: see {path}")
     return kept + segments
@@ -470,11 +470,12 @@ def _part(utterance: Utterance, start: float, end: float, words) -> Utterance:
 
 def write_manifest(path: str | os.PathLike, utterances: Iterable[Utterance]) -> None:
     """Writes utterances as a manifest, with absolute audio paths."""
-    with open(path, "w", encoding="utf-8") as file:
-        for utterance in utterances:
-            line = utterance._asdict()
-            del line["where"]
-            audio = line.pop("audio")
-            line["audio_filepath"] = audio if "://" in audio else os.path.abspath(audio)
-            given = {key: value for key, value in line.items() if value not in (None, "", ())}
-            file.write(json.dumps(given, ensure_ascii=False) + "\n")
+    lines = []
+    for utterance in utterances:
+        line = utterance._asdict()
+        del line["where"]
+        audio = line.pop("audio")
+        line["audio_filepath"] = audio if "://" in audio else os.path.abspath(audio)
+        given = {key: value for key, value in line.items() if value not in (None, "", ())}
+        lines.append(json.dumps(given, ensure_ascii=False) + "\n")
+    epath.Path(path).write_text("".join(lines))

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import sentencepiece
 import tokenizers
+from etils import epath
 
 SPEECH = "{speech}"  # where a prompt template puts the speech embeddings
 
@@ -133,7 +134,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
     Raises FileNotFoundError when there is none, ValueError when it cannot be read.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     if path.is_dir():
         candidates = [path / "tokenizer.json", *sorted(path.glob("*.model"))]
         found = [candidate for candidate in candidates if candidate.is_file()]
@@ -153,7 +154,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
     """Writes the tokenizer's files, byte for byte as they were loaded."""
     for name, contents in tokenizer.files.items():
-        (pathlib.Path(directory) / name).write_bytes(contents)
+        (epath.Path(directory) / name).write_bytes(contents)
 
 
 def train_sentencepiece(
@@ -188,7 +189,7 @@ def train_sentencepiece(
         pad_id=-1,
         minloglevel=2,
     )
-    pathlib.Path(f"{path_prefix}.model").write_bytes(model.getvalue())
+    epath.Path(f"{path_prefix}.model").write_bytes(model.getvalue())
     return SentencePieceTokenizer(model.getvalue())
 
 
