@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import jax
 import fsspec.implementations.memory
 import numpy as np
 import pytest
@@ -48,6 +49,41 @@ def test_metrics_hold_what_is_promised(uninterrupted):
     assert promised <= uninterrupted[12].keys()
     assert uninterrupted[2]["otreg_weight"] == 0 and uninterrupted[12]["otreg_weight"] == 1
     assert uninterrupted[12]["ce"] < uninterrupted[1]["ce"]
+
+
+def test_warm_steps_compile_nothing_take_nothing_from_the_host_and_are_read_late(
+    manifest, tmp_path, monkeypatch, caplog
+):
+    make_step, read_metrics = train_lib.step_lib.make_step, train_lib.read_metrics
+    dispatched, read_after, compilations_of_warm = [], [], []
+
+    def make_guarded_step(*args):
+        step_fn = make_step(*args)
+
+        def guarded_step(state, frozen, batch):
+            shape = batch["tokens"].shape
+            count = caplog.text.count("Finished XLA compilation")
+            with jax.transfer_guard("disallow"):
+                result = step_fn(state, frozen, batch)
+            if shape in dispatched:
+                compilations_of_warm.append(caplog.text.count("Finished XLA compilation") - count)
+            dispatched.append(shape)
+            return result
+
+        return guarded_step
+
+    def read(step, *args):
+        read_after.append((step, len(dispatched)))
+        read_metrics(step, *args)
+
+    monkeypatch.setattr(train_lib.step_lib, "make_step", make_guarded_step)
+    monkeypatch.setattr(train_lib.flops, "of_batches", lambda *_: lambda _: 0)
+    monkeypatch.setattr(train_lib, "read_metrics", read)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        train_lib.train(tone_config(manifest), tmp_path)
+    assert "Finished XLA compilation" in caplog.text
+    assert compilations_of_warm == [0] * (12 - len(set(dispatched)))
+    assert read_after == [(step, min(step + 1, 12)) for step in range(1, 13)]
 
 
 def test_a_crash_and_resume_continue_to_the_bit(manifest, tmp_path, uninterrupted, monkeypatch):
