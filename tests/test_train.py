@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 
-import jax
 import fsspec.implementations.memory
+import jax
 import numpy as np
 import pytest
 from etils import epath
