@@ -33,6 +33,7 @@ from otreg_jax.data import sets, text
 ROOT = Path(__file__).parent.parent
 RECIPE = runpy.run_path(str(ROOT / "configs" / "study.py"))
 RESULTS = ROOT / "benchmarks" / "results" / "study.jsonl"
+LAYER = 1  # where the plan of every arm is measured
 PAGE = ROOT / "docs" / "study.md"
 BEGIN, END = "<!-- python -m benchmarks.study --report -->", "<!-- end of report -->"
 
@@ -61,12 +62,11 @@ FRESH = (1, 2, 3, 4, 5)  # no screening run had these
 QUESTIONS = (
     Question(
         "Trimmed speech, frozen LLM", "trimmed",
-        ("ce", "paper", "layer0_prior", "position0", "layer1_prior", "position1", "ctc",
-         "layer1_prior_ctc", "position1_ctc"), FRESH,
+        ("ce", "ctc", "layer1_prior", "position1", "layer1_prior_ctc", "paper", "position0"), FRESH,
     ),
     Question(
         "Untrimmed speech, frozen LLM", "untrimmed",
-        ("ce", "ctc", "layer1_relaxed_ctc", "position1_ctc", "layer1_prior_ctc"), FRESH,
+        ("ce", "ctc", "layer1_relaxed_ctc", "position1_ctc"), FRESH,
     ),
     Question(
         "Trimmed speech, LoRA", "trimmed+lora",
@@ -149,17 +149,12 @@ def test(run: build.Run, config, workdir) -> dict:
     """Errors on every set, and the plan's mass on the word truly spoken."""
     utterances, _ = evaluate.load_sets(config, workdir)
     decode = decoding.Settings(max_tokens=16)
-
-    def measure(chosen, layer):
-        with evaluate.Partial(Path(workdir) / f"partial{layer}.jsonl", {}) as partial:
-            rows, samples = evaluate.decode_sets(
-                run, chosen, decode, layer, 64, Path(workdir) / "skipped.jsonl", "evaluating",
-                partial,
-            )  # fmt: skip
-        return rows, evaluate.measure(samples)["dev"]["figures"]
-
-    rows, at_layer1 = measure(utterances, 1)
-    _, at_layer0 = measure({"dev": utterances["dev"][: evaluate.NUM_MEASURED]}, 0)
+    with evaluate.Partial(Path(workdir) / "partial.jsonl", {}) as partial:
+        rows, samples = evaluate.decode_sets(
+            run, utterances, decode, LAYER, 48, Path(workdir) / "skipped.jsonl", "evaluating",
+            partial,
+        )  # fmt: skip
+    measured = evaluate.measure(samples)["dev"]["figures"]
     scores = evaluate.score_rows(rows, ["dev"])
     by_set = {}
     for name, score in scores.items():
@@ -169,9 +164,8 @@ def test(run: build.Run, config, workdir) -> dict:
             "errors": column("errors"), "words": column("words"),
             "hallucinated": hallucinated(column("hypothesis"), config.synthetic),
         }  # fmt: skip
-    mass = {"layer0": at_layer0["spoken_mass"], "layer1": at_layer1["spoken_mass"],
-            "even": at_layer1["spoken_mass_even"]}  # fmt: skip
-    return {"sets": by_set, "spoken_mass": mass}
+    mass = {name: measured[name] for name in ("spoken_mass", "spoken_mass_even")}
+    return {"sets": by_set, **mass}
 
 
 def hallucinated(hypotheses: list[str], grammar) -> float:
@@ -267,7 +261,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 def error_table(arms: dict[str, dict[int, dict]]) -> str:
     names = [name for members in SHIFTS.values() for name in members]
-    rows = [["arm", "seeds", *names, "templates", "mass 0", "mass 1"]]
+    rows = [["arm", "seeds", *names, "templates", "mass"]]
     for arm, runs in arms.items():
         lines = list(runs.values())
         cells = [spread(100 * line["sets"][name]["wer"] for line in lines) for name in names]
@@ -275,11 +269,8 @@ def error_table(arms: dict[str, dict[int, dict]]) -> str:
             100 * statistics.fmean(line["sets"][n]["hallucinated"] for n in SHIFTS["new text"])
             for line in lines
         ]
-        masses = [
-            f"{statistics.fmean(line['spoken_mass'][layer] for line in lines):.2f}"
-            for layer in ("layer0", "layer1")
-        ]
-        rows.append([arm, str(len(lines)), *cells, spread(made_up), *masses])
+        mass = statistics.fmean(line["spoken_mass"] for line in lines)
+        rows.append([arm, str(len(lines)), *cells, spread(made_up), f"{mass:.2f}"])
     return markdown(rows)
 
 

@@ -102,6 +102,7 @@ def default() -> ConfigDict:
                 "num_layers": 2,  # transformer, conformer, qformer
                 "num_heads": 8,
                 "num_queries": 1,  # qformer: embeddings a window
+                "dropout": 0.0,  # of its last hidden layer
             },
             "llm": {
                 "path": "",  # Hugging Face directory or hub id; "": from scratch
@@ -150,10 +151,15 @@ def default() -> ConfigDict:
                 "weight": 0.0,  # CTC over the LLM's vocabulary on the adapter's outputs; 0: none
                 "scale": 10.0,  # initial (learned) scale of its cosine logits
             },
+            "infonce": {
+                "weight": 0.0,  # contrastive loss of pooled speech and text, a rival; 0: none
+                "temperature": 0.1,
+            },
             "optim": {
                 "learning_rate": 1e-3,
                 "warmup_steps": 50,
                 "final_fraction": 0.1,  # of the learning rate, at the end of the cosine
+                "restart_step": 0,  # warm-up and cosine begin anew here (stage 2); 0: never
                 "weight_decay": 0.0,  # on matrices only
                 "b1": 0.9,
                 "b2": 0.98,
@@ -209,8 +215,19 @@ def check(config: ConfigDict) -> None:
         f"otreg.start_step={c.otreg.start_step} is not below num_steps={c.num_steps}: "
         "stage 2 would never start",
     )
-    require(c.otreg.weight >= 0, f"otreg.weight={c.otreg.weight} must not be negative")
-    require(c.ctc.weight >= 0, f"ctc.weight={c.ctc.weight} must not be negative")
+    for term in ("otreg", "ctc", "infonce"):
+        require(c[term].weight >= 0, f"{term}.weight={c[term].weight} must not be negative")
+    require(
+        c.infonce.temperature > 0, f"infonce.temperature={c.infonce.temperature} must be above 0"
+    )
+    require(
+        0 <= c.optim.restart_step < c.num_steps,
+        f"optim.restart_step={c.optim.restart_step} is not below num_steps={c.num_steps}",
+    )
+    require(
+        not c.infonce.weight or c.accumulation == 1,
+        "infonce.weight: the contrastive loss needs the whole batch at once, so accumulation=1",
+    )
     require(
         c.llm.path or 0 <= c.otreg.layer < c.llm.num_layers,
         f"otreg.layer={c.otreg.layer} must be in 0..{c.llm.num_layers - 1} (llm.num_layers - 1)",

@@ -90,11 +90,14 @@ def loss_fn(
 
     Returns:
       loss: float32 scalar. metrics: float32 scalars `loss`, `ce`, `token_accuracy`, and where the
-      term is on `otreg`, `marginal_error`, `entropy`, `nearest_cosine`, `ctc`, `ctc_infeasible`;
-      all of them sums over utterances divided by totals.
+      term is on `otreg`, `marginal_error`, `entropy`, `nearest_cosine`, `ctc`, `ctc_infeasible`,
+      `infonce`; all of them sums over utterances divided by totals.
     """
     totals = totals or Totals()
-    out = slm_lib.forward(slm, params, batch, config.otreg.layer)
+    rngs = None
+    if config.adapter.dropout:
+        rngs = {"dropout": jax.random.fold_in(jax.random.key(config.seed), step)}
+    out = slm_lib.forward(slm, params, batch, config.otreg.layer, rngs)
     real_B = batch["index"] >= 0
     ce, accuracy = cross_entropy(
         out.hidden_BTD, functools.partial(slm_lib.logits, slm, params), batch["tokens"],
@@ -104,8 +107,8 @@ def loss_fn(
     metrics = {"ce": ce, "token_accuracy": accuracy}
 
     text_mask_BT = length_mask(batch["token_length"], batch["tokens"].shape[1]) & real_B[:, None]
+    speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
     if config.otreg.weight:
-        speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
         options = config_lib.otreg_options(config)
         if totals.center is not None:
             options["center"] = totals.center
@@ -124,6 +127,12 @@ def loss_fn(
         )  # fmt: skip
         loss = loss + config.ctc.weight * ctc
         metrics |= {"ctc": ctc, "ctc_infeasible": infeasible}
+    if config.infonce.weight:
+        infonce = infonce_loss(
+            out.speech_BSD, speech_mask_BS, out.text_BTD, text_mask_BT, config.infonce.temperature
+        )
+        loss = loss + config.infonce.weight * infonce
+        metrics["infonce"] = infonce
     metrics = {"loss": loss, **metrics}
     return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
@@ -218,3 +227,27 @@ def ctc_loss(
         num_tokens = jnp.sum(length_B, where=fits_B)
     loss = jnp.sum(loss_B, where=fits_B) / jnp.maximum(num_tokens, 1)
     return loss, jnp.sum((length_B > 0) & ~fits_B)
+
+
+def infonce_loss(speech_BSD, speech_mask_BS, text_BTD, text_mask_BT, temperature: float):
+    """InfoNCE (van den Oord et al. 2018), symmetric as in CLIP: the mean speech embedding of an
+    utterance should be closest to the mean embedding of its own transcript among the batch's, and
+    the other way round. A rival of OTReg that knows no alignment within the utterance.
+
+    Returns:
+      loss per utterance that has a transcript; no gradient flows into the text.
+    """
+
+    def pooled(x_BND, mask_BN):
+        mean_BD = jnp.sum(jnp.where(mask_BN[..., None], x_BND, 0).astype(jnp.float32), axis=1)
+        square_B1 = jnp.sum(jnp.square(mean_BD), axis=1, keepdims=True)
+        return mean_BD * jax.lax.rsqrt(jnp.maximum(square_B1, 1e-12))
+
+    text_BD = jax.lax.stop_gradient(pooled(text_BTD, text_mask_BT))
+    similarity_BB = pooled(speech_BSD, speech_mask_BS) @ text_BD.T / temperature
+    valid_B = text_mask_BT.any(axis=1)
+    loss = 0.0
+    for logits_BB in (similarity_BB, similarity_BB.T):
+        log_p_BB = jax.nn.log_softmax(jnp.where(valid_B[None], logits_BB, -1e9), axis=1)
+        loss -= 0.5 * jnp.sum(jnp.diagonal(log_p_BB), where=valid_B)
+    return loss / jnp.maximum(valid_B.sum(), 1)

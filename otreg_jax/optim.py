@@ -28,12 +28,19 @@ def merge(trainable, frozen):
 
 
 def learning_rate(config) -> optax.Schedule:
-    """Linear warm-up, then a cosine to `final_fraction` of the peak."""
+    """Linear warm-up, then a cosine to `final_fraction` of the peak; twice with `restart_step`."""
     c = config.optim
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if c.warmup_steps else c.learning_rate, c.learning_rate, c.warmup_steps,
-        max(config.num_steps, c.warmup_steps + 1), c.learning_rate * c.final_fraction,
-    )  # fmt: skip
+
+    def cycle(num_steps):
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if c.warmup_steps else c.learning_rate, c.learning_rate, c.warmup_steps,
+            max(num_steps, c.warmup_steps + 1), c.learning_rate * c.final_fraction,
+        )  # fmt: skip
+
+    second = cycle(config.num_steps - c.restart_step)
+    if not c.restart_step:
+        return second
+    return optax.join_schedules([cycle(c.restart_step), second], [c.restart_step])
 
 
 def make_optimizer(config) -> optax.GradientTransformation:

@@ -28,6 +28,7 @@ class AdapterConfig:
       "qformer": `num_queries` learned queries read each window of `stack` positions through
         `num_layers` blocks of cross-attention (window-level Q-Former, SALMONN, 2310.13289).
     in_dim, out_dim: widths of the encoder and of the LLM.
+    dropout: of the last hidden layer, where `apply` is given a "dropout" rng (training).
     """
 
     in_dim: int
@@ -38,6 +39,7 @@ class AdapterConfig:
     num_layers: int = 2
     num_heads: int = 8
     num_queries: int = 1
+    dropout: float = 0.0
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -139,6 +141,7 @@ class Adapter(nn.Module):
             "qformer": self._queried,
         }[c.kind]
         y_BSH = body(x_BSE, length_B)
+        y_BSH = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(y_BSH)
         speech_BSD = layers.Dense(c.out_dim, True, dtype=c.dtype, name="out")(y_BSH)
         length_B = output_length(c, length_B)
         return layers.zero_padding(speech_BSD, length_B), length_B

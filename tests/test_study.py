@@ -1,0 +1,153 @@
+"""The study's recipe, and its report on made-up results."""
+
+import pathlib
+import re
+import runpy
+import statistics
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import study
+from otreg_jax import config as config_lib
+from otreg_jax import losses, optim
+from otreg_jax.data import sets
+from otreg_jax.models.adapter import Adapter, AdapterConfig
+
+RECIPE = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "configs" / "study.py"))
+get_config = RECIPE["get_config"]
+
+
+@pytest.mark.parametrize("arm", RECIPE["ARMS"])
+def test_every_arm_is_a_valid_configuration_in_every_world(arm):
+    for world in RECIPE["WORLDS"]:
+        for options in ("", "+lora", "+tuned", "+screen", "+lora+tuned+screen"):
+            config = get_config(f"{world}{options},{arm},3")
+            if world == "manifest":
+                config.data.train = "train.jsonl"
+            config_lib.check(config)
+            assert config.seed == 3
+            assert bool(config.lora.pattern) == ("lora" in options)
+
+
+def test_every_question_asks_for_known_runs():
+    for question in study.QUESTIONS:
+        for run in question.runs():
+            get_config(run)
+    assert {arm for pair in study.PAIRS for arm in pair} <= set(RECIPE["ARMS"])
+
+
+def test_names_that_mean_nothing_are_all_listed():
+    with pytest.raises(ValueError) as error:
+        get_config("trimed+lorra,cee,x,otreg.weight")
+    for part in ("'trimed'", "'lorra'", "'cee'", "'x'", "'otreg.weight'"):
+        assert part in str(error.value)
+    assert get_config("trimmed,ce,1,otreg.weight=2.5").otreg.weight == 2.5
+
+
+def test_the_splits_share_no_voice_that_is_tested_and_no_text():
+    confirm, screen = (
+        sets.synthetic_sets(get_config(f"{world},ce,0").synthetic)
+        for world in ("untrimmed", "untrimmed+screen")
+    )
+    words = lambda items: {word for item in items for word in item.text.split()}
+    for split in (confirm, screen):
+        assert words(split["domain"]) <= words(split["train"])  # the same words, in other orders
+        assert all(0.2 <= s <= 0.8 for item in split["train"] for s in item.silence)
+        heard = {voice for voice, _ in get_config("encoder").synthetic.train_voices}
+        assert not heard & {item.voice for item in split["unheard"]}
+        assert heard >= {item.voice for item in split["voices"]}
+    for name in ("train", "voices", "unheard", "domain"):
+        assert not {i.voice for i in confirm[name]} & {i.voice for i in screen[name]}
+        assert not {i.text for i in confirm[name]} & {i.text for i in screen[name]}
+    grammar = get_config("untrimmed,ce,0").synthetic
+    assert study.hallucinated([item.text for item in confirm["domain"]], grammar) == 0
+    assert study.hallucinated([item.text for item in confirm["dev"]] + ["set a"], grammar) > 0.98
+
+
+def line(arm: str, seed: int, errors, world="trimmed", step_seconds=0.1):
+    """A run with `errors` on each of the sentences of every set, five words each."""
+    names = [name for members in study.SHIFTS.values() for name in members]
+    words = [5] * len(errors)
+    one = {"errors": list(errors), "words": words, "hallucinated": 0.25, "cer": 0.0}
+    one["wer"] = sum(errors) / sum(words)
+    return {
+        "run": f"{world},{arm},{seed}", "world": world, "arm": arm, "seed": seed, "changes": [],
+        "sets": dict.fromkeys(names, one), "process": 1, "step_seconds": step_seconds,
+        "spoken_mass": 0.4, "spoken_mass_even": 0.6,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(monkeypatch):
+    question = study.Question("Made up", "trimmed", ("ce", "better", "same"), (1, 2))
+    monkeypatch.setattr(study, "PAIRS", (("better", "ce"), ("same", "ce")))
+    monkeypatch.setattr(study, "QUESTIONS", (question,))
+    monkeypatch.setitem(study.RECIPE, "ARMS", dict.fromkeys(question.arms))
+    return [
+        line("ce", 1, [2, 2, 2, 2]), line("ce", 2, [3, 3, 3, 3]),
+        line("better", 1, [1, 1, 1, 1], step_seconds=0.15), line("better", 2, [1, 1, 1, 1]),
+        line("same", 1, [1, 3, 2, 2]), line("same", 2, [3, 3, 2, 4]),
+    ]  # fmt: skip
+
+
+def test_the_report_holds_what_the_lines_say(results, tmp_path):
+    text = study.report(results, tmp_path)
+    # ce: 8/20 and 12/20 words wrong: 40 and 60 %.
+    assert f"| ce | 2 | 50.0 ± {statistics.stdev([40, 60]):.1f} |" in text
+    assert "| better | 2 | 20.0 ± 0.0 |" in text
+    # better - ce: -20 and -40 points; every bootstrap sample lies between.
+    assert "| better − ce | **-30.0 [-40.0, -20.0] 2/2** |" in text
+    assert re.search(r"\| same − ce \| \+0.0 \[-\d+.0, \+\d+.0\] 0/2 \|", text)
+    assert "**better**: 30.0 points fewer errors than ce on in-domain" in text
+    assert "**same**: no difference to ce that its interval carries on in-domain" in text
+    assert "Fewest errors on new text: better (20.0 %)" in text
+    assert "| better | 1.00 | 1 |" in text
+    assert (tmp_path / "study-trimmed.png").stat().st_size > 0
+
+
+def test_the_report_says_which_runs_are_missing(results, tmp_path):
+    text = study.report(results[:-1], tmp_path)
+    assert "1 of 6 runs were not made" in text and "| same | 1 | 40.0 |" in text
+    assert "Not run." in study.report([], tmp_path)
+
+
+def test_infonce_is_the_mean_of_both_directions_over_real_rows():
+    rng = np.random.default_rng(0)
+    speech, text = rng.normal(size=(2, 3, 4, 8)).astype(np.float32)
+    mask = np.ones((3, 4), bool)
+    mask[0, 2:] = False
+    text_mask = mask.copy()
+    text_mask[2] = False  # a filler row: neither a query nor a candidate
+    speech[0, 2:] = np.nan
+    loss = losses.infonce_loss(speech, mask, text, text_mask, 0.5)
+    unit = lambda x: x / np.linalg.norm(x)
+    s = np.stack([unit(speech[0, :2].mean(0)), unit(speech[1].mean(0))])
+    t = np.stack([unit(text[0, :2].mean(0)), unit(text[1].mean(0))])
+    rows = [m[i] - m[i, i] for m in (s @ t.T * 2, t @ s.T * 2) for i in (0, 1)]
+    expected = np.mean([np.log(np.exp(row).sum()) for row in rows])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_dropout_acts_in_training_alone():
+    config = get_config("trimmed,dropout,0")
+    plain = Adapter(AdapterConfig(8, 8, 64, stack=1))
+    dropping = Adapter(AdapterConfig(8, 8, 64, stack=1, dropout=config.adapter.dropout))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    params = plain.init(jax.random.key(1), x, np.array([5, 3]))
+    expected, _ = plain.apply(params, x, np.array([5, 3]))
+    evaluated, _ = dropping.apply(params, x, np.array([5, 3]))
+    trained, _ = dropping.apply(params, x, np.array([5, 3]), rngs={"dropout": jax.random.key(2)})
+    np.testing.assert_array_equal(evaluated, expected)
+    assert np.abs(trained[0] - expected[0]).max() > 1e-3
+    assert not trained[1, 3:].any()
+
+
+def test_learning_rate_restarts():
+    config = config_lib.default()
+    config.num_steps, config.optim.warmup_steps, config.optim.restart_step = 100, 10, 50
+    rate = optim.learning_rate(config)
+    peak, low = config.optim.learning_rate, 0.1 * config.optim.learning_rate
+    np.testing.assert_allclose([rate(10), rate(60), rate(100)], [peak, peak, low], rtol=1e-5)
+    assert rate(49) < 1.2 * low and rate(50) == 0
