@@ -1,12 +1,16 @@
 """LoRA: what it touches, that it starts as nothing, that merging gives the same logits."""
 
+import ast
 import dataclasses
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from toy_run import make_run
 
 from otreg_jax.models import lora
 from otreg_jax.models.llm import LLM, LLMConfig
@@ -116,3 +120,18 @@ def test_the_draw_of_a_pair_does_not_depend_on_the_others(llm):
 def test_patterns_that_cannot_be_adapted_are_refused(llm, pattern, message):
     with pytest.raises(ValueError, match=message):
         lora.add(llm[1], pattern, 3, jax.random.key(2))
+
+
+def test_checkpoints_of_a_frozen_base_hold_what_is_trained_alone(tmp_path):
+    run = make_run(
+        tmp_path / "run",
+        lora__pattern="llm/layers/attn/[qv]/kernel",
+        freeze=r"^(encoder|llm)/(?!.*/lora_[ab]$)",
+    )
+    stored = json.loads((run / "checkpoints/3/state/_METADATA").read_text())["tree_metadata"]
+    keys = ["/".join(map(str, ast.literal_eval(key))) for key in stored]
+    pairs = {f"llm/layers/attn/{name}/lora_{side}" for name in "qv" for side in "ab"}
+    adapter = {f"adapter/{name}/{leaf}" for name in ("in", "out") for leaf in ("kernel", "bias")}
+    found = [re.search(r"(llm|encoder|adapter|ctc)/.*", key) for key in keys]
+    assert {match[0] for match in found if match} == pairs | adapter
+    assert sum(key.startswith("params/") for key in keys) == len(pairs | adapter)

@@ -28,8 +28,9 @@ def write_set(folder, count: int, *, seed: int, texts=TEXTS, lang="en"):
     return folder / "set.jsonl"
 
 
-def make_run(workdir, *, dev="", test="", seed=0):
-    """A run directory as training leaves it at step 3, with the weights it started from."""
+def make_run(workdir, *, dev="", test="", seed=0, **changes):
+    """A run directory as training leaves it at step 3, with the weights it started from; `changes`
+    to the configuration are named like lora__rank."""
     workdir.mkdir(parents=True)
     config = config_lib.default()
     config.seed, config.num_steps = seed, 3
@@ -40,6 +41,7 @@ def make_run(workdir, *, dev="", test="", seed=0):
     config.llm.update(embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32)
     config.adapter.hidden_dim = 16
     config.decode.max_tokens = 6
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     tokenizer = text.train_sentencepiece(TEXTS, workdir / "tokenizer", 60, model_type="word")
     slm, params = build.build(config, tokenizer)
     # Larger than any initialisation, so that hypotheses differ.
