@@ -12,8 +12,11 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 RESTART = 75  # EX_TEMPFAIL: launchers start a run again that ends with it
 HEARTBEAT_SECONDS = 100  # a process that gave no sign of life for so long is taken for dead
@@ -58,8 +61,13 @@ def _join(heartbeat: int) -> None:
         or "JOB_COMPLETION_INDEX" in env
     ):
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
-    # The first collective must be met by all processes within half a minute, later ones need not.
-    multihost_utils.sync_global_devices("joined")
+    if jax.process_count() > 1:
+        # With Gloo the processes must meet within half a minute in the first collective of a set of
+        # devices, and later need not: the first step's would wait for the slowest compilation.
+        everywhere = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), P("all"))
+        ones = jax.jit(lambda: jnp.ones(jax.device_count()), out_shardings=everywhere)()
+        jax.jit(jnp.sum)(ones).block_until_ready()
+        multihost_utils.sync_global_devices("joined")
 
 
 def _leave(patience: int) -> None:
