@@ -24,7 +24,7 @@ import tqdm
 from absl import flags
 from jax.experimental import multihost_utils
 
-from otreg_jax import build, decoding, metrics, otreg, report, sharding
+from otreg_jax import build, cluster, decoding, metrics, otreg, report, sharding
 from otreg_jax import config as config_lib
 from otreg_jax.data import pipeline, sets, sources
 from otreg_jax.models import slm as slm_lib
@@ -86,11 +86,13 @@ def evaluate(
       FileNotFoundError, ValueError: no run, no checkpoint, no evaluation set.
     """
     run = build.load_run(workdir)
-    utterances, problems = load_sets(run.config, workdir, manifests)
+    with cluster.process_0_first():
+        utterances, problems = load_sets(run.config, workdir, manifests)
     out = Path(workdir) / "eval"
     skipped_path = out / "skipped.jsonl"
-    skipped_path.unlink(missing_ok=True)
-    sources.record_skipped(problems, skipped_path)
+    if jax.process_index() == 0:
+        skipped_path.unlink(missing_ok=True)
+        sources.record_skipped(problems, skipped_path)
     unknown = [name for name in in_domain if name not in utterances and list(in_domain) != ["dev"]]
     if unknown:
         raise ValueError(
@@ -211,7 +213,8 @@ class Partial:
         self.path, self.settings = path, settings
 
     def __enter__(self) -> "Partial":
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        lines = from_process_0(self.path.read_text("utf-8") if self.path.exists() else "")
+        lines = lines.splitlines()
         complete = [json.loads(line) for line in lines if line.endswith("}")]
         self.rows = complete[1:] if complete[:1] == [self.settings] else []
         self.file = open(os.devnull, "w")
@@ -295,9 +298,10 @@ def batches(
         # A batch shape must be worth its compilation.
         data_config.num_buckets = min(data_config.num_buckets, 1 + len(utterances) // 512)
     batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    host_index, host_count = cluster.batch_share(run.mesh)
     host_batches = pipeline.eval_batches(
         utterances, run.tokenizer, data_config, batch_size=batch_size,
-        host_index=jax.process_index(), host_count=jax.process_count(),
+        host_index=host_index, host_count=host_count,
         skipped_path=skipped_path and str(skipped_path),
     )  # fmt: skip
     total = -(-len(utterances) // batch_size)
@@ -316,6 +320,16 @@ def _recognize_and_embed(slm, params, batch, settings, layer: int):
 def to_host(tree):
     """Global arrays -> numpy, on every host."""
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def from_process_0(text: str) -> str:
+    """The text that process 0 has, on every process: they must agree on what is left to do."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    if not size:
+        return ""
+    data = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().decode()
 
 
 def _row(name, utterance, hypothesis: str, score: float) -> dict[str, Any]:
@@ -611,11 +625,12 @@ def table(results: dict[str, Any]) -> str:
 
 def main(argv):
     del argv
-    results = evaluate(
-        _WORKDIR.value, compare=_COMPARE.value, manifests=_SETS.value, in_domain=_IN_DOMAIN.value,
-        batch_size=_BATCH_SIZE.value, beam_width=_BEAM.value, length_penalty=_PENALTY.value,
-        no_repeat_ngram=_NGRAM.value,
-    )  # fmt: skip
+    with cluster.membership():
+        results = evaluate(
+            _WORKDIR.value, compare=_COMPARE.value, manifests=_SETS.value,
+            in_domain=_IN_DOMAIN.value, batch_size=_BATCH_SIZE.value, beam_width=_BEAM.value,
+            length_penalty=_PENALTY.value, no_repeat_ngram=_NGRAM.value,
+        )  # fmt: skip
     if jax.process_index() == 0:
         print(table(results))
         print(f"report: {Path(_WORKDIR.value) / 'eval' / 'report.html'}")

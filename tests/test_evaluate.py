@@ -2,6 +2,11 @@
 
 import io
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +59,34 @@ def test_unreadable_audio_is_reported_and_not_fatal(runs, results):
     skipped = (runs / "ours" / "eval" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["where"].rpartition("/")[2] for line in skipped] == ["set.jsonl:2"]
     assert "Not evaluated" in (runs / "ours" / "eval" / "report.html").read_text()
+
+
+def test_two_processes_evaluate_as_one(runs, results, tmp_path):
+    rows = (runs / "ours/eval/hypotheses.jsonl").read_text().splitlines()
+    shutil.copytree(runs / "ours", tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = ["-m", "otreg_jax.evaluate", f"--workdir={tmp_path / 'run'}", "--batch_size=8"]
+    processes = []
+    for i in range(2):
+        env = os.environ | {
+            "JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(i), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True)
+        )
+    shown = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert ["report:" in text for text in shown] == [True, False]  # process 0 speaks and writes
+    found = (tmp_path / "run/eval/hypotheses.jsonl").read_text().splitlines()
+    for one, two in zip(map(json.loads, rows), map(json.loads, found), strict=True):
+        assert two.pop("score") == pytest.approx(one.pop("score"), abs=1e-4)
+        assert two == one
+    skipped = (tmp_path / "run/eval/skipped.jsonl").read_text().splitlines()
+    assert len(skipped) == 1
 
 
 def test_compared_run_has_its_own_results_and_paired_intervals(runs, results):
