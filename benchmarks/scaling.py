@@ -5,10 +5,14 @@
 
 Every line of benchmarks/results/scaling.jsonl is what otreg_jax.aot found for an arm of
 configs/multilingual.py (Whisper-large-v3 + Qwen2.5-7B, by their shapes in benchmarks/shapes) on a
-slice. Needs libtpu (pip install 'jax[tpu]').
+TPU slice; that needs libtpu (pip install 'jax[tpu]'). benchmarks/results/scaling_cpu.json holds the
+same of a 60M model on up to eight CPU devices, against their number, the batch, the length of the
+audio and the vocabulary (`--cpu`).
 """
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,33 +21,38 @@ from pathlib import Path
 
 from absl import app, flags
 
-from otreg_jax import flops
+from benchmarks import step
+from otreg_jax import aot, flops
 from otreg_jax.aot import GIB
 
+_CPU = flags.DEFINE_bool("cpu", False, "Only the sweep over CPU devices, and the document.")
 _REPORT = flags.DEFINE_bool("report", False, "Only write the document.")
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/scaling.jsonl"
+CPU_RESULTS = ROOT / "benchmarks/results/scaling_cpu.json"
 DOCUMENT = ROOT / "docs/scaling.md"
 SHAPES = Path("benchmarks/shapes")
-# (topology, slices, the device_kind of its chips)
-SLICES = (
-    ("v5e:4x4", 1, "TPU v5 lite"), ("v6e:8x8", 1, "TPU v6 lite"), ("v5p:4x4x4", 1, "TPU v5"),
-    ("v5p:4x4x4", 2, "TPU v5"),
-)  # fmt: skip
+# (topology, slices): (device_kind of its chips, utterances a step)
+SLICES = {
+    ("v5p:4x4x4", 1): ("TPU v5", 512),
+    ("v6e:8x8", 1): ("TPU v6 lite", 512),
+    ("v5p:4x4x4", 2): ("TPU v5", 1024),
+    ("v5e:4x4", 1): ("TPU v5 lite", 64),
+}
 ARMS = {"otreg": "LoRA", "full": "full fine-tuning"}
-LARGEST = (("otreg", "v5p:4x4x4", 1),)  # three compilations or more instead of one
+LARGEST = (("otreg", "v5e:4x4", 1),)  # three compilations or more instead of one
 SECONDS, TOKENS = 15, 96  # utterances as Multilingual LibriSpeech has them
-BATCH = 256
 
 
 def command(arm: str, topology: str, slices: int) -> list[str]:
     """The user's command for one line."""
     return [
         "python", "-m", "otreg_jax.aot", f"--config=configs/multilingual.py:{arm}",
-        f"--topology={topology}", f"--slices={slices}", f"--config.mesh.data={slices}",
+        f"--topology={topology}", f"--slices={slices}",
         f"--config.encoder.path={SHAPES}/whisper-large-v3",
-        f"--config.llm.path={SHAPES}/qwen2.5-7b", f"--config.batch_size={BATCH}",
+        f"--config.llm.path={SHAPES}/qwen2.5-7b",
+        f"--config.batch_size={SLICES[topology, slices][1]}",
         f"--seconds={SECONDS}", f"--tokens={TOKENS}",
         *(["--largest_batch"] if (arm, topology, slices) in LARGEST else []),
     ]  # fmt: skip
@@ -58,7 +67,7 @@ def stored() -> dict[tuple, dict]:
 
 def measure() -> None:
     """Compiles what has no line yet."""
-    for topology, slices, _ in SLICES:
+    for topology, slices in SLICES:
         for arm in ARMS:
             if (arm, topology, slices) in stored():
                 continue
@@ -74,16 +83,62 @@ def measure() -> None:
                 file.write(json.dumps({"arm": arm, **result, **versions}) + "\n")
 
 
+def measure_cpu() -> None:
+    """Compiles the 60M step for CPU devices, changing one thing at a time."""
+    base = {"devices": 8, "batch": 64, "seconds": 8, "vocabulary": 32_000}
+    points = [base | {"devices": n} for n in (1, 2, 4)]
+    points += [base] + [base | {"batch": n} for n in (16, 32)]
+    points += [base | {"seconds": n} for n in (4, 16)]
+    points += [base | {"vocabulary": n} for n in (1000, 152_000)]
+    devices, lines = aot.devices_of("cpu:8"), []
+    for point in points:
+        config, _, tokens = step.recipe("60m", otreg=True, attention="xla")
+        config.batch_size = point["batch"]
+        with tempfile.TemporaryDirectory() as folder:
+            shape = json.loads((ROOT / SHAPES / "qwen2-60m/config.json").read_text())
+            shape["vocab_size"] = point["vocabulary"]
+            (Path(folder) / "config.json").write_text(json.dumps(shape))
+            config.llm.path = folder
+            found = aot.compile_step(
+                config, devices[: point["devices"]], 100 * point["seconds"], tokens
+            )
+        lines.append(point | {"tokens": tokens} | dataclasses.asdict(found))
+        print(point, f"{found.peak / GIB:.3f} GiB a device")
+    CPU_RESULTS.write_text(json.dumps({"jax": version("jax"), "lines": lines}, indent=1) + "\n")
+
+
+def report_cpu() -> tuple[str, int]:
+    """The table of the CPU sweep, and its transcripts' tokens."""
+    lines = json.loads(CPU_RESULTS.read_text())["lines"]
+    rows = [
+        "| devices | batch | audio s | vocabulary | FLOPs a device | peak GiB a device | "
+        "collectives (times, MiB) |",
+        "|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for line in lines:
+        collectives = "; ".join(
+            f"{kind} {times}, {size / 2**20:.1f}"
+            for kind, (times, size) in line["collectives"].items()
+        )
+        rows.append(
+            f"| {line['devices']} | {line['batch']} | {line['seconds']} | {line['vocabulary']:,} | "
+            f"{line['flops'] / line['devices']:.3g} | {line['peak'] / GIB:.3f} | "
+            f"{collectives or 'none'} |"
+        )
+    return "\n".join(rows), lines[0]["tokens"]
+
+
 def report() -> str:
     """docs/scaling.md, every figure from the results."""
     results = stored()
     if not results:
         sys.exit(f"{RESULTS}: no results yet; run python -m benchmarks.scaling")
-    kinds = {(topology, slices): kind for topology, slices, kind in SLICES}
     parts = list(next(iter(results.values()))["memory"])
     memory = [
-        "| slice | training | " + " | ".join(parts) + " | peak | of | fits | largest batch |",
-        "|---|---|" + "---:|" * (len(parts) + 4),
+        "| slice | training | batch | "
+        + " | ".join(parts)
+        + " | peak | of | fits | largest batch |",
+        "|---|---|" + "---:|" * (len(parts) + 5),
     ]
     cost = [
         "| slice | training | model FLOPs a chip | seconds at peak | collectives (times, GiB) |",
@@ -95,11 +150,12 @@ def report() -> str:
         largest = line.get("largest_batch")
         sizes = " | ".join(gib(line["memory"][part]) for part in parts)
         memory.append(
-            f"| {name} | {ARMS[arm]} | {sizes} | {gib(line['peak'])} | {gib(line['capacity'])} | "
+            f"| {name} | {ARMS[arm]} | {line['batch_size']} | {sizes} | {gib(line['peak'])} | "
+            f"{gib(line['capacity'])} | "
             f"{'yes' if line['peak'] <= line['capacity'] else 'no'} | "
             + (f"{largest} ({gib(line['largest_peak'])} GiB) |" if largest else "not searched |")
         )
-        chip = next(c for regex, c in flops.CHIPS if regex in kinds[topology, slices])
+        chip = next(c for regex, c in flops.CHIPS if re.search(regex, SLICES[topology, slices][0]))
         each = line["flops"] / line["devices"]
         collectives = "; ".join(
             f"{kind} {times}, {size / GIB:.1f}"
@@ -109,11 +165,13 @@ def report() -> str:
             f"| {name} | {ARMS[arm]} | {each:.3g} | {each / chip.flops:.2f} | "
             f"{collectives or 'not known: does not fit'} |"
         )
+    cpu, cpu_tokens = report_cpu()
     any_line = next(iter(results.values()))
     return TEMPLATE.format(
-        batch=BATCH, seconds=SECONDS, tokens=TOKENS, positions=any_line["positions"],
+        seconds=SECONDS, tokens=TOKENS, positions=any_line["positions"],
         jax=any_line["jax"], libtpu=any_line["libtpu"], memory="\n".join(memory),
-        cost="\n".join(cost), command=" \\\n    ".join(command("otreg", "v5p:4x4x4", 1)),
+        cost="\n".join(cost), cpu=cpu, cpu_tokens=cpu_tokens,
+        command=" \\\n    ".join(command("otreg", "v5p:4x4x4", 1)),
     )  # fmt: skip
 
 
@@ -124,7 +182,7 @@ TEMPLATE = """# Scale, on paper
 `python -m otreg_jax.aot` compiles the real training step (loss, OTReg, gradients, optimizer,
 donated state) for devices that are not there. These are its figures for `configs/multilingual.py`,
 Whisper-large-v3 + Qwen2.5-7B, with utterances of {seconds} s and {tokens} tokens (LLM sequences of
-{positions} positions), {batch} utterances a step; jax {jax}, libtpu {libtpu}. No step was run:
+{positions} positions); jax {jax}, libtpu {libtpu}. No step was run:
 memory and collectives are the compiler's, FLOPs are those of the traced program's matrix products,
 without recomputation, and "seconds at peak" is FLOPs over the chip's data-sheet rate: a bound that
 no real step reaches.
@@ -141,6 +199,15 @@ no real step reaches.
 
 Collectives are counted on one chip with loops multiplied out; bytes are those of the results.
 
+## What grows with what
+
+The same for a 60M model (Whisper-tiny and an 8-layer Qwen2, adapter and LoRA trained, OTReg on
+layer 1, {cpu_tokens} tokens, float32) on CPU devices, data parallel, one thing changed at a time:
+
+{cpu}
+
+With a large vocabulary the logits exist a few positions at a time (`losses.LOGITS_AT_A_TIME`).
+
 ## Again, or for your model
 
 ```
@@ -154,8 +221,10 @@ read: a directory with a `config.json` is enough for `encoder.path` and `llm.pat
 
 def main(argv):
     del argv
-    if not _REPORT.value:
+    if not (_REPORT.value or _CPU.value):
         measure()
+    if _CPU.value:
+        measure_cpu()
     DOCUMENT.write_text(report())
     print(f"wrote {DOCUMENT.relative_to(ROOT)}")
 

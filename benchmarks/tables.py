@@ -1,0 +1,150 @@
+"""Writes the tables of docs/*.md from benchmarks/results/*.json, so that they cannot drift apart.
+
+    python -m benchmarks.tables
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. docs/quickstart.md, docs/study.md
+and docs/scaling.md are written by the benchmarks of these names.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are figures."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def read(name: str):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def versions(named: dict) -> str:
+    return ", ".join(f"{name} {version}" for name, version in named.items())
+
+
+def sinkhorn() -> str:
+    result = read("sinkhorn")
+    e, s = result["environment"], result["settings"]
+    columns = {
+        "milliseconds": ("ms", lambda v: f"{v:.3g}" if v < 1000 else f"{v:.0f}"),
+        "times_ours": ("× ours", "{:.2f}".format), "times_cost": ("× cost", "{:.2f}".format),
+        "temporary_mib": ("temporary MiB", "{:.3g}".format),
+        "plan_l1_error": ("plan L1 error", "{:.1e}".format),
+        "excess_over_lp": ("excess over LP", "{:.2%}".format),
+    }  # fmt: skip
+    clock = "CPU time" if s["clock"] == "cpu" else "wall clock"
+    parts = [
+        f"Measured on {e['cores']} {e['processor']} core(s) ({e['device']}), {clock}, "
+        f"{s['repeats']} rounds, load average {e['load_average']:.1f}; {versions(e['versions'])}."
+    ]
+    for size, tables in result["sizes"].items():
+        for part, rows in tables.items():
+            names = list(next(iter(rows.values())))
+            cell = lambda row, name: "–" if row[name] is None else columns[name][1](row[name])
+            what = "solve" if part == "solve" else "forward + backward"
+            parts.append(f"**{size.replace('x', ' ')}, {what}**")
+            parts.append(
+                markdown(
+                    ["", *(columns[name][0] for name in names)],
+                    [[key, *(cell(row, name) for name in names)] for key, row in rows.items()],
+                )
+            )
+    return "\n\n".join(parts)
+
+
+def step() -> str:
+    result = read("step")
+    rows = []
+    for row in result["rows"]:
+        on_paper = "seconds" not in row
+        rows.append(
+            [
+                row["size"],
+                "on paper" if on_paper else f"{row['batch_size']}",
+                "" if on_paper else f"{row['frames'] / 100:g}",
+                "" if on_paper else f"{1e3 * row['seconds']:.0f}",
+                "" if on_paper else f"{row['share']:.1%}",
+                f"{row['flops']:.3g}",
+                f"{row['flops_share']:.2%}",
+                "" if on_paper else f"{row['flops_per_sec'] / 1e9:.1f}",
+            ]
+        )
+    header = ["size", "batch", "audio s", "ms", "OTReg's share of the time", "FLOPs", "its share "]
+    return (
+        f"Measured on {result['machine']} ({result['device']}), {result['repeats']} rounds; "
+        f"{versions(result['versions'])}.\n\n" + markdown([*header, "GFLOP/s"], rows)
+    )
+
+
+def peer_step() -> str:
+    result = read("peer_step")
+    rows = [
+        [
+            name, f"{1e3 * row['seconds']:.0f}", f"{row['utterances_per_sec']:.2f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for name, row in result["rows"].items()
+    ]  # fmt: skip
+    first = result["first_loss"]
+    return (
+        f"{result['encoder']} + {result['llm']}, batch {result['batch_size']} of "
+        f"{result['seconds']:g} s; {result['machine']} ({result['device']}), {result['repeats']} "
+        f"rounds; {versions(result['versions'])}. First loss: ours {first['ours']:.5f}, torch's "
+        f"{first['torch']:.5f}.\n\n"
+        + markdown(["", "ms a step", "utterances/s", "ours is faster by"], rows)
+    )
+
+
+def decode() -> str:
+    result = read("decode")
+    rows = []
+    for size, model in result["models"].items():
+        rates = model["utterances_per_sec"]
+        ours = rates["otreg_jax, batched"]
+        for name, values in rates.items():
+            ratio = median([a / b for a, b in zip(ours, values, strict=True)])
+            rows.append(
+                [
+                    f"{size}, {name}", f"{median(values):.2f}", f"{ratio:.2f}",
+                    model["same_tokens_as_batched"][name],
+                ]
+            )  # fmt: skip
+    return (
+        f"Batch {result['batch_size']}, {result['tokens']} tokens each; {result['machine']}; "
+        f"{versions(result['versions'])}.\n\n"
+        + markdown(["", "utterances/s", "ours, batched, is faster by", "same tokens"], rows)
+    )
+
+
+def median(values: list[float]) -> float:
+    values = sorted(values)
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+
+
+TABLES = {"sinkhorn": sinkhorn, "step": step, "peer_step": peer_step, "decode": decode}
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def render(text: str) -> str:
+    """The document with its tables made anew."""
+    return MARKED.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[4]}", text)
+
+
+def main() -> None:
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        before = path.read_text()
+        after = render(before)
+        if after != before:
+            path.write_text(after)
+            print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
