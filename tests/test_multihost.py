@@ -90,7 +90,7 @@ class Processes:
         return self.processes[i].wait(seconds)
 
     def log(self, i: int) -> str:
-        return self.logs[i].read_text()[-6000:]
+        return self.logs[i].read_text()
 
 
 def checkpoints(workdir) -> set[str]:
