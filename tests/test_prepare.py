@@ -150,6 +150,22 @@ def test_machines_share_the_shards(manifest, tmp_path, in_this_process):
         assert (shared / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_apache_beam_writes_the_same(manifest, tmp_path, in_this_process):
+    pytest.importorskip("apache_beam", reason="the beam extra is not installed")
+    run(manifest, tmp_path / "here")
+    run(manifest, tmp_path / "beam", beam=["--runner=DirectRunner"])
+    files = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
+    written = files(tmp_path / "beam")
+    assert len([name for name in written if name.startswith("speech-train")]) > 1
+    assert written == files(tmp_path / "here")
+
+
+def test_apache_beam_is_asked_for_by_name(manifest, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(ImportError, match="pip install apache-beam"):
+        run(manifest, tmp_path / "beam", beam=[])
+
+
 def test_other_input_does_not_mix_with_what_is_there(manifest, tmp_path, in_this_process):
     run(manifest, tmp_path / "out")
     with pytest.raises(ValueError, match="made from other input or with other settings"):

@@ -11,7 +11,11 @@ refused and how often), refused-SPLIT.jsonl (each refusal with its reason) and S
 (`sha256sum -c SHA256SUMS`).
 Run the same command again after an interruption: finished shards stay as they are. Several machines
 with a common file system share the work with --machine=0/4 … --machine=3/4; the last one to finish
-completes the data set.
+completes the data set. Or leave that to Apache Beam (pip install apache-beam; the workers need the
+file system too), whose options then say where it runs:
+
+    python -m otreg_jax.data.prepare ... --beam="--runner=DirectRunner --direct_num_workers=4 \\
+        --direct_running_mode=multi_processing"
 """
 
 import concurrent.futures
@@ -19,6 +23,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +44,7 @@ _SPLIT = flags.DEFINE_string("split", "train", "Split of the corpus; in the outp
 _MAX_DURATION = flags.DEFINE_float("max_duration", 30.0, "Seconds; longer audio is refused.")
 _SHARD_HOURS = flags.DEFINE_float("shard_hours", 1.0, "Audio in a shard; an hour is 115 MB.")
 _MACHINE = flags.DEFINE_string("machine", "0/1", "Which of how many machines this is.")
+_BEAM = flags.DEFINE_string("beam", None, "Options of an Apache Beam pipeline to run as.")
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.")
 
 
@@ -72,6 +78,7 @@ def prepare(
     shard_hours: float = 1.0,
     workers: int = 1,
     machine: tuple[int, int] = (0, 1),
+    beam: Sequence[str] | None = None,
 ) -> dict | None:
     """Writes a split of a data set, going on where an interrupted call stopped.
 
@@ -83,6 +90,7 @@ def prepare(
       shard_hours: hours of audio in a shard.
       workers: processes.
       machine: (index, count) of the machines that write this split, each its share of the shards.
+      beam: options of the Apache Beam pipeline that writes the shards; None: processes here do.
 
     Returns:
       The report, as report-SPLIT.json holds it; None while shards of other machines are missing.
@@ -113,7 +121,11 @@ def prepare(
     index, count = machine
     jobs = dict(zip(names[index::count], shards[index::count], strict=True))
     finished = lambda name: _summary_path(output / name).exists()
-    _write_shards(output, {name: jobs[name] for name in jobs if not finished(name)}, workers)
+    jobs = {name: jobs[name] for name in jobs if not finished(name)}
+    if beam is None:
+        _write_shards(output, jobs, workers)
+    else:
+        _write_shards_by_beam(output, jobs, beam)
     if not all(map(finished, names)):
         return None
 
@@ -171,6 +183,18 @@ def _write_shards(output: Path, jobs: dict[str, list[Utterance]], workers: int) 
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _write_shards_by_beam(output: Path, jobs: dict, options: Sequence[str]) -> None:
+    try:
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise ImportError("--beam needs Apache Beam: pip install apache-beam") from error
+    # A retried or duplicated shard does no harm: it appears under its name once it is whole.
+    with apache_beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+        shards = pipeline | apache_beam.Create([(output / name, jobs[name]) for name in jobs])
+        _ = shards | apache_beam.Reshuffle() | apache_beam.MapTuple(write_shard)
 
 
 def write_shard(path: Path, utterances: Sequence[Utterance]) -> None:
@@ -254,8 +278,9 @@ def main(argv):
         report = prepare(
             utterances, problems, _OUTPUT.value, split, max_duration=_MAX_DURATION.value,
             shard_hours=_SHARD_HOURS.value, workers=_WORKERS.value, machine=_machine(),
+            beam=None if _BEAM.value is None else shlex.split(_BEAM.value),
         )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
     if report is None:
         print("this machine's shards are written; others are still missing")
