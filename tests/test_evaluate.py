@@ -170,7 +170,9 @@ def test_eight_devices_evaluate_as_one(runs, results):
     assert run.mesh.size == 8
     utterances, _ = evaluate.load_sets(run.config, runs / "ours")
     one = jax.make_mesh((1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    alone = run._replace(mesh=one, params=jax.device_put(run.params, NamedSharding(one, P())))
+    slm = build.modules(run.config, run.tokenizer.vocab_size, run.slm.prompt, mesh=one)
+    params = jax.device_put(run.params, NamedSharding(one, P()))
+    alone = run._replace(mesh=one, slm=slm, params=params)
     settings = decoding.Settings(6)
     rows = []
     for r in (run, alone):
