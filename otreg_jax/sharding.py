@@ -69,15 +69,18 @@ def make_mesh(config, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
     if sizes["data"] % slices:
         raise ValueError(
             f"mesh: data={sizes['data']} is not a multiple of the {slices} slices; set mesh.data="
             f"{slices}, so that only gradients cross the slower network between them"
         )
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    # Axes may take a part of a torus axis: 16 devices of an 8x8 slice, say.
+    split = {"allow_split_physical_axes": True}
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(within, devices, **split)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, **split)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
