@@ -29,7 +29,8 @@ def describe_machine(*packages: str) -> dict:
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "load_average": os.getloadavg()[0],
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", *packages)
         },

@@ -3,6 +3,7 @@
     python -m benchmarks.step                          # what a CPU can run; the others on paper
     python -m benchmarks.step --size=1.5b --size=7b    # on an accelerator
     python -m benchmarks.step --sweep=batch --sweep=seconds
+    taskset -c 0 python -m benchmarks.step --clock=cpu     # on a machine with other work to do
 
 Adapter and LoRA train, encoder and LLM are frozen, as in configs/librispeech.py; weights are
 random. Steps with and without OTReg are timed in turn, round by round; shares are medians of the
@@ -39,6 +40,9 @@ _SIZES = flags.DEFINE_multi_enum("size", [], list(SIZES), "Sizes to run; default
 _SWEEPS = flags.DEFINE_multi_enum("sweep", [], list(SWEEPS), "Also vary this, at the first size.")
 _ATTENTION = flags.DEFINE_string("attention", "auto", "As config.attention.")
 _REPEATS = flags.DEFINE_integer("repeats", 11, "Rounds of timing.")
+_CLOCK = flags.DEFINE_enum(
+    "clock", "wall", ["wall", "cpu"], "Wall-clock time, or CPU time of all threads."
+)
 _OUT = flags.DEFINE_string("out", "benchmarks/results/step.json", "File of the results.")
 
 
@@ -93,6 +97,7 @@ def share_on_paper(size: str, **changes) -> tuple[int, float]:
 
 def measure(size: str, repeats: int, attention: str, **changes) -> dict:
     """Times both steps in turn."""
+    now = time.process_time if _CLOCK.value == "cpu" else time.perf_counter
     runs, chip = {}, flops_lib.chip(jax.devices()[0])
     for otreg in (True, False):
         config, frames, tokens = recipe(size, otreg, attention, **changes)
@@ -101,11 +106,11 @@ def measure(size: str, repeats: int, attention: str, **changes) -> dict:
     for round in range(-2, repeats):  # the first ones compile and warm up
         for run in runs.values():
             step, state, frozen, batch, times = run
-            start = time.perf_counter()
+            start = now()
             run[1], metrics = step(state, frozen, batch)
             jax.block_until_ready((run[1], metrics))
             if round >= 0:
-                times.append(time.perf_counter() - start)
+                times.append(now() - start)
     seconds = {otreg: statistics.median(run[4]) for otreg, run in runs.items()}
     flops, share = share_on_paper(size, **changes)
     shares = [1 - b / a for a, b in zip(runs[True][4], runs[False][4], strict=True)]
@@ -144,7 +149,8 @@ def main(argv):
             flops, share = share_on_paper(size)
             rows.append({"size": size, "flops": flops, "flops_share": share})
             print(f"{size:12} on paper: {flops:.3g} FLOPs a step, OTReg {share:.3%} of them")
-    result = {**describe_machine(), "repeats": _REPEATS.value, "rows": rows}
+    settings = {"repeats": _REPEATS.value, "clock": _CLOCK.value}
+    result = {**describe_machine(), **settings, "rows": rows}
     Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -57,6 +57,7 @@ class Question(NamedTuple):
         return [f"{self.world},{arm},{seed}" for seed in self.seeds for arm in self.arms]
 
 
+ENOUGH = 3  # seeds below which nothing is claimed: resampling so few says little of the spread
 FRESH = (1, 2, 3, 4, 5)  # no screening run had these
 # In the order they are run.
 QUESTIONS = (
@@ -194,7 +195,7 @@ class Difference(NamedTuple):
 
     @property
     def carried(self) -> bool:
-        return self.seeds > 1 and not self.low <= 0 <= self.high
+        return self.seeds >= ENOUGH and not self.low <= 0 <= self.high
 
 
 def errors_and_words(line: dict, shift: str) -> tuple[np.ndarray, np.ndarray]:
@@ -301,20 +302,25 @@ def sentence(arm: str, reference: str, shift: str, d: Difference) -> str:
 
 
 def summary(arms) -> list[str]:
-    """A plain-language line a pair, and the arm of fewest errors for every kind of shift."""
+    """The arm of fewest errors for every kind of shift, and a plain-language line a pair."""
+    repeated = {arm: runs for arm, runs in arms.items() if len(runs) >= ENOUGH}
+    repeated.pop("untrained", None)
+    if len(repeated) < 2:
+        return [f"- Too few seeds to tell arms apart: no claim is made with less than {ENOUGH}."]
     lines = []
     for shift in SHIFTS:
         means = {
             arm: statistics.fmean(wer(line, shift) for line in runs.values())
-            for arm, runs in arms.items()
-            if arm != "untrained"
+            for arm, runs in repeated.items()
         }
         best = min(means, key=means.get)
         lines.append(f"- Fewest errors on {shift}: {best} ({means[best]:.1f} %).")
     for arm, reference in PAIRS:
         if arm in arms and reference in arms:
             found = {shift: compare(arms[arm], arms[reference], shift) for shift in SHIFTS}
-            told = [sentence(arm, reference, s, d) for s, d in found.items() if d and d.seeds > 1]
+            told = [
+                sentence(arm, reference, s, d) for s, d in found.items() if d and d.seeds >= ENOUGH
+            ]
             if told:
                 lines.append(f"- **{arm}**: " + "; ".join(told) + ".")
     return lines

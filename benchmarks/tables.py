@@ -28,6 +28,12 @@ def versions(named: dict) -> str:
     return ", ".join(f"{name} {version}" for name, version in named.items())
 
 
+def machine(result: dict) -> str:
+    clock = "CPU time" if result["clock"] == "cpu" else "wall clock"
+    load = f"load average {result['load_average']:.1f}"
+    return f"{result['machine']} ({result['device']}), {clock}, {load}"
+
+
 def sinkhorn() -> str:
     result = read("sinkhorn")
     e, s = result["environment"], result["settings"]
@@ -77,7 +83,7 @@ def step() -> str:
         )
     header = ["size", "batch", "audio s", "ms", "OTReg's share of the time", "FLOPs", "its share "]
     return (
-        f"Measured on {result['machine']} ({result['device']}), {result['repeats']} rounds; "
+        f"Measured on {machine(result)}, {result['repeats']} rounds; "
         f"{versions(result['versions'])}.\n\n" + markdown([*header, "GFLOP/s"], rows)
     )
 
@@ -94,7 +100,7 @@ def peer_step() -> str:
     first = result["first_loss"]
     return (
         f"{result['encoder']} + {result['llm']}, batch {result['batch_size']} of "
-        f"{result['seconds']:g} s; {result['machine']} ({result['device']}), {result['repeats']} "
+        f"{result['seconds']:g} s; {machine(result)}, {result['repeats']} "
         f"rounds; {versions(result['versions'])}. First loss: ours {first['ours']:.5f}, torch's "
         f"{first['torch']:.5f}.\n\n"
         + markdown(["", "ms a step", "utterances/s", "ours is faster by"], rows)
