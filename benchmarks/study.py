@@ -327,7 +327,8 @@ def summary(arms) -> list[str]:
 
 
 def step_time_table(results: list[dict]) -> str:
-    """The fastest stretch of an arm's runs over that of ce's, the median over processes."""
+    """The fastest stretch of an arm's runs over that of ce's, the median over processes; "" unless
+    there are runs enough for each arm to have had a quiet stretch."""
     ratios: dict[str, list[float]] = {}
     for world, process in sorted({(r["world"], r["process"]) for r in results}):
         fastest: dict[str, float] = {}
@@ -337,11 +338,12 @@ def step_time_table(results: list[dict]) -> str:
         if "ce" in fastest and world.startswith("trimmed") and "+" not in world:
             for arm, seconds in fastest.items():
                 ratios.setdefault(arm, []).append(seconds / fastest["ce"])
+    runs = [r["arm"] for r in results if r["world"] == "trimmed"]
     rows = [["arm", "step time / that of ce", "processes"]]
     for arm in RECIPE["ARMS"]:
-        if arm in ratios:
+        if arm in ratios and min(runs.count(arm), runs.count("ce")) >= ENOUGH:
             rows.append([arm, f"{statistics.median(ratios[arm]):.2f}", str(len(ratios[arm]))])
-    return markdown(rows)
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 def figure(arms, title: str, path: Path) -> None:
@@ -381,7 +383,8 @@ def report(results: list[dict], folder: Path) -> str:
             error_table(arms),
             difference_table(arms),
         ]
-    parts += ["## What it costs", step_time_table(results)]
+    if times := step_time_table(results):
+        parts += ["## What it costs", times]
     return "\n\n".join(part for part in parts if part)
 
 

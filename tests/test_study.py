@@ -82,26 +82,28 @@ def line(arm: str, seed: int, errors, world="trimmed", step_seconds=0.1):
 
 @pytest.fixture
 def results(monkeypatch):
-    question = study.Question("Made up", "trimmed", ("ce", "better", "same"), (1, 2))
+    question = study.Question("Made up", "trimmed", ("ce", "better", "same"), (1, 2, 3))
     monkeypatch.setattr(study, "PAIRS", (("better", "ce"), ("same", "ce")))
     monkeypatch.setattr(study, "QUESTIONS", (question,))
     monkeypatch.setitem(study.RECIPE, "ARMS", dict.fromkeys(question.arms))
     return [
-        line("ce", 1, [2, 2, 2, 2]), line("ce", 2, [3, 3, 3, 3]),
+        line("ce", 1, [2, 2, 2, 2]), line("ce", 2, [3, 3, 3, 3]), line("ce", 3, [4, 4, 4, 4]),
         line("better", 1, [1, 1, 1, 1], step_seconds=0.15), line("better", 2, [1, 1, 1, 1]),
-        line("same", 1, [1, 3, 2, 2]), line("same", 2, [3, 3, 2, 4]),
+        line("better", 3, [1, 1, 1, 1], step_seconds=0.2),
+        line("same", 1, [1, 3, 2, 2]), line("same", 2, [3, 3, 2, 4]), line("same", 3, [5, 3, 4, 4]),
     ]  # fmt: skip
 
 
 def test_the_report_holds_what_the_lines_say(results, tmp_path):
     text = study.report(results, tmp_path)
-    # ce: 8/20 and 12/20 words wrong: 40 and 60 %.
-    assert f"| ce | 2 | 50.0 ± {statistics.stdev([40, 60]):.1f} |" in text
-    assert "| better | 2 | 20.0 ± 0.0 |" in text
-    # better - ce: -20 and -40 points; every bootstrap sample lies between.
-    assert "| better − ce | **-30.0 [-40.0, -20.0] 2/2** |" in text
-    assert re.search(r"\| same − ce \| \+0.0 \[-\d+.0, \+\d+.0\] 0/2 \|", text)
-    assert "**better**: 30.0 points fewer errors than ce on in-domain" in text
+    # ce: 8/20, 12/20 and 16/20 words wrong.
+    assert f"| ce | 3 | 60.0 ± {statistics.stdev([40, 60, 80]):.1f} |" in text
+    assert "| better | 3 | 20.0 ± 0.0 |" in text
+    # better - ce: -20, -40 and -60 points; the mean of seeds drawn with replacement lies between,
+    # and beyond the quantiles are 1/27 of the draws each.
+    assert "| better − ce | **-40.0 [-60.0, -20.0] 3/3** |" in text
+    assert re.search(r"\| same − ce \| \+0.0 \[-\d+.0, \+\d+.0\] 0/3 \|", text)
+    assert "**better**: 40.0 points fewer errors than ce on in-domain" in text
     assert "**same**: no difference to ce that its interval carries on in-domain" in text
     assert "Fewest errors on new text: better (20.0 %)" in text
     assert "| better | 1.00 | 1 |" in text
@@ -110,7 +112,9 @@ def test_the_report_holds_what_the_lines_say(results, tmp_path):
 
 def test_the_report_says_which_runs_are_missing(results, tmp_path):
     text = study.report(results[:-1], tmp_path)
-    assert "1 of 6 runs were not made" in text and "| same | 1 | 40.0 |" in text
+    assert "1 of 9 runs were not made" in text
+    # Two seeds show their interval, but no claim is made of it.
+    assert re.search(r"\| same − ce \| [^*|]* 0/2 \|", text) and "**same**" not in text
     assert "Not run." in study.report([], tmp_path)
 
 
