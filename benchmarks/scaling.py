@@ -171,7 +171,7 @@ def report() -> str:
         seconds=SECONDS, tokens=TOKENS, positions=any_line["positions"],
         jax=any_line["jax"], libtpu=any_line["libtpu"], memory="\n".join(memory),
         cost="\n".join(cost), cpu=cpu, cpu_tokens=cpu_tokens,
-        command=" \\\n    ".join(command("otreg", "v5p:4x4x4", 1)),
+        command=" ".join(command("otreg", "v5p:4x4x4", 1)).replace(" --", " \\\n    --"),
     )  # fmt: skip
 
 

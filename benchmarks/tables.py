@@ -31,7 +31,8 @@ def versions(named: dict) -> str:
 def machine(result: dict) -> str:
     clock = "CPU time" if result["clock"] == "cpu" else "wall clock"
     load = f"load average {result['load_average']:.1f}"
-    return f"{result['machine']} ({result['device']}), {clock}, {load}"
+    host = result.get("machine") or f"{result['processor']}, {result['cores']} core(s)"
+    return f"{host} ({result['device']}), {clock}, {load}"
 
 
 def sinkhorn() -> str:
@@ -122,7 +123,7 @@ def decode() -> str:
                 ]
             )  # fmt: skip
     return (
-        f"Batch {result['batch_size']}, {result['tokens']} tokens each; {result['machine']}; "
+        f"Batch {result['batch_size']}, {result['tokens']} tokens each; {machine(result)}; "
         f"{versions(result['versions'])}.\n\n"
         + markdown(["", "utterances/s", "ours, batched, is faster by", "same tokens"], rows)
     )
