@@ -16,23 +16,15 @@ Further key=value items change the recipe: "trimmed+screen,ce,0,optim.learning_r
 """
 
 import ast
+import runpy
+from pathlib import Path
 
 from otreg_jax import config as config_lib
 
 FOLDER = "runs/study"  # of the parts and of the speech
 STEPS = 300
 
-SLOTS = {
-    "number": "one two three four five six seven eight nine ten eleven twelve".split(),
-    "tens": "twenty thirty forty fifty".split(),
-    "unit": "minutes hours seconds days".split(),
-    "room": "kitchen bedroom garage office garden".split(),
-    "device": "light fan heater radio camera".split(),
-    "state": "on off".split(),
-    "person": "anna peter maria david laura".split(),
-    "month": "january march april july august october".split(),
-    "day": "monday tuesday friday sunday".split(),
-}
+SLOTS = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["SLOTS"]
 # Four text domains over the same words: training and new domain of either split.
 DOMAINS = {
     "confirm": (
