@@ -390,9 +390,13 @@ def record_skipped(
     if path:
         path = epath.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        before = path.read_text() if path.exists() else ""  # remote files cannot be appended to
-        lines = (json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems)
-        path.write_text(before + "".join(lines))
+        lines = [json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems]
+        if "://" in str(path):  # remote files cannot be appended to
+            before = path.read_text() if path.exists() else ""
+            path.write_text(before + "".join(lines))
+        else:  # loader workers append side by side, and a long run one line at a time
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
 
 
 def load_utterances(
