@@ -26,12 +26,13 @@ def make_batch(config, frames: int, tokens: int, vocab_size: int, seed: int = 0)
 
 def describe_machine(*packages: str) -> dict:
     """The device, the host, and the versions of `packages` beside JAX's."""
+    packages = ("jax", "jaxlib", *packages)
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", *packages)
-        },
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }

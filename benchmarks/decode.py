@@ -11,10 +11,7 @@ own ratios, so that other load on the machine hits all of them. Prints a table a
 benchmarks/results/decode.json.
 """
 
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +23,7 @@ import torch
 import transformers
 from absl import app, flags
 
+from benchmarks.common import describe_machine
 from otreg_jax import decoding, pretrained
 
 _SIZES = flags.DEFINE_multi_enum("size", ["tiny", "500m"], ["tiny", "500m"], "Models.")
@@ -157,19 +155,11 @@ def print_table(size: str, result: dict) -> None:
 def main(argv):
     del argv
     transformers.logging.set_verbosity_error()
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)
+    machine = describe_machine("torch", "transformers")
+    torch.set_num_threads(machine["cores"])
     results = {
-        "device": jax.devices()[0].device_kind,
-        "processor": platform.processor() or platform.machine(),
-        "cores": cores,
-        "load_average": os.getloadavg()[0],
+        **machine,
         "clock": _CLOCK.value,
-        "python": platform.python_version(),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("jax", "jaxlib", "torch", "transformers")
-        },
         "batch_size": _BATCH_SIZE.value,
         "tokens": _TOKENS.value,
         "models": {},

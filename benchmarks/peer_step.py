@@ -226,7 +226,7 @@ def main(argv):
         }
         print(f"{name:16}{1e3 * seconds:9.1f}{_BATCH_SIZE.value / seconds:9.2f}{ratio:20.2f}")
     result = {
-        **describe_machine("torch", "transformers", "peft"),
+        **describe_machine("flax", "torch", "transformers", "peft"),
         "encoder": _ENCODER.value, "llm": _LLM.value, "batch_size": _BATCH_SIZE.value,
         "seconds": _SECONDS.value, "tokens": _TOKENS.value,
         "repeats": _REPEATS.value, "clock": _CLOCK.value,

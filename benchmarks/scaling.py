@@ -22,6 +22,7 @@ from pathlib import Path
 from absl import app, flags
 
 from benchmarks import step
+from benchmarks.common import SHAPES
 from otreg_jax import aot, flops
 from otreg_jax.aot import GIB
 
@@ -32,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/scaling.jsonl"
 CPU_RESULTS = ROOT / "benchmarks/results/scaling_cpu.json"
 DOCUMENT = ROOT / "docs/scaling.md"
-SHAPES = Path("benchmarks/shapes")
 # (topology, slices): (device_kind of its chips, utterances a step)
 SLICES = {
     ("v5p:4x4x4", 1): ("TPU v5", 512),
@@ -50,8 +50,8 @@ def command(arm: str, topology: str, slices: int) -> list[str]:
     return [
         "python", "-m", "otreg_jax.aot", f"--config=configs/multilingual.py:{arm}",
         f"--topology={topology}", f"--slices={slices}",
-        f"--config.encoder.path={SHAPES}/whisper-large-v3",
-        f"--config.llm.path={SHAPES}/qwen2.5-7b",
+        f"--config.encoder.path={SHAPES.relative_to(ROOT)}/whisper-large-v3",
+        f"--config.llm.path={SHAPES.relative_to(ROOT)}/qwen2.5-7b",
         f"--config.batch_size={SLICES[topology, slices][1]}",
         f"--seconds={SECONDS}", f"--tokens={TOKENS}",
         *(["--largest_batch"] if (arm, topology, slices) in LARGEST else []),
@@ -95,7 +95,7 @@ def measure_cpu() -> None:
         config, _, tokens = step.recipe("60m", otreg=True, attention="xla")
         config.batch_size = point["batch"]
         with tempfile.TemporaryDirectory() as folder:
-            shape = json.loads((ROOT / SHAPES / "qwen2-60m/config.json").read_text())
+            shape = json.loads((SHAPES / "qwen2-60m/config.json").read_text())
             shape["vocab_size"] = point["vocabulary"]
             (Path(folder) / "config.json").write_text(json.dumps(shape))
             config.llm.path = folder
@@ -107,6 +107,13 @@ def measure_cpu() -> None:
     CPU_RESULTS.write_text(json.dumps({"jax": version("jax"), "lines": lines}, indent=1) + "\n")
 
 
+def collectives(line: dict, unit: int) -> str:
+    """kind times, bytes in `unit`; ..."""
+    return "; ".join(
+        f"{kind} {times}, {size / unit:.1f}" for kind, (times, size) in line["collectives"].items()
+    )
+
+
 def report_cpu() -> tuple[str, int]:
     """The table of the CPU sweep, and its transcripts' tokens."""
     lines = json.loads(CPU_RESULTS.read_text())["lines"]
@@ -116,14 +123,10 @@ def report_cpu() -> tuple[str, int]:
         "|---:|---:|---:|---:|---:|---:|---|",
     ]
     for line in lines:
-        collectives = "; ".join(
-            f"{kind} {times}, {size / 2**20:.1f}"
-            for kind, (times, size) in line["collectives"].items()
-        )
         rows.append(
             f"| {line['devices']} | {line['batch']} | {line['seconds']} | {line['vocabulary']:,} | "
             f"{line['flops'] / line['devices']:.3g} | {line['peak'] / GIB:.3f} | "
-            f"{collectives or 'none'} |"
+            f"{collectives(line, 2**20) or 'none'} |"
         )
     return "\n".join(rows), lines[0]["tokens"]
 
@@ -157,13 +160,9 @@ def report() -> str:
         )
         chip = next(c for regex, c in flops.CHIPS if re.search(regex, SLICES[topology, slices][0]))
         each = line["flops"] / line["devices"]
-        collectives = "; ".join(
-            f"{kind} {times}, {size / GIB:.1f}"
-            for kind, (times, size) in line["collectives"].items()
-        )
         cost.append(
             f"| {name} | {ARMS[arm]} | {each:.3g} | {each / chip.flops:.2f} | "
-            f"{collectives or 'not known: does not fit'} |"
+            f"{collectives(line, GIB) or 'not known: does not fit'} |"
         )
     cpu, cpu_tokens = report_cpu()
     any_line = next(iter(results.values()))

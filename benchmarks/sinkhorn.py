@@ -12,10 +12,7 @@ that of the exact linear program (POT). Prints tables and writes benchmarks/resu
 """
 
 import functools
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -33,6 +30,7 @@ from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
 
+from benchmarks.common import describe_machine
 from otreg_jax import otreg
 
 _SIZES = flags.DEFINE_multi_string(
@@ -214,23 +212,11 @@ def table(rows):
     return "\n".join(lines)
 
 
-def environment():
-    packages = "jax", "jaxlib", "ott-jax", "POT", "torch", "geomloss", "numpy"
-    return {
-        "device": jax.devices()[0].device_kind,
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 def main(_):
     # jax's buffers are read-only, which torch warns of
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     results = {
-        "environment": environment(),
+        "environment": describe_machine("ott-jax", "POT", "torch", "geomloss", "numpy"),
         "settings": {
             "epsilon": EPSILON, "num_iters": NUM_ITERS, "width": WIDTH,
             "repeats": _REPEATS.value, "clock": _CLOCK.value,

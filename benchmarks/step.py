@@ -150,7 +150,7 @@ def main(argv):
             rows.append({"size": size, "flops": flops, "flops_share": share})
             print(f"{size:12} on paper: {flops:.3g} FLOPs a step, OTReg {share:.3%} of them")
     settings = {"repeats": _REPEATS.value, "clock": _CLOCK.value}
-    result = {**describe_machine(), **settings, "rows": rows}
+    result = {**describe_machine("flax"), **settings, "rows": rows}
     Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import tqdm
 from matplotlib.figure import Figure
 
+from benchmarks.tables import markdown
 from otreg_jax import build, decoding, evaluate, pretrain_llm, pretrained, train
 from otreg_jax import config as config_lib
 from otreg_jax.data import sets, text
@@ -255,11 +256,6 @@ def spread(numbers) -> str:
     return f"{statistics.fmean(numbers):.1f}{deviation}"
 
 
-def markdown(rows: list[list[str]]) -> str:
-    rule = ["---"] * len(rows[0])
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
-
-
 def error_table(arms: dict[str, dict[int, dict]]) -> str:
     names = [name for members in SHIFTS.values() for name in members]
     rows = [["arm", "seeds", *names, "templates", "mass"]]
@@ -272,7 +268,7 @@ def error_table(arms: dict[str, dict[int, dict]]) -> str:
         ]
         mass = statistics.fmean(line["spoken_mass"] for line in lines)
         rows.append([arm, str(len(lines)), *cells, spread(made_up), f"{mass:.2f}"])
-    return markdown(rows)
+    return markdown(rows[0], rows[1:])
 
 
 def difference_table(arms) -> str:
@@ -281,7 +277,7 @@ def difference_table(arms) -> str:
         if arm in arms and reference in arms:
             found = [compare(arms[arm], arms[reference], shift) for shift in SHIFTS]
             rows.append([f"{arm} − {reference}", *(cell(d) for d in found)])
-    return markdown(rows) if len(rows) > 1 else ""
+    return markdown(rows[0], rows[1:]) if len(rows) > 1 else ""
 
 
 def cell(d: Difference | None) -> str:
@@ -343,7 +339,7 @@ def step_time_table(results: list[dict]) -> str:
     for arm in RECIPE["ARMS"]:
         if arm in ratios and min(runs.count(arm), runs.count("ce")) >= ENOUGH:
             rows.append([arm, f"{statistics.median(ratios[arm]):.2f}", str(len(ratios[arm]))])
-    return markdown(rows) if len(rows) > 1 else ""
+    return markdown(rows[0], rows[1:]) if len(rows) > 1 else ""
 
 
 def figure(arms, title: str, path: Path) -> None:

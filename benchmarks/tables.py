@@ -8,6 +8,7 @@ and docs/scaling.md are written by the benchmarks of these names.
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def versions(named: dict) -> str:
 def machine(result: dict) -> str:
     clock = "CPU time" if result["clock"] == "cpu" else "wall clock"
     load = f"load average {result['load_average']:.1f}"
-    host = result.get("machine") or f"{result['processor']}, {result['cores']} core(s)"
+    host = f"{result['cores']} {result['processor']} core(s)"
     return f"{host} ({result['device']}), {clock}, {load}"
 
 
@@ -45,11 +46,7 @@ def sinkhorn() -> str:
         "plan_l1_error": ("plan L1 error", "{:.1e}".format),
         "excess_over_lp": ("excess over LP", "{:.2%}".format),
     }  # fmt: skip
-    clock = "CPU time" if s["clock"] == "cpu" else "wall clock"
-    parts = [
-        f"Measured on {e['cores']} {e['processor']} core(s) ({e['device']}), {clock}, "
-        f"{s['repeats']} rounds, load average {e['load_average']:.1f}; {versions(e['versions'])}."
-    ]
+    parts = [f"Measured on {machine(e | s)}, {s['repeats']} rounds; {versions(e['versions'])}."]
     for size, tables in result["sizes"].items():
         for part, rows in tables.items():
             names = list(next(iter(rows.values())))
@@ -115,10 +112,10 @@ def decode() -> str:
         rates = model["utterances_per_sec"]
         ours = rates["otreg_jax, batched"]
         for name, values in rates.items():
-            ratio = median([a / b for a, b in zip(ours, values, strict=True)])
+            ratio = statistics.median([a / b for a, b in zip(ours, values, strict=True)])
             rows.append(
                 [
-                    f"{size}, {name}", f"{median(values):.2f}", f"{ratio:.2f}",
+                    f"{size}, {name}", f"{statistics.median(values):.2f}", f"{ratio:.2f}",
                     model["same_tokens_as_batched"][name],
                 ]
             )  # fmt: skip
@@ -127,12 +124,6 @@ def decode() -> str:
         f"{versions(result['versions'])}.\n\n"
         + markdown(["", "utterances/s", "ours, batched, is faster by", "same tokens"], rows)
     )
-
-
-def median(values: list[float]) -> float:
-    values = sorted(values)
-    middle = len(values) // 2
-    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
 
 TABLES = {"sinkhorn": sinkhorn, "step": step, "peer_step": peer_step, "decode": decode}
