@@ -1,8 +1,7 @@
 """Compiles the training step for devices that are not there: does it fit, and what does it cost?
 
     python -m otreg_jax.aot --config=configs/multilingual.py --topology=v5p:4x4x4
-    python -m otreg_jax.aot --config=configs/multilingual.py --topology=v5p:4x4x4 --slices=2 \\
-        --config.mesh.data=2
+    python -m otreg_jax.aot --config=configs/multilingual.py --topology=v5p:4x4x4 --slices=2
     python -m otreg_jax.aot --config=configs/quickstart.py --topology=cpu:8
 
 Needs no TPU and no weights, only the pretrained models' config.json; for TPU topologies it needs
@@ -119,12 +118,12 @@ def abstract_batch(config, mesh, frames: int, tokens: int) -> dict[str, jax.Shap
     return speech | {"tokens": array(jnp.int32, tokens)} | lengths
 
 
-def trace_step(config, devices, frames: int, tokens: int):
-    """The training step over abstract arguments, as training runs it.
+def abstract_step(config, devices, frames: int, tokens: int):
+    """The training step and what it takes, nothing traced.
 
     Returns:
-      (traced, (state, frozen, batch), slm): the traced step, its arguments (ShapeDtypeStructs with
-      shardings) and the model.
+      (slm, step function of a model, (state, frozen, batch)): the step as training jits it, and
+      its arguments, ShapeDtypeStructs with shardings.
 
     Raises:
       ValueError: the mesh or the configuration is impossible.
@@ -137,13 +136,14 @@ def trace_step(config, devices, frames: int, tokens: int):
     place = lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
     frozen = jax.tree.map(place, frozen, sharding.tree_shardings(frozen, mesh))
     arguments = (state, frozen, abstract_batch(config, mesh, frames, tokens))
-    step_fn = train_step.make_step(slm, config, optimizer, state)
-    return step_fn.trace(*arguments), arguments, slm
+    return slm, lambda slm: train_step.make_step(slm, config, optimizer, state), arguments
 
 
 def compile_step(config, devices, frames: int, tokens: int) -> Report:
-    """Compiles the training step of a configuration for `devices`; errors as `trace_step`."""
-    traced, (state, frozen, batch), slm = trace_step(config, devices, frames, tokens)
+    """Compiles the training step of a configuration for `devices`; errors as `abstract_step`."""
+    slm, step_of, arguments = abstract_step(config, devices, frames, tokens)
+    traced = step_of(slm).trace(*arguments)
+    state, frozen, batch = arguments
     memory = {
         "frozen weights": _bytes(frozen), "trained weights": _bytes(state.params),
         "optimizer state": _bytes(state.opt_state), "batch": _bytes(batch),
@@ -169,17 +169,15 @@ def compile_step(config, devices, frames: int, tokens: int) -> Report:
         + tokens
     )
     return Report(
-        config.batch_size, memory, peak, capacity, model_flops(config, devices, frames, tokens),
-        collectives, positions,
+        config.batch_size, memory, peak, capacity,
+        flops.count(step_of(build.plain(slm)), *arguments), collectives, positions,
     )  # fmt: skip
 
 
 def model_flops(config, devices, frames: int, tokens: int) -> int:
     """FLOPs of the step's matrix products over all devices, without recomputation; no compiling."""
-    config = config.copy_and_resolve_references()
-    config.remat, config.attention = False, "xla"
-    traced, _, _ = trace_step(config, devices, frames, tokens)
-    return flops.of_jaxpr(traced.jaxpr.jaxpr)
+    slm, step_of, arguments = abstract_step(config, devices, frames, tokens)
+    return flops.count(step_of(build.plain(slm)), *arguments)
 
 
 def peak_memory(analysis, platform: str) -> int:
@@ -342,7 +340,7 @@ def main(argv):
     }  # fmt: skip
     if values.largest_batch and report.capacity:
         sizes = sharding.mesh_sizes(config, len(devices))
-        unit = sizes["data"] * sizes["fsdp"] * config.accumulation
+        unit = sharding.batch_shards(sizes) * config.accumulation
         best = largest_batch(compile_at, report, unit)
         if best:
             result["largest_batch"], result["largest_peak"] = best.batch_size, best.peak

@@ -223,8 +223,9 @@ def parameter_table(trained, frozen) -> str:
 
 def plain(slm: SLM) -> SLM:
     """The same model without recomputation and with XLA's attention: what FLOPs are counted on."""
+    xla = lambda config: config.attention._replace(name="xla")
     simple = lambda module: type(module)(
-        dataclasses.replace(module.config, remat=False, attention=attention.XLA)
+        dataclasses.replace(module.config, remat=False, attention=xla(module.config))
     )
     return slm._replace(encoder=simple(slm.encoder), llm=simple(slm.llm))
 

@@ -52,7 +52,7 @@ def count(fn, *args) -> int:
     A loop counts as often as it runs where the program says how often, else once; of several
     branches the most expensive one counts.
     """
-    return of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+    return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def of_batches(step_fn, state, frozen) -> Callable[[dict], int]:
@@ -71,8 +71,7 @@ def of_batches(step_fn, state, frozen) -> Callable[[dict], int]:
     return of_batch
 
 
-def of_jaxpr(jaxpr) -> int:
-    """`count` of what is traced already."""
+def _of_jaxpr(jaxpr) -> int:
     return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -88,7 +87,7 @@ def _of_equation(equation) -> int:
         # The gradient of a strided convolution runs over zeros put between its inputs.
         zeros = math.prod(params["lhs_dilation"])
         return 2 * equation.outvars[0].aval.size * kernel.size // out_features // zeros
-    inner = [of_jaxpr(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [_of_jaxpr(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner)
     times = {

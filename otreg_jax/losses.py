@@ -70,11 +70,16 @@ def batch_totals(slm: slm_lib.SLM, params, batch, config) -> Totals:
         center = otreg.text_centering(text_BTD, text_mask_BT, center)
     fits_B = ctc_feasible(speech_length_B, batch["tokens"], text_mask_BT)
     return Totals(
-        num_tokens=jnp.sum(batch["token_length"] + 1, where=batch["index"] >= 0),
+        num_tokens=count_tokens(batch),
         num_examples=jnp.sum((length_B > 0) & (speech_length_B > 0)),
         num_ctc_tokens=jnp.sum(length_B, where=fits_B),
         center=center,
     )
+
+
+def count_tokens(batch) -> jax.Array:
+    """What cross-entropy predicts in a batch: transcript tokens and one end of sequence each."""
+    return jnp.sum(batch["token_length"] + 1, where=batch["index"] >= 0)
 
 
 def loss_fn(
@@ -99,10 +104,7 @@ def loss_fn(
         rngs = {"dropout": jax.random.fold_in(jax.random.key(config.seed), step)}
     out = slm_lib.forward(slm, params, batch, config.otreg.layer, rngs)
     real_B = batch["index"] >= 0
-    ce, accuracy = cross_entropy(
-        out.hidden_BTD, functools.partial(slm_lib.logits, slm, params), batch["tokens"],
-        batch["token_length"], real_B, slm.prompt.eos, totals.num_tokens,
-    )  # fmt: skip
+    ce, accuracy = transcript_cross_entropy(slm, params, out.hidden_BTD, batch, totals.num_tokens)
     loss = ce
     metrics = {"ce": ce, "token_accuracy": accuracy}
 
@@ -135,6 +137,14 @@ def loss_fn(
         metrics["infonce"] = infonce
     metrics = {"loss": loss, **metrics}
     return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+
+
+def transcript_cross_entropy(slm: slm_lib.SLM, params, hidden_BTD, batch, num_tokens=None):
+    """`cross_entropy` of the states of `slm_lib.forward` over a batch of the data pipeline."""
+    return cross_entropy(
+        hidden_BTD, functools.partial(slm_lib.logits, slm, params), batch["tokens"],
+        batch["token_length"], batch["index"] >= 0, slm.prompt.eos, num_tokens,
+    )  # fmt: skip
 
 
 def cross_entropy(

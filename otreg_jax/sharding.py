@@ -32,6 +32,11 @@ RULES = (
 )
 
 
+def batch_shards(sizes) -> int:
+    """Into how many parts a mesh of these sizes, {axis: devices}, splits the rows of a batch."""
+    return math.prod(sizes[axis] for axis in BATCH[0])
+
+
 def mesh_sizes(config, num_devices: int) -> dict[str, int]:
     """Devices along every axis; one axis of `config.mesh` may be -1: what the others leave.
 
@@ -49,7 +54,7 @@ def mesh_sizes(config, num_devices: int) -> dict[str, int]:
             f"mesh: {named} needs {math.prod(sizes.values())} devices, {num_devices} are there; "
             "set config.mesh (one axis may be -1)"
         )
-    rows = sizes["data"] * sizes["fsdp"]
+    rows = batch_shards(sizes)
     if config.batch_size % (rows * config.accumulation):
         times = f" times accumulation={config.accumulation}" if config.accumulation > 1 else ""
         raise ValueError(
@@ -100,7 +105,7 @@ def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     XLA has to be told: it may otherwise keep all rows on every device and split activations along
     their width, because the weights that meet them are split so.
     """
-    if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh is None or x.shape[0] % batch_shards(mesh.shape):
         return x
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 

@@ -83,11 +83,12 @@ def train(config, workdir) -> step_lib.TrainState:
     start = int(state.step)
 
     step_fn = step_lib.make_step(slm, config, optimizer, abstract_state)
-    flops_of = flops.of_batches(
-        step_lib.make_step(build.plain(slm), config, optimizer, abstract_state),
-        abstract_state, frozen,
-    )  # fmt: skip
-    eval_fn = step_lib.make_eval_step(slm, config)
+    plain = build.plain(slm)
+    plain_step = step_fn  # whose trace is there already
+    if plain != slm:
+        plain_step = step_lib.make_step(plain, config, optimizer, abstract_state)
+    flops_of = flops.of_batches(plain_step, abstract_state, frozen)
+    eval_fn = step_lib.make_eval_step(slm)
     if process == 0:
         print(build.parameter_table(abstract_state.params, frozen))
         print(

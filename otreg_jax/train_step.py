@@ -9,6 +9,7 @@ import optax
 
 from otreg_jax import losses, optim, sharding
 from otreg_jax.data import augment, features
+from otreg_jax.models import slm as slm_lib
 
 
 class TrainState(NamedTuple):
@@ -45,10 +46,9 @@ def make_step(slm, config, optimizer: optax.GradientTransformation, state: Train
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_eval_step(slm, config):
+def make_eval_step(slm):
     """`eval_step` jitted, a function of (params, frozen, batch)."""
-    schedules = losses.make_schedules(config)
-    return jax.jit(functools.partial(eval_step, slm=slm, config=config, schedules=schedules))
+    return jax.jit(functools.partial(eval_step, slm=slm))
 
 
 def prepare(batch, step, config):
@@ -124,15 +124,14 @@ def sum_over_micro_batches(fn, batch, count: int):
     return jax.lax.scan(add, zero, parts)[0]
 
 
-def eval_step(params, frozen, batch, *, slm, config, schedules):
+def eval_step(params, frozen, batch, *, slm):
     """(cross-entropy summed over the transcript tokens of a batch, their number); no filler counts.
 
     Args:
       params, frozen: all parameters of the model. batch: of mel features, without SpecAugment.
     """
     params = optim.merge(params, frozen)
-    _, metrics = losses.loss_fn(
-        slm, params, batch, jnp.int32(0), config=config, schedules=schedules
-    )
-    num_tokens = jnp.sum(batch["token_length"] + 1, where=batch["index"] >= 0)
-    return metrics["ce"] * num_tokens, num_tokens.astype(jnp.float32)
+    hidden_BTD = slm_lib.forward(slm, params, batch).hidden_BTD
+    num_tokens = losses.count_tokens(batch)
+    ce, _ = losses.transcript_cross_entropy(slm, params, hidden_BTD, batch, num_tokens)
+    return ce * num_tokens, num_tokens.astype(jnp.float32)

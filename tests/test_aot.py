@@ -34,8 +34,9 @@ def config_of(**changes):
 @functools.lru_cache
 def compiled(freeze: str):
     """(HLO text, memory analysis, arguments) of the step with fsdp=8."""
-    traced, arguments, _ = aot.trace_step(config_of(freeze=freeze), jax.devices(), FRAMES, TOKENS)
-    program = traced.lower().compile()
+    config = config_of(freeze=freeze)
+    slm, step_of, arguments = aot.abstract_step(config, jax.devices(), FRAMES, TOKENS)
+    program = step_of(slm).lower(*arguments).compile()
     return program.as_text(), program.memory_analysis(), arguments
 
 
@@ -100,8 +101,8 @@ def test_flops_of_the_step_are_those_xla_counts_in_an_unrolled_one():
     """One layer of everything, so that XLA, which counts a loop's body once, counts right."""
     config = config_of(**{"llm.num_layers": 1, "otreg.weight": 0.0, "mesh.fsdp": 1})
     config.llm.mlp_dim, config.llm.embed_dim = 512, 128  # products dominate
-    traced, _, _ = aot.trace_step(config, jax.devices()[:1], FRAMES, TOKENS)
-    by_xla = traced.lower().compile().cost_analysis()["flops"]
+    slm, step_of, arguments = aot.abstract_step(config, jax.devices()[:1], FRAMES, TOKENS)
+    by_xla = step_of(slm).lower(*arguments).compile().cost_analysis()["flops"]
     counted = aot.compile_step(config, jax.devices()[:1], FRAMES, TOKENS).flops
     np.testing.assert_allclose(counted, by_xla, rtol=0.1)
 

@@ -1,7 +1,6 @@
 """Attention over whole sequences and over a cache, and the choice of what computes it."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -65,6 +64,11 @@ def choose_kernel(
     return Kernel(name, mesh)
 
 
+def length_mask(length_B: jax.Array, size: int) -> jax.Array:
+    """bool [B, size], true at positions below each length."""
+    return jnp.arange(size) < length_B[:, None]
+
+
 def attention(
     q_BLHd: jax.Array,
     k_BSKd: jax.Array,
@@ -108,7 +112,7 @@ def attention(
         if is_causal:
             mask_BLS &= (behind_LS >= 0) & (behind_LS < (window or S))
         if length_B is not None:
-            mask_BLS &= (jnp.arange(S) < length_B[:, None])[:, None]
+            mask_BLS &= length_mask(length_B, S)[:, None]
     q_BLKGd = q_BLHd.reshape(B, L, K, H // K, d)
     scores = jnp.einsum("BLKGd,BSKd->BKGLS", q_BLKGd, k_BSKd, preferred_element_type=jnp.float32)
     scores = softcap * jnp.tanh(scores * scale / softcap)
@@ -128,8 +132,8 @@ def _splash_attention(q_BLHd, k_BLKd, v_BLKd, length_B, *, scale, is_causal, win
         mask = (splash.CausalMask if is_causal else splash.FullMask)((size, size))
     segments = None
     if length_B is not None or not is_causal:  # valid positions see valid ones, padding padding
-        valid = jnp.arange(size) < (L if length_B is None else length_B[:, None])
-        valid = jnp.broadcast_to(valid, (len(q_BLHd), size)).astype(jnp.int32)
+        length_B = jnp.full(len(q_BLHd), L) if length_B is None else length_B
+        valid = length_mask(length_B, size).astype(jnp.int32)
         segments = splash.SegmentIds(valid, valid)
     attend = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * H),
@@ -145,9 +149,7 @@ def _per_shard(attend, mesh, q_BLHd, k_BSKd, v_BSKd, length_B):
     """`attend` by every device on its rows and heads; on all of them where they do not divide."""
     if mesh is None or mesh.size == 1:
         return attend(q_BLHd, k_BSKd, v_BSKd, length_B)
-    (row_axes,) = sharding.BATCH
-    num_shards = math.prod(mesh.shape[axis] for axis in row_axes)
-    rows = row_axes if len(q_BLHd) % num_shards == 0 else None
+    rows = sharding.BATCH[0] if len(q_BLHd) % sharding.batch_shards(mesh.shape) == 0 else None
     heads = "tensor" if k_BSKd.shape[2] % mesh.shape["tensor"] == 0 else None
     split = P(rows, None, heads)
     return jax.shard_map(

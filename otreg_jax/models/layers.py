@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from otreg_jax import sharding
-from otreg_jax.models.attention import XLA, Kernel, attention
+from otreg_jax.models.attention import XLA, Kernel, attention, length_mask
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -21,11 +21,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
-
-
-def length_mask(length_B: jax.Array, size: int) -> jax.Array:
-    """bool [B, size], true at positions below each length."""
-    return jnp.arange(size) < length_B[:, None]
 
 
 def zero_padding(x_BSD: jax.Array, length_B: jax.Array) -> jax.Array:
