@@ -34,7 +34,8 @@ pop() {  # FILE: takes its first line; workers do so at once, so one after the o
 }
 """
 
-# Builds a .venv whose python is itself; "trains" by exiting with the next code of $FAKE/train.
+# Builds a .venv whose python is itself; "trains" by exiting with the next code of $FAKE/train, or of
+# $FAKE/train.worker0: which worker comes first to the common file is not known.
 # `preempt` takes the TPU away in the middle of training.
 PYTHON = """
 case "$*" in
@@ -48,7 +49,8 @@ case "$*" in
   "-m otreg_jax.train"*)
     record train "${@:3}"
     echo "step 1 of $*"
-    code=$(pop train)
+    code=$(pop "train.$(basename "$HOME")")
+    code=${code:-$(pop train)}
     if [[ $code == preempt ]]; then
       until grep -q follow "$FAKE/calls" && [[ ! -s $FAKE/train ]]; do sleep 0.1; done
       # Once: the other worker may come here when the next TPU is there already.
@@ -384,7 +386,8 @@ def test_tpu_request_is_repeated_without_capacity_but_not_without_permission(fak
 
 def test_tpu_worker_left_behind_is_stopped_before_the_restart(fake, monkeypatch):
     monkeypatch.setenv("OTREG_FINISH_SECONDS", "0.5")
-    (fake / "train").write_text("75\nwait\n")  # worker 0 leaves, worker 1 stays
+    (fake / "train.worker0").write_text("75\n")
+    (fake / "train.worker1").write_text("wait\n")
     printed = launch("train_tpu.sh", *TPU)
     assert "not all workers have ended; restart 1 of 20" in printed
     assert len(calls(fake, "train")) == 4
