@@ -145,13 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("manifest", help="utterances with transcripts (JSONL)")
     parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--checkpoint", default="newest", help="newest, best or a step")
     parser.add_argument("--textgrid", help="folder for one Praat TextGrid an utterance")
     parser.add_argument("--batch_size", type=int, default=16)
     options = parser.parse_args(arguments)
     config_lib.quiet_and_cached()
     try:
         utterances = sources.read_manifest(options.manifest)
-        run = build.load_run(options.workdir)
+        run = build.load_run(options.workdir, options.checkpoint)
         for utterance, words in align(run, utterances, options.batch_size):
             if options.textgrid:
                 name = utterance.id.replace("/", "_").strip("._") + ".TextGrid"

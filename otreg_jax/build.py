@@ -33,12 +33,15 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
 
 
-def load_run(workdir) -> Run:
-    """The newest readable checkpoint of a run directory, on all devices.
+def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
+    """A checkpoint of a run directory, on all devices.
+
+    which: "newest" (that can be read), "best" (the lowest dev loss) or a step.
 
     Raises:
       FileNotFoundError: the directory holds no run, or no checkpoint yet.
-      ValueError: its checkpoints cannot be read, or were made with other frozen weights.
+      ValueError: its checkpoints cannot be read, or were made with other frozen weights; there is
+        none like `which`.
     """
     workdir = epath.Path(workdir)
     if not (workdir / "config.json").exists():
@@ -56,7 +59,9 @@ def load_run(workdir) -> Run:
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     made_of = checkpoint.provenance(config, tokenizer, frozen)
     with checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpointer:
-        state = checkpoint.restore(checkpointer, abstract_state, made_of, params_only=True)
+        state = checkpoint.restore(
+            checkpointer, abstract_state, made_of, params_only=True, which=which
+        )
     if state is None:
         raise FileNotFoundError(f"{workdir}: no checkpoint yet; let training reach one")
     return Run(config, slm, optim.merge(state.params, frozen), tokenizer, int(state.step), mesh)

@@ -20,6 +20,7 @@ from otreg_jax import config as config_lib
 from otreg_jax import optim
 
 DEV_LOSS = "dev_ce"  # the metric of a checkpoint by which the best one is kept
+NEWEST, BEST = "newest", "best"
 
 
 def open_checkpoints(workdir, keep: int = 2) -> ocp.training.Checkpointer:
@@ -57,31 +58,35 @@ def save(checkpointer, state, step: int, made_of: dict, metrics: dict | None = N
     )
 
 
-def restore(checkpointer, abstract_state, made_of: dict | None = None, params_only: bool = False):
-    """The newest readable checkpoint in the shardings of `abstract_state`; None if there is none.
+def restore(
+    checkpointer, abstract_state, made_of: dict | None = None, params_only: bool = False,
+    which: str = NEWEST,
+):  # fmt: skip
+    """A checkpoint in the shardings of `abstract_state`; None if there is none.
 
-    An unreadable one (truncated, say) is skipped with a warning. With `params_only` the optimizer's
-    state is left on disk.
+    Of the newest, an unreadable one (truncated, say) is skipped with a warning. With `params_only`
+    the optimizer's state is left on disk. which: as for `choose`.
 
     Raises:
-      ValueError: checkpoints exist, and none can be read; or the one that can was made with another
-        tokenizer, prompt or frozen weights than `made_of`; every difference is listed.
+      ValueError: the one asked for does not exist; checkpoints exist, and none can be read; or the
+        one that can was made with another tokenizer, prompt or frozen weights than `made_of`;
+        every difference is listed.
     """
     if params_only:
         nothing = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract_state.opt_state)
         abstract_state = abstract_state._replace(opt_state=nothing)
     problems = []
-    for info in reversed(checkpointer.checkpoints):
+    for info in choose(checkpointer, which):
         try:
             stored = checkpointer.metadata(info.step).custom_metadata or {}
             state = checkpointer.load(info.step, abstract_state)
         except Exception as error:  # whatever a broken file makes the reader raise
             reason = (str(error).strip().splitlines() or [repr(error)])[0][:300]
             problems.append(f"step {info.step}: {reason}")
+            next_one = ", trying the one before" if which == NEWEST else ""
             logging.warning(
-                "the checkpoint of step %d cannot be read, trying the one before: %s",
-                info.step, reason,
-            )  # fmt: skip
+                "the checkpoint of step %d cannot be read%s: %s", info.step, next_one, reason
+            )
             continue
         different = _differences(stored, made_of or {})
         if different:
@@ -96,6 +101,33 @@ def restore(checkpointer, abstract_state, made_of: dict | None = None, params_on
             f"{checkpointer.directory}: no checkpoint can be read:\n  " + "\n  ".join(problems)
         )
     return None
+
+
+def choose(checkpointer, which: str) -> list:
+    """The checkpoints to try, one after the other.
+
+    which: "newest" (all, from the newest on), "best" (the lowest dev loss), or a step.
+
+    Raises:
+      ValueError: there is no such checkpoint; the message says which there are.
+    """
+    found = list(reversed(checkpointer.checkpoints))
+    if which == NEWEST or not found:
+        return found
+    if which == BEST:
+        scored = [info for info in found if DEV_LOSS in (info.metrics or {})]
+        chosen = [min(scored, key=lambda info: info.metrics[DEV_LOSS])] if scored else []
+        hint = "; none has a dev loss, which training with eval_every gives them"
+    else:
+        chosen = [info for info in found if str(info.step) == which]
+        hint = ""
+    if not chosen:
+        steps = ", ".join(str(info.step) for info in reversed(found))
+        raise ValueError(
+            f"{checkpointer.directory}: no checkpoint {which!r}: choose {NEWEST}, {BEST} or one of "
+            f"the steps {steps}{hint}"
+        )
+    return chosen
 
 
 def provenance(config, tokenizer, frozen) -> dict:

@@ -24,13 +24,16 @@ import tqdm
 from absl import flags
 from jax.experimental import multihost_utils
 
-from otreg_jax import build, cluster, decoding, metrics, otreg, report, sharding
+from otreg_jax import build, checkpoint, cluster, decoding, metrics, otreg, report, sharding
 from otreg_jax import config as config_lib
 from otreg_jax.data import pipeline, sets, sources
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.layers import length_mask
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", checkpoint.NEWEST, "newest, best (the lowest dev loss) or a step."
+)
 _COMPARE = flags.DEFINE_multi_string("compare", [], "Directory of a run to compare; repeatable.")
 _SETS = flags.DEFINE_string("sets", "", "name=manifest,...: instead of the configuration's sets.")
 _IN_DOMAIN = flags.DEFINE_list("in_domain", ["dev"], "Names of the in-domain sets.")
@@ -61,6 +64,7 @@ class Sample(NamedTuple):
 def evaluate(
     workdir: str | os.PathLike,
     *,
+    which: str = checkpoint.NEWEST,
     compare: Sequence[str | os.PathLike] = (),
     manifests: str = "",
     in_domain: Sequence[str] = ("dev",),
@@ -75,6 +79,7 @@ def evaluate(
     where it comes from the same checkpoint, utterances and settings.
 
     Args:
+      which: the checkpoint of every run: "newest", "best" or a step.
       manifests: "name=manifest,..."; "" for the sets of the run's configuration.
       in_domain: names of the sets that count as in-domain.
       others: see the flags.
@@ -85,7 +90,7 @@ def evaluate(
     Raises:
       FileNotFoundError, ValueError: no run, no checkpoint, no evaluation set.
     """
-    run = build.load_run(workdir)
+    run = build.load_run(workdir, which)
     with cluster.process_0_first():
         utterances, problems = load_sets(run.config, workdir, manifests)
     out = Path(workdir) / "eval"
@@ -113,9 +118,9 @@ def evaluate(
     runs = [_column(workdir, run.config, results, rows, figures)]
     results["compare"] = {}
     for other in compare:
-        stored = _stored(other, settings)
+        stored = _stored(other, settings, which)
         if stored is None:
-            their_run = build.load_run(other)
+            their_run = build.load_run(other, which)
             stored = _evaluate_run(their_run, other, utterances, decode, settings, batch_size)
         their_config = config_lib.load(Path(other) / "config.json")
         differences = compare_rows(rows, stored[1])
@@ -551,7 +556,7 @@ def _column(workdir, config, results, rows, figures) -> report.Run:
     )  # fmt: skip
 
 
-def _stored(workdir, settings):
+def _stored(workdir, settings, which: str):
     """(results, rows, figures) of an earlier evaluation, if it answers the same question."""
     out = Path(workdir) / "eval"
     names = ("results.json", "hypotheses.jsonl", "figures.npz")
@@ -559,6 +564,8 @@ def _stored(workdir, settings):
         return None
     results = json.loads((out / "results.json").read_text())
     steps = [int(p.name) for p in (Path(workdir) / "checkpoints").glob("[0-9]*") if p.is_dir()]
+    if which != checkpoint.NEWEST:
+        steps = [step for step in steps if str(step) == which]  # which is best, only loading tells
     asked = settings | {"step": max(steps, default=None)}
     if any(results.get(key) != value for key, value in asked.items()):
         return None
@@ -627,7 +634,7 @@ def main(argv):
     del argv
     with cluster.membership():
         results = evaluate(
-            _WORKDIR.value, compare=_COMPARE.value, manifests=_SETS.value,
+            _WORKDIR.value, which=_CHECKPOINT.value, compare=_COMPARE.value, manifests=_SETS.value,
             in_domain=_IN_DOMAIN.value, batch_size=_BATCH_SIZE.value, beam_width=_BEAM.value,
             length_penalty=_PENALTY.value, no_repeat_ngram=_NGRAM.value,
         )  # fmt: skip

@@ -53,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, help="a run directory of otreg_jax.train")
+    parser.add_argument("--checkpoint", default="newest", help="newest, best or a step")
     parser.add_argument("--out", required=True, help="where to write; new or empty")
     args = parser.parse_args(argv)
     config_lib.quiet_and_cached()
     try:
-        export(build.load_run(args.workdir), args.out)
+        export(build.load_run(args.workdir, args.checkpoint), args.out)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"wrote {args.out}/llm, encoder, adapter.safetensors and config.json")

@@ -182,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("files", nargs="+", help='audio files or globs; "-": a list on stdin')
     parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--checkpoint", default="newest", help="newest, best or a step")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object a file")
     output.add_argument("--srt", action="store_true", help="SubRip subtitles (one file)")
@@ -194,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = expand(options.files, sys.stdin)
         if (options.srt or options.vtt) and len(paths) != 1:
             raise ValueError(f"--srt and --vtt take one file, these are {len(paths)}")
-        run = build.load_run(options.workdir)
+        run = build.load_run(options.workdir, options.checkpoint)
         found, failures = transcribe(
             run, paths, chunk_seconds=options.chunk_seconds, batch_size=options.batch_size
         )

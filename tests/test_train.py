@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 from toy_run import metrics_of, tone_config, write_recipe, write_tones
 
-from otreg_jax import cluster, sharding
+from otreg_jax import build, cluster, sharding
 from otreg_jax import config as config_lib
 from otreg_jax import train as train_lib
 from otreg_jax.data import sources, text
@@ -156,6 +156,13 @@ def test_the_best_checkpoint_outlives_newer_ones_and_restarts(manifest, tmp_path
     assert measured[-1] < measured[0]  # they are real losses, whatever the test made of them
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [line["dev_ce"] for line in lines if "dev_ce" in line] == [3.0, 1.0, 2.0, 1.5]
+    runs = {which: build.load_run(tmp_path, which) for which in ("newest", "best", "4")}
+    assert {which: run.step for which, run in runs.items()} == {"newest": 8, "best": 4, "4": 4}
+    bias = lambda run: run.params["adapter"]["out"]["bias"]
+    assert (bias(runs["best"]) == bias(runs["4"])).all()
+    assert (bias(runs["best"]) != bias(runs["newest"])).any()
+    with pytest.raises(ValueError, match="no checkpoint '6': choose newest, best or .* steps 4, 8"):
+        build.load_run(tmp_path, "6")
 
 
 def test_goodput_goes_on_over_restarts(manifest, tmp_path):
