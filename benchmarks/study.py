@@ -4,6 +4,7 @@
     python -m benchmarks.study --part=0/2           # every second run: one process a core
     python -m benchmarks.study --report             # docs/study.md and its figures, nothing trained
     python -m benchmarks.study trimmed,ce,7         # these runs only
+    python -m benchmarks.study --human=DIR          # recordings too: DIR/{train,dev,test}.jsonl
 
 A run is one JSON line of benchmarks/results/study.jsonl; what has its line is not run again. Every
 number of docs/study.md is computed from these lines.
@@ -27,7 +28,7 @@ import tqdm
 from matplotlib.figure import Figure
 
 from benchmarks.tables import markdown
-from otreg_jax import build, decoding, evaluate, pretrain_llm, pretrained, train
+from otreg_jax import build, decoding, evaluate, metrics, pretrain_llm, pretrained, train
 from otreg_jax import config as config_lib
 from otreg_jax.data import sets, text
 
@@ -44,6 +45,7 @@ SHIFTS = {
     "other sound": ("voices", "unheard", "fast", "reverb", "noise", "silence"),
     "new text": ("domain", "domain_voices"),
 }
+LANGUAGES = {"English (trained on)": ("dev",), "German": ("de",), "Dutch": ("nl",)}
 
 
 class Question(NamedTuple):
@@ -53,6 +55,7 @@ class Question(NamedTuple):
     world: str
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
+    shifts: dict[str, tuple[str, ...]] = SHIFTS
 
     def runs(self) -> list[str]:
         return [f"{self.world},{arm},{seed}" for seed in self.seeds for arm in self.arms]
@@ -77,6 +80,11 @@ QUESTIONS = (
     Question(
         "Trimmed speech, the encoder learns at a tenth of the rate", "trimmed+tuned",
         ("ce", "layer1_prior", "position1", "ctc", "layer1_prior_ctc"), FRESH,
+    ),
+    Question(
+        "Human speech, frozen LLM: characters wrong", "human",
+        ("untrained", "ce", "ctc", "layer1_prior", "position1", "layer1_prior_ctc"), FRESH[:3],
+        LANGUAGES,
     ),
     Question(
         "Screening: every arm, other voices and texts", "trimmed+screen",
@@ -119,11 +127,55 @@ def prepare(folder: Path) -> None:
         pretrain_llm.ensure_llm(config, tokenizer, sentences, folder / "llm")
 
 
+def prepare_human(source: Path, folder: Path, language: str = "en", num_tested: int = 100) -> None:
+    """The same for recordings: FOLDER/human-llm and FOLDER/human-encoder, and in FOLDER/human the
+    manifests all (what these learn from), train (one language of it, for the adapter), dev (the
+    same language) and one of each other language."""
+    manifests: dict[str, list[str]] = {}
+    for split in ("train", "dev", "test"):
+        for line in (source / f"{split}.jsonl").read_text().splitlines():
+            item = json.loads(line)
+            item["audio_filepath"] = str((source / item["audio_filepath"]).resolve())
+            learned = item["lang"] == language
+            if split == "train":
+                names = ["all", "train"] if learned else ["all"]
+            else:
+                names = ["dev" if learned else item["lang"]]
+            for name in names:
+                manifests.setdefault(name, []).append(json.dumps(item, ensure_ascii=False) + "\n")
+    (folder / "human").mkdir(parents=True, exist_ok=True)
+    for name, lines in manifests.items():
+        every = 1 if name in ("all", "train") else max(1, len(lines) // num_tested)
+        (folder / "human" / f"{name}.jsonl").write_text("".join(lines[::every]))
+    if not (folder / "human-encoder" / "config.json").exists():
+        config = RECIPE["get_config"]("human-encoder")
+        config.data.train = str(folder / "human" / "all.jsonl")
+        train.train(config, folder / "human-encoder-run")
+        run = build.load_run(folder / "human-encoder-run")
+        pretrained.save_speech_encoder(
+            folder / "human-encoder", run.slm.encoder, run.params["encoder"]
+        )
+    if not (folder / "human-llm" / "pretrain.json").exists():
+        config = RECIPE["get_config"]("human-llm")
+        sentences = [json.loads(line)["text"] for line in manifests["all"]]
+        tokenizer = text.train_sentencepiece(
+            sentences, folder / "human-tokenizer", config.tokenizer.vocab_size,
+            model_type=config.tokenizer.model_type,
+        )  # fmt: skip
+        pretrain_llm.ensure_llm(config, tokenizer, sentences, folder / "human-llm")
+
+
 def run(name: str, folder: Path) -> dict:
     """Trains and evaluates "world,arm,seed"; returns its line of the results."""
     config = RECIPE["get_config"](name)
     config.data.cache = str(folder / "data")
-    config.encoder.path, config.llm.path = str(folder / "encoder"), str(folder / "llm")
+    for part in (config.encoder, config.llm):
+        part.path = str(folder / Path(part.path).name)
+    if not config.synthetic.num_train:
+        manifests = {path.stem: str(path) for path in sorted((folder / "human").glob("*.jsonl"))}
+        config.data.train, config.data.dev = manifests.pop("train"), manifests.pop("dev")
+        manifests.pop("all")
+        config.data.test = ",".join(f"{name}={path}" for name, path in manifests.items())
     with tempfile.TemporaryDirectory(prefix="study-") as workdir:
         began = time.perf_counter()
         train.train(config, workdir)
@@ -148,26 +200,37 @@ def run(name: str, folder: Path) -> dict:
 
 
 def test(run: build.Run, config, workdir) -> dict:
-    """Errors on every set, and the plan's mass on the word truly spoken."""
+    """Errors on every set, and the plan's mass on the word truly spoken where that is known.
+
+    Errors are of words, of recordings those of characters.
+    """
     utterances, _ = evaluate.load_sets(config, workdir)
-    decode = decoding.Settings(max_tokens=16)
+    synthetic = bool(config.synthetic.num_train)
+    decode = decoding.Settings(max_tokens=16 if synthetic else 120)
     with evaluate.Partial(Path(workdir) / "partial.jsonl", {}) as partial:
         rows, samples = evaluate.decode_sets(
             run, utterances, decode, LAYER, 48, Path(workdir) / "skipped.jsonl", "evaluating",
             partial,
         )  # fmt: skip
-    measured = evaluate.measure(samples)["dev"]["figures"]
     scores = evaluate.score_rows(rows, ["dev"])
     by_set = {}
     for name, score in scores.items():
         column = lambda key, name=name: [row[key] for row in rows if row["set"] == name]
+        hypotheses = column("hypothesis")
+        words, characters = metrics.normalized_counts(
+            column("reference"), hypotheses, column("lang")
+        )
+        counts = words if synthetic else characters
         by_set[name] = {
             "wer": score["wer"], "cer": score["cer"],
-            "errors": column("errors"), "words": column("words"),
-            "hallucinated": hallucinated(column("hypothesis"), config.synthetic),
+            "errors": counts.errors.tolist(), "lengths": counts.lengths.tolist(),
         }  # fmt: skip
-    mass = {name: measured[name] for name in ("spoken_mass", "spoken_mass_even")}
-    return {"sets": by_set, **mass}
+        if synthetic:
+            by_set[name]["hallucinated"] = hallucinated(hypotheses, config.synthetic)
+    if not synthetic:
+        return {"sets": by_set}
+    figures = evaluate.measure(samples)["dev"]["figures"]
+    return {"sets": by_set} | {name: figures[name] for name in ("spoken_mass", "spoken_mass_even")}
 
 
 def hallucinated(hypotheses: list[str], grammar) -> float:
@@ -186,7 +249,7 @@ def read_results(path: Path = RESULTS) -> list[dict]:
 
 
 class Difference(NamedTuple):
-    """Arm minus reference, in points of WER (negative is better)."""
+    """Arm minus reference, in points of the error rate (negative is better)."""
 
     mean: float
     low: float  # 95 % interval
@@ -199,20 +262,20 @@ class Difference(NamedTuple):
         return self.seeds >= ENOUGH and not self.low <= 0 <= self.high
 
 
-def errors_and_words(line: dict, shift: str) -> tuple[np.ndarray, np.ndarray]:
-    """Errors and words of every sentence, summed over the sets of a kind of shift, which speak the
-    same sentences in the same order."""
-    of = lambda key: np.sum([line["sets"][name][key] for name in SHIFTS[shift]], axis=0)
-    return of("errors"), of("words")
+def errors_and_lengths(line: dict, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Errors and words (or characters) of every sentence, summed over sets that speak the same
+    sentences in the same order."""
+    of = lambda key: np.sum([line["sets"][name][key] for name in names], axis=0)
+    return of("errors"), of("lengths")
 
 
-def wer(line: dict, shift: str) -> float:
-    """Percent, pooled over the sets of a kind of shift."""
-    errors, words = errors_and_words(line, shift)
-    return 100 * errors.sum() / words.sum()
+def error_rate(line: dict, names: tuple[str, ...]) -> float:
+    """Percent, pooled over sets."""
+    errors, lengths = errors_and_lengths(line, names)
+    return 100 * errors.sum() / lengths.sum()
 
 
-def compare(ours: dict[int, dict], theirs: dict[int, dict], shift: str) -> Difference | None:
+def compare(ours: dict[int, dict], theirs: dict[int, dict], names) -> Difference | None:
     """Over the seeds that both arms have; None without any.
 
     The interval is a paired bootstrap over seeds and sentences: both are drawn with replacement,
@@ -221,18 +284,18 @@ def compare(ours: dict[int, dict], theirs: dict[int, dict], shift: str) -> Diffe
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
-    words_U = errors_and_words(ours[seeds[0]], shift)[1]
-    errors = lambda runs: np.stack([errors_and_words(runs[seed], shift)[0] for seed in seeds])
+    length_U = errors_and_lengths(ours[seeds[0]], names)[1]
+    errors = lambda runs: np.stack([errors_and_lengths(runs[seed], names)[0] for seed in seeds])
     difference_NU = 100.0 * (errors(ours) - errors(theirs))
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(2000):
         rows = rng.integers(len(seeds), size=len(seeds))
-        columns = rng.integers(len(words_U), size=len(words_U))
-        drawn.append(difference_NU[rows][:, columns].mean(axis=0).sum() / words_U[columns].sum())
+        columns = rng.integers(len(length_U), size=len(length_U))
+        drawn.append(difference_NU[rows][:, columns].mean(axis=0).sum() / length_U[columns].sum())
     low, high = np.quantile(drawn, (0.025, 0.975))
     wins = int((difference_NU.sum(axis=1) < 0).sum())
-    mean = difference_NU.mean(axis=0).sum() / words_U.sum()
+    mean = difference_NU.mean(axis=0).sum() / length_U.sum()
     return Difference(float(mean), float(low), float(high), wins, len(seeds))
 
 
@@ -256,26 +319,29 @@ def spread(numbers) -> str:
     return f"{statistics.fmean(numbers):.1f}{deviation}"
 
 
-def error_table(arms: dict[str, dict[int, dict]]) -> str:
-    names = [name for members in SHIFTS.values() for name in members]
-    rows = [["arm", "seeds", *names, "templates", "mass"]]
+def error_table(arms: dict[str, dict[int, dict]], shifts) -> str:
+    names = [name for members in shifts.values() for name in members]
+    synthetic = shifts is SHIFTS
+    rows = [["arm", "seeds", *names, *(["templates", "mass"] if synthetic else [])]]
     for arm, runs in arms.items():
         lines = list(runs.values())
-        cells = [spread(100 * line["sets"][name]["wer"] for line in lines) for name in names]
-        made_up = [
-            100 * statistics.fmean(line["sets"][n]["hallucinated"] for n in SHIFTS["new text"])
-            for line in lines
-        ]
-        mass = statistics.fmean(line["spoken_mass"] for line in lines)
-        rows.append([arm, str(len(lines)), *cells, spread(made_up), f"{mass:.2f}"])
+        cells = [spread(error_rate(line, (name,)) for line in lines) for name in names]
+        if synthetic:
+            made_up = [
+                100 * statistics.fmean(line["sets"][n]["hallucinated"] for n in shifts["new text"])
+                for line in lines
+            ]
+            mass = statistics.fmean(line["spoken_mass"] for line in lines)
+            cells += [spread(made_up), f"{mass:.2f}"]
+        rows.append([arm, str(len(lines)), *cells])
     return markdown(rows[0], rows[1:])
 
 
-def difference_table(arms) -> str:
-    rows = [["arm − reference", *SHIFTS]]
+def difference_table(arms, shifts) -> str:
+    rows = [["arm − reference", *shifts]]
     for arm, reference in PAIRS:
         if arm in arms and reference in arms:
-            found = [compare(arms[arm], arms[reference], shift) for shift in SHIFTS]
+            found = [compare(arms[arm], arms[reference], n) for n in shifts.values()]
             rows.append([f"{arm} − {reference}", *(cell(d) for d in found)])
     return markdown(rows[0], rows[1:]) if len(rows) > 1 else ""
 
@@ -297,23 +363,23 @@ def sentence(arm: str, reference: str, shift: str, d: Difference) -> str:
     return f"{abs(d.mean):.1f} points {verb} errors than {reference} on {shift}"
 
 
-def summary(arms) -> list[str]:
+def summary(arms, shifts) -> list[str]:
     """The arm of fewest errors for every kind of shift, and a plain-language line a pair."""
     repeated = {arm: runs for arm, runs in arms.items() if len(runs) >= ENOUGH}
     repeated.pop("untrained", None)
     if len(repeated) < 2:
         return [f"- Too few seeds to tell arms apart: no claim is made with less than {ENOUGH}."]
     lines = []
-    for shift in SHIFTS:
+    for shift, names in shifts.items():
         means = {
-            arm: statistics.fmean(wer(line, shift) for line in runs.values())
+            arm: statistics.fmean(error_rate(line, names) for line in runs.values())
             for arm, runs in repeated.items()
         }
         best = min(means, key=means.get)
         lines.append(f"- Fewest errors on {shift}: {best} ({means[best]:.1f} %).")
     for arm, reference in PAIRS:
         if arm in arms and reference in arms:
-            found = {shift: compare(arms[arm], arms[reference], shift) for shift in SHIFTS}
+            found = {s: compare(arms[arm], arms[reference], n) for s, n in shifts.items()}
             told = [
                 sentence(arm, reference, s, d) for s, d in found.items() if d and d.seeds >= ENOUGH
             ]
@@ -342,20 +408,21 @@ def step_time_table(results: list[dict]) -> str:
     return markdown(rows[0], rows[1:]) if len(rows) > 1 else ""
 
 
-def figure(arms, title: str, path: Path) -> None:
+def figure(arms, question: Question, path: Path) -> None:
     """A panel a kind of shift, a row an arm: dots are runs, bars mean ± standard deviation."""
+    shifts = question.shifts
     shown = [arm for arm in arms if arm != "untrained"]
     fig = Figure(figsize=(10, 0.9 + 0.26 * len(shown)), layout="constrained")
-    for ax, shift in zip(fig.subplots(1, len(SHIFTS), sharey=True), SHIFTS, strict=True):
+    for ax, shift in zip(fig.subplots(1, len(shifts), sharey=True), shifts, strict=True):
         for y, arm in enumerate(shown):
-            values = [wer(line, shift) for line in arms[arm].values()]
+            values = [error_rate(line, shifts[shift]) for line in arms[arm].values()]
             deviation = statistics.stdev(values) if len(values) > 1 else 0
             ax.plot(values, [y] * len(values), ".", color="0.6")
             ax.errorbar(statistics.fmean(values), y, xerr=deviation, fmt="o", capsize=3, color="C0")
-        ax.set(title=shift, xlabel="WER (%)", yticks=range(len(shown)), yticklabels=shown)
+        ax.set(title=shift, xlabel="errors (%)", yticks=range(len(shown)), yticklabels=shown)
         ax.grid(axis="x", alpha=0.3)
     fig.axes[0].invert_yaxis()
-    fig.suptitle(title)
+    fig.suptitle(question.title)
     fig.savefig(path, dpi=90)
 
 
@@ -368,16 +435,16 @@ def report(results: list[dict], folder: Path) -> str:
             parts += [f"## {question.title}", "Not run."]
             continue
         name = "study-" + question.world.replace("+", "-")
-        figure(arms, question.title, folder / f"{name}.png")
+        figure(arms, question, folder / f"{name}.png")
         missing = len(set(question.runs()) - {r["run"] for r in results})
         note = f"; {missing} of {len(question.runs())} runs were not made" if missing else ""
         parts += [
             f"## {question.title}",
             f"`{question.world}`, seeds {', '.join(map(str, question.seeds))}{note}.",
-            "\n".join(summary(arms)),
+            "\n".join(summary(arms, question.shifts)),
             f"![{question.title}]({name}.png)",
-            error_table(arms),
-            difference_table(arms),
+            error_table(arms, question.shifts),
+            difference_table(arms, question.shifts),
         ]
     if times := step_time_table(results):
         parts += ["## What it costs", times]
@@ -397,12 +464,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", help="world,arm,seed; default: all of the study")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th run, from the I-th on")
     parser.add_argument("--folder", default=str(ROOT / RECIPE["FOLDER"]), help="parts and speech")
+    parser.add_argument("--human", type=Path, help="recordings; without them no human runs")
     parser.add_argument("--report", action="store_true", help="write docs/study.md only")
     args = parser.parse_args()
     if not args.report:
         config_lib.quiet_and_cached()
         prepare(Path(args.folder))
-        names = args.runs or list(dict.fromkeys(n for q in QUESTIONS for n in q.runs()))
+        if args.human:
+            prepare_human(args.human, Path(args.folder))
+        asked = [q for q in QUESTIONS if args.human or q.world != "human"]
+        names = args.runs or list(dict.fromkeys(n for q in asked for n in q.runs()))
         part, parts = map(int, args.part.split("/"))
         for name in tqdm.tqdm(names[part::parts], desc="study", unit="run"):
             if name not in {r["run"] for r in read_results()}:

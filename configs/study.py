@@ -7,12 +7,13 @@ and writes docs/study.md; a single run, once the parts are there:
     python -m otreg_jax.train --config=configs/study.py:trimmed,ce,0 --workdir=runs/study-ce
 
 The argument is "world,arm,seed", or an arm alone. Worlds: trimmed, untrimmed (0.2 to 0.8 s of
-silence at both ends), manifest (your recordings: set data.train, data.dev and data.test), each with
-options after "+": `lora` (rank 8 on the LLM, else frozen), `tuned` (the encoder learns at a tenth
-of the rate, else frozen), `screen` (the split that hyper-parameters are chosen on: other voices,
-texts and domains).
+silence at both ends), human (recordings of several languages; the adapter learns from one), each
+with options after "+": `lora` (rank 8 on the LLM, else frozen), `tuned` (the encoder learns at a
+tenth of the rate, else frozen), `screen` (the split that hyper-parameters are chosen on: other
+voices, texts and domains).
 Further key=value items change the recipe: "trimmed+screen,ce,0,optim.learning_rate=0.001".
-"encoder" and "llm" alone are the recipes of the pretrained parts.
+"encoder" and "llm" alone are the recipes of the pretrained parts, "human-encoder" and "human-llm"
+of those for recordings.
 """
 
 import ast
@@ -140,7 +141,7 @@ ARMS = {
     "layer1_relaxed_ctc": {**LAYER1, **RELAXED, **CTC},
     "position1_ctc": {**LAYER1, **POSITION, **CTC},
 }
-WORLDS = ("trimmed", "untrimmed", "manifest")
+WORLDS = ("trimmed", "untrimmed", "human")
 OPTIONS = ("lora", "tuned", "screen")
 
 
@@ -161,7 +162,7 @@ def get_config(name: str = "trimmed,ce,0"):
         raise ValueError(f"configs/study.py:{name}: write world,arm,seed; " + "; ".join(problems))
 
     split = "screen" if "screen" in options else "confirm"
-    c = base()
+    c = human_base() if world == "human" else base()
     c.seed = int(seed)
     c.num_steps = STEPS
     c.batch_size = 16
@@ -169,9 +170,13 @@ def get_config(name: str = "trimmed,ce,0"):
     c.keep_checkpoints = 1
     c.data.cache = f"{FOLDER}/data"
     c.data.num_buckets = 1
-    c.encoder.path = f"{FOLDER}/encoder"
-    c.llm.path = f"{FOLDER}/llm"
-    if world != "manifest":
+    part = "human-" if world == "human" else ""
+    c.encoder.path = f"{FOLDER}/{part}encoder"
+    c.llm.path = f"{FOLDER}/{part}llm"
+    if world == "human":  # these files are written by benchmarks/study.py
+        c.data.train = f"{FOLDER}/human/train.jsonl"
+        c.data.dev = f"{FOLDER}/human/dev.jsonl"
+    else:
         c.synthetic = synthetic(
             DOMAINS[split], VOICES[split]["train"], num_train=400, num_test=48,
             seed=1000 if split == "screen" else 0,
@@ -202,6 +207,17 @@ def base():
     c.llm.update(embed_dim=96, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=24, mlp_dim=288)
     c.tokenizer.update(model_type="word", vocab_size=120)
     c.data.max_duration = 8.0
+    return c
+
+
+def human_base():
+    """The same for recordings: characters, and positions enough for them."""
+    c = base()
+    c.encoder.update(embed_dim=144, num_layers=4, mlp_dim=576, strides=(2, 2))
+    c.encoder.max_positions = 250  # 25 a second
+    c.tokenizer.update(model_type="char", vocab_size=100)
+    c.data.max_duration = 8.0
+    c.data.on_bad_audio = "skip"  # what is longer
     return c
 
 
@@ -237,6 +253,27 @@ def llm():
     return c
 
 
+def human_encoder():
+    """The recipe of the speech encoder for recordings: CTC on all their languages."""
+    c = human_base()
+    c.num_steps = 4000
+    c.llm.num_layers = 1
+    c.ctc.weight = 1.0
+    c.optim.warmup_steps = 400
+    c.data.num_buckets = 3
+    c.data.augment.update(freq_masks=1, freq_width=12, time_masks=1, time_width=15)
+    c.data.train = f"{FOLDER}/human/all.jsonl"
+    return c
+
+
+def human_llm():
+    """The recipe of the LLM that reads the transcripts of all the languages."""
+    c = human_base()
+    c.llm.pretrain.update(num_steps=1500, batch_size=16, max_repeat=3)
+    c.data.train = f"{FOLDER}/human/all.jsonl"
+    return c
+
+
 def synthetic(templates, train_voices, **keys) -> dict:
     slots = {name: tuple(words) for name, words in SLOTS.items()} | {"word": tuple(WORDS)}
     return {
@@ -245,4 +282,6 @@ def synthetic(templates, train_voices, **keys) -> dict:
     }  # fmt: skip
 
 
-PARTS = {"encoder": encoder, "llm": llm}
+PARTS = {
+    "encoder": encoder, "llm": llm, "human-encoder": human_encoder, "human-llm": human_llm,
+}  # fmt: skip
