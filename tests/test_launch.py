@@ -34,8 +34,8 @@ pop() {  # FILE: takes its first line; workers do so at once, so one after the o
 }
 """
 
-# Builds a .venv whose python is itself; "trains" by exiting with the next code of $FAKE/train, or of
-# $FAKE/train.worker0: which worker comes first to the common file is not known.
+# Builds a .venv whose python is itself; "trains" by exiting with the next code of $FAKE/train, or
+# of $FAKE/train.worker0: which worker comes first to the common file is not known.
 # `preempt` takes the TPU away in the middle of training.
 PYTHON = """
 case "$*" in
