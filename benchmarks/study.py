@@ -17,6 +17,7 @@ import os
 import re
 import runpy
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -103,15 +104,28 @@ PAIRS = (
 # ----------------------------------------------------------------------------------------- running
 
 
+def train_whole(config, workdir) -> build.Run:
+    """Trains and loads the run; a run that is told to stop ends the program, and goes on at the
+    next call."""
+    state = train.train(config, workdir)
+    if int(state.step) < config.num_steps:
+        sys.exit(75)
+    return build.load_run(workdir)
+
+
+def train_encoder(config, out: Path) -> None:
+    """Saves the encoder of an SLM as Hugging Face weights, unless it is there."""
+    if not (out / "config.json").exists():
+        run = train_whole(config, out.with_name(f"{out.name}-run"))
+        pretrained.save_speech_encoder(out, run.slm.encoder, run.params["encoder"])
+
+
 def prepare(folder: Path) -> None:
     """Makes the pretrained parts, unless they are there: FOLDER/llm and FOLDER/encoder, saved as
     Hugging Face weights are."""
-    if not (folder / "encoder" / "config.json").exists():
-        config = RECIPE["get_config"]("encoder")
-        config.data.cache = str(folder / "data")
-        train.train(config, folder / "encoder-run")
-        run = build.load_run(folder / "encoder-run")
-        pretrained.save_speech_encoder(folder / "encoder", run.slm.encoder, run.params["encoder"])
+    config = RECIPE["get_config"]("encoder")
+    config.data.cache = str(folder / "data")
+    train_encoder(config, folder / "encoder")
     if not (folder / "llm" / "pretrain.json").exists():
         config = RECIPE["get_config"]("llm")
         sentences = sets.text_corpus(config.synthetic, config.llm.pretrain.num_sentences)
@@ -147,14 +161,9 @@ def prepare_human(source: Path, folder: Path, language: str = "en", num_tested: 
     for name, lines in manifests.items():
         every = 1 if name in ("all", "train") else max(1, len(lines) // num_tested)
         (folder / "human" / f"{name}.jsonl").write_text("".join(lines[::every]))
-    if not (folder / "human-encoder" / "config.json").exists():
-        config = RECIPE["get_config"]("human-encoder")
-        config.data.train = str(folder / "human" / "all.jsonl")
-        train.train(config, folder / "human-encoder-run")
-        run = build.load_run(folder / "human-encoder-run")
-        pretrained.save_speech_encoder(
-            folder / "human-encoder", run.slm.encoder, run.params["encoder"]
-        )
+    config = RECIPE["get_config"]("human-encoder")
+    config.data.train = str(folder / "human" / "all.jsonl")
+    train_encoder(config, folder / "human-encoder")
     if not (folder / "human-llm" / "pretrain.json").exists():
         config = RECIPE["get_config"]("human-llm")
         sentences = [json.loads(line)["text"] for line in manifests["all"]]
@@ -178,11 +187,11 @@ def run(name: str, folder: Path) -> dict:
         config.data.test = ",".join(f"{name}={path}" for name, path in manifests.items())
     with tempfile.TemporaryDirectory(prefix="study-") as workdir:
         began = time.perf_counter()
-        train.train(config, workdir)
+        trained = train_whole(config, workdir)
         train_seconds = time.perf_counter() - began
         lines = Path(workdir, "metrics.jsonl").read_text().splitlines()
         speeds = [json.loads(line).get("steps_per_sec", 0.0) for line in lines]
-        results = test(build.load_run(workdir), config, workdir)
+        results = test(trained, config, workdir)
     world, arm, seed = name.split(",")[:3]
     return {
         "run": name, "world": world, "arm": arm, "seed": int(seed),

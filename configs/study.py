@@ -256,7 +256,7 @@ def llm():
 def human_encoder():
     """The recipe of the speech encoder for recordings: CTC on all their languages."""
     c = human_base()
-    c.num_steps = 4000
+    c.num_steps = 2500
     c.llm.num_layers = 1
     c.ctc.weight = 1.0
     c.optim.warmup_steps = 400
