@@ -107,6 +107,7 @@ LAYER1 = {
     "otreg.num_iters": 100,
 }
 LAYER0 = {"otreg.weight": 3.0, "otreg.layer": 0, "otreg.position_weight": 3.0}
+LIGHT, FAINT = {"otreg.weight": 1.0}, {"otreg.weight": 0.3}
 FADING = {"otreg.position_weight": 3.0, "otreg.position_weight_final": 0.0}
 POSITION = {"otreg.plan": "position", "otreg.position_weight": 3.0}
 RELAXED = {"otreg.speech_tau": 0.5, "otreg.epsilon": 0.05}
@@ -133,11 +134,15 @@ ARMS = {
     # Contextual: hidden states after the first layer, the transcript alone as the target.
     "layer1": LAYER1,
     "layer1_prior": {**LAYER1, **FADING},
+    "layer1_light": {**LAYER1, **FADING, **LIGHT},
+    "layer1_faint": {**LAYER1, **FADING, **FAINT},
     "layer1_relaxed": {**LAYER1, **RELAXED},
     "layer2_prior": {**LAYER1, **FADING, "otreg.layer": 2},
     "position1": {**LAYER1, **POSITION},
     # With CTC.
     "layer1_prior_ctc": {**LAYER1, **FADING, **CTC},
+    "layer1_light_ctc": {**LAYER1, **FADING, **LIGHT, **CTC},
+    "layer1_faint_ctc": {**LAYER1, **FADING, **FAINT, **CTC},
     "layer1_relaxed_ctc": {**LAYER1, **RELAXED, **CTC},
     "position1_ctc": {**LAYER1, **POSITION, **CTC},
 }
@@ -211,11 +216,11 @@ def base():
 
 
 def human_base():
-    """The same for recordings: characters, and positions enough for them."""
+    """The same for recordings: more positions, pieces of words."""
     c = base()
     c.encoder.update(embed_dim=144, num_layers=4, mlp_dim=576, strides=(2, 2))
     c.encoder.max_positions = 250  # 25 a second
-    c.tokenizer.update(model_type="char", vocab_size=100)
+    c.tokenizer.update(model_type="unigram", vocab_size=256)
     c.data.max_duration = 8.0
     c.data.on_bad_audio = "skip"  # what is longer
     return c
@@ -254,8 +259,9 @@ def llm():
 
 
 def human_encoder():
-    """The recipe of the speech encoder for recordings: CTC on all their languages."""
+    """The recipe of the speech encoder for recordings: CTC of characters on all their languages."""
     c = human_base()
+    c.tokenizer.update(model_type="char", vocab_size=100)
     c.num_steps = 2500
     c.llm.num_layers = 1
     c.ctc.weight = 1.0
@@ -269,7 +275,7 @@ def human_encoder():
 def human_llm():
     """The recipe of the LLM that reads the transcripts of all the languages."""
     c = human_base()
-    c.llm.pretrain.update(num_steps=1500, batch_size=16, max_repeat=3)
+    c.llm.pretrain.update(num_steps=1500, batch_size=16, max_repeat=4)
     c.data.train = f"{FOLDER}/human/all.jsonl"
     return c
 
