@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = runpy.run_path(str(ROOT / "configs" / "study.py"))
 RESULTS = ROOT / "benchmarks" / "results" / "study.jsonl"
 LAYER = 1  # where the plan of every arm is measured
-PAGE = ROOT / "docs" / "study.md"
+PAGE, README = ROOT / "docs" / "study.md", ROOT / "README.md"
 BEGIN, END = "<!-- python -m benchmarks.study --report -->", "<!-- end of report -->"
 
 # Kinds of shift, and the test sets of each.
@@ -99,6 +99,15 @@ PAIRS = (
     ("ctc", "ce"), ("layer1_prior_ctc", "ce"), ("layer1_prior_ctc", "ctc"),
     ("layer1_prior_ctc", "position1_ctc"), ("layer1_relaxed_ctc", "ce"),
     ("layer1_relaxed_ctc", "ctc"), ("layer1_relaxed_ctc", "position1_ctc"),
+)  # fmt: skip
+
+# What README shows: (world, arm, reference).
+HEADLINE = (
+    ("trimmed", "layer1_prior", "ce"), ("trimmed", "layer1_prior", "position1"),
+    ("trimmed", "ctc", "ce"), ("trimmed", "layer1_prior_ctc", "ce"),
+    ("trimmed", "layer1_prior_ctc", "ctc"), ("untrimmed", "layer1_relaxed_ctc", "ce"),
+    ("untrimmed", "layer1_relaxed_ctc", "position1_ctc"),
+    ("untrimmed", "layer1_relaxed_ctc", "ctc"),
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------- running
@@ -461,10 +470,26 @@ def report(results: list[dict], folder: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def write_page(results: list[dict]) -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{report(results, PAGE.parent)}\n\n{END}{after}")
+def headline(results: list[dict]) -> str:
+    """The table of README."""
+    arms = {q.world: arms_of(results, q) for q in QUESTIONS}
+    rows = []
+    for world, arm, reference in HEADLINE:
+        ours, theirs = (arms[world].get(name, {}) for name in (arm, reference))
+        cells = [cell(compare(ours, theirs, names)) for names in SHIFTS.values()]
+        rows.append([f"{arm} − {reference}, {world}", *cells])
+    return markdown(["errors in points of WER", *SHIFTS], rows)
+
+
+def write_pages(results: list[dict]) -> None:
+    for path, generated in ((PAGE, report(results, PAGE.parent)), (README, headline(results))):
+        path.write_text(with_generated(path.read_text(), generated))
+
+
+def with_generated(page: str, generated: str) -> str:
+    """The page with what stands between its two marks replaced."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
@@ -490,7 +515,7 @@ def main() -> None:
                 line = json.dumps(run(name, Path(args.folder)))
                 with RESULTS.open("a") as file:
                     file.write(line + "\n")
-    write_page(read_results())
+    write_pages(read_results())
 
 
 if __name__ == "__main__":

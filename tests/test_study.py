@@ -152,3 +152,14 @@ def test_learning_rate_restarts():
     peak, low = config.optim.learning_rate, 0.1 * config.optim.learning_rate
     np.testing.assert_allclose([rate(10), rate(60), rate(100)], [peak, peak, low], rtol=1e-5)
     assert rate(49) < 1.2 * low and rate(50) == 0
+
+
+def test_the_pages_say_what_the_committed_results_say(tmp_path):
+    results = study.read_results()
+    for path, generated in (
+        (study.PAGE, study.report(results, tmp_path)), (study.README, study.headline(results)),
+    ):  # fmt: skip
+        page = path.read_text()
+        assert study.with_generated(page, generated) == page, "run benchmarks.study --report"
+    for figure in tmp_path.iterdir():
+        assert (study.PAGE.parent / figure.name).exists()
