@@ -64,6 +64,11 @@ class Question(NamedTuple):
 
 ENOUGH = 3  # seeds below which nothing is claimed: resampling so few says little of the spread
 FRESH = (1, 2, 3, 4, 5)  # no screening run had these
+COST = (
+    "The fastest stretch of an arm's runs, on one of two cores whose other one was busy: read no "
+    "difference below a quarter into it. [performance.md](performance.md) has the share of the "
+    "step that was measured on its own."
+)
 # In the order they are run.
 QUESTIONS = (
     Question(
@@ -440,7 +445,7 @@ def figure(arms, question: Question, path: Path) -> None:
             ax.errorbar(statistics.fmean(values), y, xerr=deviation, fmt="o", capsize=3, color="C0")
         ax.set(title=shift, xlabel="errors (%)", yticks=range(len(shown)), yticklabels=shown)
         ax.grid(axis="x", alpha=0.3)
-    fig.axes[0].invert_yaxis()
+    fig.axes[0].set_ylim(len(shown) - 0.5, -0.5)
     fig.suptitle(question.title)
     fig.savefig(path, dpi=90)
 
@@ -466,7 +471,7 @@ def report(results: list[dict], folder: Path) -> str:
             difference_table(arms, question.shifts),
         ]
     if times := step_time_table(results):
-        parts += ["## What it costs", times]
+        parts += ["## What it costs", COST, times]
     return "\n\n".join(part for part in parts if part)
 
 
