@@ -10,8 +10,6 @@ benchmarks/results/data.json, part by part.
 """
 
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +20,7 @@ import psutil
 import soundfile
 from absl import app, flags
 
+from benchmarks.common import describe_machine
 from otreg_jax import config as config_lib
 from otreg_jax.data import features, pipeline, prepare, sources
 
@@ -206,7 +205,7 @@ def main(argv):
     utterances = sources.read_manifest(_MANIFEST.value)
     out = Path(_OUT.value)
     results = json.loads(out.read_text()) if out.exists() else {}
-    results["machine"] = {"processor": platform.processor(), "cores": os.cpu_count()}
+    results["machine"] = describe_machine("grain", "soundfile", "torch")
     with tempfile.TemporaryDirectory() as folder:
         if "padding" in _PARTS.value:
             results["padding"] = measure_padding(utterances)

@@ -126,7 +126,47 @@ def decode() -> str:
     )
 
 
-TABLES = {"sinkhorn": sinkhorn, "step": step, "peer_step": peer_step, "decode": decode}
+def data() -> str:
+    result = read("data")
+    rates = result["speed"]["audio_seconds_per_cpu_second"]
+    torch = rates["batches_torch_manifest"]
+    named = {
+        "log-mel alone": "log_mel_80",
+        "PyTorch's loader, Ogg files": "batches_torch_manifest",
+        "ours, Ogg files": "batches_manifest",
+        "PyTorch's loader, FLAC files": "batches_torch_flac",
+        "ours, FLAC files": "batches_flac",
+        "ours, ArrayRecord": "batches_array_record",
+        "ours, ArrayRecord, log-mel in the step": "batches_array_record_features_in_step",
+    }
+    speed = [[name, f"{rates[key]}", f"{rates[key] / torch:.2f}"] for name, key in named.items()]
+    padding = [
+        [name.replace("_", " "), f"{100 * share:.1f}"]
+        for name, share in result["padding"]["padding"].items()
+    ]
+    memory, machine = result["memory"], result["machine"]
+    rss = list(memory["rss_mib"].values())
+    hours = f"{result['speed']['hours']:.2f} hours of read speech"
+    return "\n\n".join(
+        [
+            f"Of {hours}, batches of 16; {machine['processor']} ({machine['device']}), CPU time; "
+            f"{versions(machine['versions'])}.",
+            markdown(["", "audio seconds a second and core", "× PyTorch, Ogg"], speed),
+            f"Over {memory['batches']} batches of {memory['batch_size']} the process held "
+            f"{min(rss):.0f} to {max(rss):.0f} MiB; after the first tenth these were within "
+            f"{memory['spread_after_the_first_tenth']:.1%}.",
+            markdown(["batch shapes", "padding, % of the frames"], padding),
+        ]
+    )
+
+
+TABLES = {
+    "data": data,
+    "sinkhorn": sinkhorn,
+    "step": step,
+    "peer_step": peer_step,
+    "decode": decode,
+}
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
