@@ -134,6 +134,17 @@ def train_encoder(config, out: Path) -> None:
         pretrained.save_speech_encoder(out, run.slm.encoder, run.params["encoder"])
 
 
+def train_llm(config, sentences: list[str], out: Path, longest: int | None = None) -> None:
+    """Saves an LLM taught the sentences of at most `longest` characters, all of which its tokenizer
+    has seen."""
+    tokenizer = text.train_sentencepiece(
+        sentences, out.with_name(out.name.replace("llm", "tokenizer")),
+        config.tokenizer.vocab_size, model_type=config.tokenizer.model_type,
+    )  # fmt: skip
+    read = [sentence for sentence in sentences if not longest or len(sentence) <= longest]
+    pretrain_llm.ensure_llm(config, tokenizer, read, out)
+
+
 def prepare(folder: Path) -> None:
     """Makes the pretrained parts, unless they are there: FOLDER/llm and FOLDER/encoder, saved as
     Hugging Face weights are."""
@@ -148,11 +159,7 @@ def prepare(folder: Path) -> None:
             items = sets.synthetic_sets(RECIPE["get_config"](f"{world},ce,0").synthetic)
             tested |= {speech.text for name in items if name != "train" for speech in items[name]}
         sentences = [sentence for sentence in sentences if sentence not in tested]
-        tokenizer = text.train_sentencepiece(
-            sentences, folder / "tokenizer", config.tokenizer.vocab_size,
-            model_type=config.tokenizer.model_type,
-        )  # fmt: skip
-        pretrain_llm.ensure_llm(config, tokenizer, sentences, folder / "llm")
+        train_llm(config, sentences, folder / "llm")
 
 
 def prepare_human(source: Path, folder: Path, language: str = "en", num_tested: int = 100) -> None:
@@ -181,12 +188,7 @@ def prepare_human(source: Path, folder: Path, language: str = "en", num_tested: 
     if not (folder / "human-llm" / "pretrain.json").exists():
         config = RECIPE["get_config"]("human-llm")
         sentences = [json.loads(line)["text"] for line in manifests["all"]]
-        tokenizer = text.train_sentencepiece(
-            sentences, folder / "human-tokenizer", config.tokenizer.vocab_size,
-            model_type=config.tokenizer.model_type,
-        )  # fmt: skip
-        short = [sentence for sentence in sentences if len(sentence) <= 80]  # the rest is slow
-        pretrain_llm.ensure_llm(config, tokenizer, short, folder / "human-llm")
+        train_llm(config, sentences, folder / "human-llm", longest=80)  # the rest is slow
 
 
 def run(name: str, folder: Path) -> dict:
@@ -415,16 +417,17 @@ def summary(arms, shifts) -> list[str]:
 def step_time_table(results: list[dict]) -> str:
     """The fastest stretch of an arm's runs over that of ce's, the median over processes; "" unless
     there are runs enough for each arm to have had a quiet stretch."""
+    results = [r for r in results if r["world"] == "trimmed"]
     ratios: dict[str, list[float]] = {}
-    for world, process in sorted({(r["world"], r["process"]) for r in results}):
+    for process in sorted({r["process"] for r in results}):
         fastest: dict[str, float] = {}
         for r in results:
-            if (r["world"], r["process"]) == (world, process) and r["step_seconds"]:
+            if r["process"] == process and r["step_seconds"]:
                 fastest[r["arm"]] = min(r["step_seconds"], fastest.get(r["arm"], np.inf))
-        if "ce" in fastest and world.startswith("trimmed") and "+" not in world:
+        if "ce" in fastest:
             for arm, seconds in fastest.items():
                 ratios.setdefault(arm, []).append(seconds / fastest["ce"])
-    runs = [r["arm"] for r in results if r["world"] == "trimmed"]
+    runs = [r["arm"] for r in results]
     rows = [["arm", "step time / that of ce", "processes"]]
     for arm in RECIPE["ARMS"]:
         if arm in ratios and min(runs.count(arm), runs.count("ce")) >= ENOUGH:
