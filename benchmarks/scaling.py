@@ -41,7 +41,6 @@ SLICES = {
     ("v5e:4x4", 1): ("TPU v5 lite", 64),
 }
 ARMS = {"otreg": "LoRA", "full": "full fine-tuning"}
-LARGEST = ()  # rows whose largest batch is searched: three compilations or more instead of one
 SECONDS, TOKENS = 15, 96  # utterances as Multilingual LibriSpeech has them
 
 
@@ -54,7 +53,6 @@ def command(arm: str, topology: str, slices: int) -> list[str]:
         f"--config.llm.path={SHAPES.relative_to(ROOT)}/qwen2.5-7b",
         f"--config.batch_size={SLICES[topology, slices][1]}",
         f"--seconds={SECONDS}", f"--tokens={TOKENS}",
-        *(["--largest_batch"] if (arm, topology, slices) in LARGEST else []),
     ]  # fmt: skip
 
 
@@ -138,10 +136,8 @@ def report() -> str:
         sys.exit(f"{RESULTS}: no results yet; run python -m benchmarks.scaling")
     parts = list(next(iter(results.values()))["memory"])
     memory = [
-        "| slice | training | batch | "
-        + " | ".join(parts)
-        + " | peak | of | fits | largest batch |",
-        "|---|---|" + "---:|" * (len(parts) + 5),
+        "| slice | training | batch | " + " | ".join(parts) + " | peak | of | fits |",
+        "|---|---|" + "---:|" * (len(parts) + 4),
     ]
     cost = [
         "| slice | training | model FLOPs a chip | seconds at peak | collectives (times, GiB) |",
@@ -150,13 +146,10 @@ def report() -> str:
     for (arm, topology, slices), line in results.items():
         name = f"{slices} x {topology}" if slices > 1 else topology
         gib = lambda size: f"{size / GIB:.2f}"
-        largest = line.get("largest_batch")
         sizes = " | ".join(gib(line["memory"][part]) for part in parts)
         memory.append(
             f"| {name} | {ARMS[arm]} | {line['batch_size']} | {sizes} | {gib(line['peak'])} | "
-            f"{gib(line['capacity'])} | "
-            f"{'yes' if line['peak'] <= line['capacity'] else 'no'} | "
-            + (f"{largest} ({gib(line['largest_peak'])} GiB) |" if largest else "not searched |")
+            f"{gib(line['capacity'])} | {'yes' if line['peak'] <= line['capacity'] else 'no'} |"
         )
         chip = next(c for regex, c in flops.CHIPS if re.search(regex, SLICES[topology, slices][0]))
         each = line["flops"] / line["devices"]
@@ -190,7 +183,8 @@ no real step reaches.
 
 {memory}
 
-"largest batch" was compiled, too, not extrapolated.
+The batches are chosen, not the largest that fit: `--largest_batch` searches these and was not run
+here.
 
 ## What a step costs
 
