@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
-    """A checkpoint of a run directory, on all devices.
+    """A checkpoint of a run directory, on all devices; with `optim.ema_decay` its averaged weights.
 
     which: "newest" (that can be read), "best" (the lowest dev loss) or a step.
 
@@ -64,7 +64,8 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
         )
     if state is None:
         raise FileNotFoundError(f"{workdir}: no checkpoint yet; let training reach one")
-    return Run(config, slm, optim.merge(state.params, frozen), tokenizer, int(state.step), mesh)
+    weights = optim.averaged(state.params, state.opt_state)
+    return Run(config, slm, optim.merge(weights, frozen), tokenizer, int(state.step), mesh)
 
 
 def split(params, config):

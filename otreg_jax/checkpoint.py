@@ -13,6 +13,7 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -65,7 +66,7 @@ def restore(
     """A checkpoint in the shardings of `abstract_state`; None if there is none.
 
     Of the newest, an unreadable one (truncated, say) is skipped with a warning. With `params_only`
-    the optimizer's state is left on disk. which: as for `choose`.
+    no more of the optimizer's state is read than an average of the weights. which: as for `choose`.
 
     Raises:
       ValueError: the one asked for does not exist; checkpoints exist, and none can be read; or the
@@ -73,8 +74,10 @@ def restore(
         every difference is listed.
     """
     if params_only:
+        average = optim.averaged(None, abstract_state.opt_state)
         nothing = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract_state.opt_state)
-        abstract_state = abstract_state._replace(opt_state=nothing)
+        needed = nothing if average is None else optax.tree.set(nothing, ema=average)
+        abstract_state = abstract_state._replace(opt_state=needed)
     problems = []
     for info in choose(checkpointer, which):
         try:

@@ -164,6 +164,7 @@ def default() -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.98,
                 "clip_norm": 1.0,
+                "ema_decay": 0.0,  # evaluate an average of the weights (0.999, say); 0: the last
                 "multipliers": (),  # ((regex, factor), ...) of the learning rate, first match wins
             },
             "decode": {"max_tokens": 0},  # 0: from the longest evaluation transcript
@@ -220,6 +221,7 @@ def check(config: ConfigDict) -> None:
     require(
         c.infonce.temperature > 0, f"infonce.temperature={c.infonce.temperature} must be above 0"
     )
+    require(0 <= c.optim.ema_decay < 1, f"optim.ema_decay={c.optim.ema_decay} must be in [0, 1)")
     require(
         0 <= c.optim.restart_step < c.num_steps,
         f"optim.restart_step={c.optim.restart_step} is not below num_steps={c.num_steps}",

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
@@ -45,7 +46,8 @@ def learning_rate(config) -> optax.Schedule:
 
 def make_optimizer(config) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW; decay on matrices only; `optim.multipliers`, a tuple
-    of (regex, factor), scales the update of parameters whose path matches (first match wins)."""
+    of (regex, factor), scales the update of parameters whose path matches (first match wins); with
+    `optim.ema_decay` the state also holds an average of the weights, for `averaged`."""
     c = config.optim
     is_matrix = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
 
@@ -57,10 +59,33 @@ def make_optimizer(config) -> optax.GradientTransformation:
             scaled[path] = update * factor
         return traverse_util.unflatten_dict(scaled, sep="/")
 
-    return optax.chain(
+    steps = [
         optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
         optax.adamw(
             learning_rate(config), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=is_matrix
         ),
         optax.stateless(scale_by_path) if c.multipliers else optax.identity(),
+    ]
+    return optax.chain(*steps, *([average_weights(c.ema_decay)] if c.ema_decay else []))
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Leaves the updates as they are and keeps an exponential moving average of the weights (Polyak
+    and Juditsky 1992) they lead to. After n updates its decay is the lower of `decay` and
+    (1 + n) / (10 + n), so that weights drawn at random are soon forgotten."""
+
+    def update(updates, state, params):
+        weights = optax.apply_updates(params, updates)
+        count = state.count.astype(jnp.float32)
+        share = 1.0 - jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+        ema = jax.tree.map(lambda old, new: old + share * (new - old), state.ema, weights)
+        return updates, optax.EmaState(state.count + 1, ema)
+
+    return optax.GradientTransformation(
+        lambda params: optax.EmaState(jnp.int32(0), jax.tree.map(jnp.copy, params)), update
     )
+
+
+def averaged(params, opt_state):
+    """The average of the weights, if `opt_state` holds one, else `params`: what is evaluated."""
+    return optax.tree.get(opt_state, "ema", params)

@@ -134,7 +134,8 @@ def train(config, workdir) -> step_lib.TrainState:
             stop = told_to_stop(step)
             dev_metrics = None
             if dev and not stop and is_due(step + 1, config.eval_every, config):
-                loss = dev_loss(eval_fn, state.params, frozen, dev, tokenizer, config, mesh, share)
+                weights = optim.averaged(state.params, state.opt_state)
+                loss = dev_loss(eval_fn, weights, frozen, dev, tokenizer, config, mesh, share)
                 dev_metrics = {"dev_ce": loss}
                 writer.evaluated(step + 1, dev_metrics)
                 watch.lap("evaluation", step + 1)

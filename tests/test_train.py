@@ -165,6 +165,22 @@ def test_the_best_checkpoint_outlives_newer_ones_and_restarts(manifest, tmp_path
         build.load_run(tmp_path, "6")
 
 
+def test_evaluation_takes_the_average_of_the_weights(manifest, tmp_path, monkeypatch):
+    given, real = [], train_lib.dev_loss
+
+    def dev_loss(eval_fn, params, *args):
+        given.append(jax.tree.map(np.array, params))
+        return real(eval_fn, params, *args)
+
+    monkeypatch.setattr(train_lib, "dev_loss", dev_loss)
+    changes = dict(optim__ema_decay=0.9, data__dev=str(manifest), eval_every=4, num_steps=4)
+    state = train_lib.train(tone_config(manifest, checkpoint_every=4, **changes), tmp_path)
+    loaded = build.load_run(tmp_path).params
+    bias = lambda params: np.array(params["adapter"]["out"]["bias"])
+    np.testing.assert_array_equal(bias(given[0]), bias(loaded))
+    assert np.abs(bias(loaded) - bias(state.params)).max() > 0
+
+
 def test_goodput_goes_on_over_restarts(manifest, tmp_path):
     train_lib.train(tone_config(manifest, num_steps=8), tmp_path)
     last = lambda: json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

@@ -110,6 +110,26 @@ def test_what_is_frozen_or_multiplied_by_zero_stays_and_the_loss_falls():
     jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], encoder_before)
 
 
+def test_the_average_of_the_weights_follows_those_of_finite_steps():
+    state, frozen, step = make(optim__ema_decay=0.15, **OTREG)
+    wanted, updates = jax.tree.map(np.array, state.params), 0
+    for i in range(4):
+        batch = toy_batch(8, seed=i)
+        if i == 2:
+            batch["mel"][0, 0, 0] = np.nan
+        state, metrics = step(state, frozen, batch)
+        if not metrics["bad_steps"]:
+            decay = (0.1, 0.15, 0.15)[updates]  # 1 / 10, then 2 / 11 and 3 / 12 are above 0.15
+            blend = lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new)
+            wanted, updates = jax.tree.map(blend, wanted, state.params), updates + 1
+    assert updates == 3
+    average = optim.averaged(state.params, state.opt_state)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, average, wanted)
+    plain, *_ = make(**OTREG)
+    assert optim.averaged(plain.params, plain.opt_state) is plain.params
+
+
 def test_a_non_finite_step_changes_nothing_and_is_counted():
     state, frozen, step = make(**OTREG)
     state, _ = step(state, frozen, toy_batch(8))
