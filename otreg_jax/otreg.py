@@ -245,7 +245,8 @@ def transport_plan(
         costs may be anything.
       epsilon, num_iters, speech_tau: as in `regularizer`.
       backend: "xla", blocks of matrix scalings; "pallas", the same with an example's whole tile on
-        chip; "ott", ott-jax's log-domain iterations, the reference; "auto", what measured best.
+        chip, or streamed through it; "ott", ott-jax's log-domain iterations, the reference; "auto",
+        what measured best.
 
     Every backend runs the same iterations. None is differentiable, on purpose: the plan is a
     constant to `jax.grad`. Padding by zero mass is exact because epsilon is absolute; ott's
@@ -302,14 +303,9 @@ def _solve_xla(cost_BST, a_BS, b_BT, num_iters, speech_tau):
 def _solve_pallas(cost_BST, a_BS, b_BT, num_iters, speech_tau):
     from otreg_jax import sinkhorn_pallas  # here: this file needs it for this backend alone
 
-    def weighted_sum(kernel_BTS, weight, axis):
-        return jnp.sum(kernel_BTS * weight, axis=axis, keepdims=True)
-
-    solve = functools.partial(
-        absorbed_sinkhorn, weighted_sum=weighted_sum,
-        num_iters=num_iters, speech_tau=speech_tau, speech_axis=2,
-    )  # fmt: skip
-    return sinkhorn_pallas.solve_tiles(solve, cost_BST, a_BS, b_BT)
+    return sinkhorn_pallas.solve_tiles(
+        absorbed_sinkhorn, cost_BST, a_BS, b_BT, num_iters, speech_tau
+    )
 
 
 BACKENDS = {"xla": _solve_xla, "pallas": _solve_pallas, "ott": _solve_ott}

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from otreg_jax import otreg
+from otreg_jax import otreg, sinkhorn_pallas
 
 S, T, D = 37, 13, 16
 NUM_ITERS = 50
@@ -92,6 +92,22 @@ def test_every_backend_runs_the_reference_iterations(backend, speech_tau):
             assert error <= 1e-4, (example, epsilon)
 
 
+@pytest.mark.parametrize("chip", [sinkhorn_pallas.TPU, sinkhorn_pallas.GPU], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("speech_tau", [1.0, 0.95, 0.5])
+def test_pallas_streams_what_does_not_fit(chip, speech_tau, monkeypatch):
+    """In three blocks, the last of which only the longest examples reach."""
+    small = chip._replace(largest_tile=0, block=16)
+    monkeypatch.setattr(sinkhorn_pallas, "INTERPRETED", small)
+    solve = functools.partial(otreg.transport_plan, speech_tau=speech_tau, backend="pallas")
+    solve = jax.jit(solve, static_argnames="num_iters")
+    for epsilon in EPSILONS:
+        plan_BST = solve(*make_batch(), epsilon=epsilon, num_iters=NUM_ITERS)
+        error_B = np.abs(plan_BST - reference(epsilon, speech_tau)).sum(axis=(1, 2))
+        assert error_B.max() <= 1e-4, (EXAMPLES[error_B.argmax()], epsilon)
+    plan_BST = solve(*make_batch(), epsilon=0.05, num_iters=1)
+    assert np.abs(plan_BST - reference(0.05, speech_tau, 1)).sum(axis=(1, 2)).max() <= 1e-4
+
+
 @pytest.mark.parametrize("num_iters", [1, 2, 22, 43])  # no block, a rest, one and two whole blocks
 def test_blocks_add_up_to_the_iterations_asked_for(num_iters):
     plan_BST = transport_plan(*make_batch(), epsilon=0.05, num_iters=num_iters, backend="xla")
@@ -101,15 +117,20 @@ def test_blocks_add_up_to_the_iterations_asked_for(num_iters):
         assert np.abs(reference(0.05, 1.0, 22) - reference(0.05, 1.0, 21)).sum((1, 2)).max() > 1e-3
 
 
-def test_extreme_costs_stay_finite():
+@pytest.mark.parametrize("backend", ["xla", "pallas", "pallas, streamed"])
+def test_extreme_costs_stay_finite(backend, monkeypatch):
     """Costs of thousands of epsilons, and outliers beyond what an exponential can hold."""
+    backend, _, streamed = backend.partition(", ")
+    if streamed:
+        small = sinkhorn_pallas.GPU._replace(largest_tile=0, block=16)
+        monkeypatch.setattr(sinkhorn_pallas, "INTERPRETED", small)
     cost_BST, a_BS, b_BT = make_batch()
     cost_BST = cost_BST.copy()
     cost_BST[:, ::5] += 10
     for speech_tau in 1.0, 0.5:
         plan_BST = transport_plan(
             cost_BST, a_BS, b_BT, epsilon=2e-3, num_iters=NUM_ITERS, speech_tau=speech_tau,
-            backend="xla",
+            backend=backend,
         )  # fmt: skip
         assert np.all(np.isfinite(plan_BST))
         solvable_B = (a_BS.sum(axis=1) > 0) & (b_BT.sum(axis=1) > 0)
@@ -177,15 +198,24 @@ def test_pallas_under_shard_map():
 
 @pytest.mark.parametrize("platform, call", [("tpu", "tpu_custom_call"), ("cuda", "triton")])
 @pytest.mark.parametrize("speech_tau", [1.0, 0.5])
-def test_pallas_lowers_for(platform, call, speech_tau):
+@pytest.mark.parametrize("shape", [(S, T), (8000, 256)], ids=str)  # the latter fits nowhere
+def test_pallas_lowers_for(platform, call, speech_tau, shape):
+    s, t = shape
+    batch = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(8, s, t), (8, s), (8, t)]]
     traced = transport_plan.trace(
-        *make_batch(), epsilon=0.05, num_iters=NUM_ITERS, speech_tau=speech_tau, backend="pallas"
+        *batch, epsilon=0.05, num_iters=NUM_ITERS, speech_tau=speech_tau, backend="pallas"
     )
     assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("shape", [(150, 32), (1500, 128)], ids=str)
-@pytest.mark.parametrize("backend", ["xla", "pallas"])
+@pytest.mark.parametrize(
+    "backend, shape",
+    [
+        ("xla", (150, 32)), ("xla", (1500, 128)), ("pallas", (150, 32)), ("pallas", (1500, 128)),
+        ("pallas", (8000, 256)),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_compiles_for_tpu(tpu_devices, backend, shape):
     mesh = data_mesh(tpu_devices)
     s, t = shape
