@@ -1,5 +1,6 @@
 """Export: what is written opens again, on both sides, and gives the same logits."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
+from toy_run import make_run
 
-from otreg_jax import build, export
+from otreg_jax import build, export, pretrained
 from otreg_jax import config as config_lib
 from otreg_jax.data import text
 from otreg_jax.models import lora
@@ -72,6 +74,17 @@ def test_export_never_overwrites(run, tmp_path):
     (tmp_path / "kept").write_text("")
     with pytest.raises(ValueError, match="is not empty"):
         export.export(run, tmp_path)
+
+
+def test_the_command_exports_a_run_directory(tmp_path, capsys):
+    """What `load_run` gives computes on a mesh, which no config.json can hold."""
+    workdir = make_run(tmp_path / "run")
+    export.main([f"--workdir={workdir}", f"--out={tmp_path / 'out'}"])
+    assert f"wrote {tmp_path / 'out'}/llm" in capsys.readouterr().out
+    run = build.load_run(workdir)
+    llm, params = pretrained.load_llm(tmp_path / "out" / "llm")
+    jax.tree.map(np.testing.assert_array_equal, params, run.params["llm"])
+    assert llm.config == dataclasses.replace(run.slm.llm.config, attention=llm.config.attention)
 
 
 def test_the_command_explains_a_missing_run(tmp_path):

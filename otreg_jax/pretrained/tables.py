@@ -373,7 +373,8 @@ def llm_config_json(config: LLMConfig) -> dict[str, Any]:
         raw["layer_types"] = [kinds[is_local] for is_local in local]
     known = {"architectures", "model_type", "max_position_embeddings", *FAMILIES[config.family]}
     raw = {key: value for key, value in raw.items() if key in known}
-    back = dataclasses.replace(llm_config(raw), dtype=config.dtype, remat=config.remat)
+    how = {name: getattr(config, name) for name in ("dtype", "remat", "attention")}
+    back = dataclasses.replace(llm_config(raw), **how)
     differing = [
         f"{field.name}={getattr(config, field.name)!r}"
         for field in dataclasses.fields(config)
