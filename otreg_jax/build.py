@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from otreg_jax import checkpoint, losses, optim, pretrained, sharding, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import text
-from otreg_jax.models import attention, lora
+from otreg_jax.models import attention, lora, quantize
 from otreg_jax.models.adapter import Adapter, AdapterConfig
 from otreg_jax.models.llm import LLM, LLMConfig
 from otreg_jax.models.slm import SLM
@@ -69,10 +69,11 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
 
 
 def split(params, config):
-    """(trained parameters in float32, frozen ones in the compute dtype)."""
+    """(trained parameters in float32, frozen ones in the compute dtype or, their largest, int8)."""
     trained, frozen = optim.split(params, config.freeze)
     as_dtype = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
-    return as_dtype(trained, "float32"), as_dtype(frozen, config.compute_dtype)
+    trained, frozen = as_dtype(trained, "float32"), as_dtype(frozen, config.compute_dtype)
+    return trained, quantize.to_int8(frozen) if config.frozen_int8 else frozen
 
 
 def llm_path(config, workdir) -> str:

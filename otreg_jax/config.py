@@ -43,6 +43,7 @@ def default() -> ConfigDict:
             "profile": "",  # START:STOP, steps to trace into WORKDIR/profile
             "max_bad_steps": 10,  # non-finite steps in a row before training stops
             "compute_dtype": "float32",  # of activations and frozen weights: float32 | bfloat16
+            "frozen_int8": False,  # frozen kernels of the layers in int8: half of bfloat16's memory
             "attention": "auto",  # auto | xla | cudnn (GPU) | splash (TPU)
             "remat": False,  # recompute activations in the backward pass: less memory, more time
             "freeze": "^encoder/positions/",  # regex of parameter paths that are not trained

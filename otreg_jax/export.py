@@ -8,6 +8,7 @@ DIR2/encoder/             the speech encoder, LoRA merged; transformers' Whisper
 DIR2/adapter.safetensors  the adapter (and the CTC head, if one was trained), by path
 DIR2/config.json          the configuration of the run, the adapter's widths and the prompt's tokens
 
+Kernels that were int8 in training (`frozen_int8`) are written as floats of the same values.
 To go on from there: --config.llm.path=DIR2/llm --config.encoder.path=DIR2/encoder.
 """
 
@@ -23,7 +24,7 @@ from flax import traverse_util
 
 from otreg_jax import build, pretrained
 from otreg_jax import config as config_lib
-from otreg_jax.models import lora
+from otreg_jax.models import lora, quantize
 
 
 def export(run: build.Run, out: str | Path) -> None:
@@ -31,7 +32,7 @@ def export(run: build.Run, out: str | Path) -> None:
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out")
-    params = lora.merge(run.params)
+    params = lora.merge(quantize.from_int8(run.params, run.config.compute_dtype))
     pretrained.save_llm(out / "llm", run.slm.llm, params["llm"], run.tokenizer)
     pretrained.save_speech_encoder(out / "encoder", run.slm.encoder, params["encoder"])
     rest = {name: tree for name, tree in params.items() if name not in ("llm", "encoder")}
