@@ -4,10 +4,11 @@
     python -m benchmarks.study --part=0/2           # every second run: one process a core
     python -m benchmarks.study --report             # docs/study.md and its figures, nothing trained
     python -m benchmarks.study trimmed,ce,7         # these runs only
+    python -m benchmarks.study --courses            # the runs of COURSES, tested on the way
     python -m benchmarks.study --human=DIR          # recordings too: DIR/{train,dev,test}.jsonl
 
-A run is one JSON line of benchmarks/results/study.jsonl; what has its line is not run again. Every
-number of docs/study.md is computed from these lines.
+A run is one JSON line of benchmarks/results/study.jsonl, its course several of study_courses.jsonl;
+what has its lines is not run again. Every number of docs/study.md is computed from these lines.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from otreg_jax.data import sets, text
 ROOT = Path(__file__).parent.parent
 RECIPE = runpy.run_path(str(ROOT / "configs" / "study.py"))
 RESULTS = ROOT / "benchmarks" / "results" / "study.jsonl"
+COURSE_RESULTS = RESULTS.with_name("study_courses.jsonl")
 LAYER = 1  # where the plan of every arm is measured
 PAGE, README = ROOT / "docs" / "study.md", ROOT / "README.md"
 BEGIN, END = "<!-- python -m benchmarks.study --report -->", "<!-- end of report -->"
@@ -69,15 +71,22 @@ COST = (
     "difference below a quarter into it. [performance.md](performance.md) has the share of the "
     "step that was measured on its own."
 )
+COURSE = (
+    "How much of the plan (similarity alone, after the first LLM layer) lies on the word that is "
+    "spoken at the time, on `dev`, while the adapter learns."
+)
 # In the order they are run.
 QUESTIONS = (
     Question(
         "Trimmed speech, frozen LLM", "trimmed",
-        ("ce", "ctc", "layer1_prior", "position1", "layer1_prior_ctc", "paper", "position0"), FRESH,
+        (
+            "ce", "ctc", "layer1_prior", "position1", "layer1_prior_ctc", "paper", "position0",
+            "layer1_faint_ctc",
+        ), FRESH,
     ),
     Question(
         "Untrimmed speech, frozen LLM", "untrimmed",
-        ("ce", "ctc", "layer1_relaxed_ctc", "position1_ctc"), FRESH,
+        ("ce", "ctc", "layer1_relaxed_ctc", "position1_ctc", "layer1_relaxed_faint_ctc"), FRESH,
     ),
     Question(
         "Screening: every arm, other voices and texts", "trimmed+screen",
@@ -102,9 +111,18 @@ PAIRS = (
     ("paper", "ce"), ("layer0_prior", "ce"), ("layer0_prior", "position0"),
     ("layer1_prior", "ce"), ("layer1_prior", "position1"), ("layer1_prior", "ctc"),
     ("ctc", "ce"), ("layer1_prior_ctc", "ce"), ("layer1_prior_ctc", "ctc"),
-    ("layer1_prior_ctc", "position1_ctc"), ("layer1_relaxed_ctc", "ce"),
-    ("layer1_relaxed_ctc", "ctc"), ("layer1_relaxed_ctc", "position1_ctc"),
+    ("layer1_prior_ctc", "position1_ctc"), ("layer1_faint_ctc", "ce"), ("layer1_faint_ctc", "ctc"),
+    ("layer1_relaxed_ctc", "ce"), ("layer1_relaxed_ctc", "ctc"),
+    ("layer1_relaxed_ctc", "position1_ctc"), ("layer1_relaxed_faint_ctc", "ce"),
+    ("layer1_relaxed_faint_ctc", "ctc"),
 )  # fmt: skip
+
+# Arms whose plans are watched from step 0 to the end, every so many steps.
+COURSES = {
+    "trimmed": ("ce", "ctc", "paper", "position1", "layer1_prior", "layer1_prior_ctc"),
+    "untrimmed": ("ce", "ctc", "position1_ctc", "layer1_relaxed_ctc"),
+}
+COURSE_EVERY, COURSE_SEEDS = 50, FRESH[:3]
 
 # What README shows: (world, arm, reference).
 HEADLINE = (
@@ -191,8 +209,8 @@ def prepare_human(source: Path, folder: Path, language: str = "en", num_tested: 
         train_llm(config, sentences, folder / "human-llm", longest=80)  # the rest is slow
 
 
-def run(name: str, folder: Path) -> dict:
-    """Trains and evaluates "world,arm,seed"; returns its line of the results."""
+def configure(name: str, folder: Path):
+    """The recipe of "world,arm,seed" with the parts and the data of `folder`."""
     config = RECIPE["get_config"](name)
     config.data.cache = str(folder / "data")
     for part in (config.encoder, config.llm):
@@ -202,6 +220,12 @@ def run(name: str, folder: Path) -> dict:
         config.data.train, config.data.dev = manifests.pop("train"), manifests.pop("dev")
         manifests.pop("all")
         config.data.test = ",".join(f"{name}={path}" for name, path in manifests.items())
+    return config
+
+
+def run(name: str, folder: Path) -> dict:
+    """Trains and evaluates "world,arm,seed"; returns its line of the results."""
+    config = configure(name, folder)
     with tempfile.TemporaryDirectory(prefix="study-") as workdir:
         began = time.perf_counter()
         trained = train_whole(config, workdir)
@@ -225,12 +249,37 @@ def run(name: str, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def test(run: build.Run, config, workdir) -> dict:
-    """Errors on every set, and the plan's mass on the word truly spoken where that is known.
+def course(name: str, folder: Path) -> list[dict]:
+    """Trains "world,arm,seed" and tests it in-domain every COURSE_EVERY steps, from step 0 on."""
+    config = configure(name, folder)
+    config.checkpoint_every, config.keep_checkpoints = COURSE_EVERY, config.num_steps
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="study-") as workdir:
+        start = configure(name, folder)
+        start.num_steps, start.otreg.start_step, start.optim.restart_step = 1, 0, 0
+        # The first step's learning rate is 0: what it leaves is the start.
+        runs = {0: train_whole(start, Path(workdir, "start"))}
+        train_whole(config, Path(workdir, "run"))
+        for step in range(COURSE_EVERY, config.num_steps + 1, COURSE_EVERY):
+            runs[step] = build.load_run(Path(workdir, "run"), str(step))
+        for step, trained in runs.items():
+            Path(workdir, str(step)).mkdir()
+            result = test(trained, config, Path(workdir, str(step)), only=("dev",))
+            lines.append(
+                {"run": name, "step": step, "wer": result["sets"]["dev"]["wer"]}
+                | {"spoken_mass": result["spoken_mass"]}
+            )
+    return lines
+
+
+def test(run: build.Run, config, workdir, only: tuple[str, ...] = ()) -> dict:
+    """Errors on every set, or on those of these names, and the plan's mass on the word truly spoken
+    where that is known.
 
     Errors are of words, of recordings those of characters.
     """
     utterances, _ = evaluate.load_sets(config, workdir)
+    utterances = {name: found for name, found in utterances.items() if not only or name in only}
     synthetic = bool(config.synthetic.num_train)
     decode = decoding.Settings(max_tokens=16 if synthetic else 120)
     with evaluate.Partial(Path(workdir) / "partial.jsonl", {}) as partial:
@@ -435,6 +484,39 @@ def step_time_table(results: list[dict]) -> str:
     return markdown(rows[0], rows[1:]) if len(rows) > 1 else ""
 
 
+def course_table(courses: list[dict], world: str) -> str:
+    """The mass on the spoken word by step, means over the seeds that are there."""
+    steps = sorted({line["step"] for line in courses})
+    rows = []
+    for arm in COURSES[world]:
+        names = {f"{world},{arm},{seed}" for seed in COURSE_SEEDS}
+        found = [line for line in courses if line["run"] in names]
+        if found:
+            at = [[c["spoken_mass"] for c in found if c["step"] == step] for step in steps]
+            rows.append([arm, str(len(at[0])), *(f"{statistics.fmean(mass):.2f}" for mass in at)])
+    return markdown([f"{world}: mass at step", "seeds", *map(str, steps)], rows) if rows else ""
+
+
+def course_figure(courses: list[dict], path: Path) -> None:
+    """A panel a world: the mass on the spoken word against the step, a line a run."""
+    fig = Figure(figsize=(10, 3.6), layout="constrained")
+    for ax, (world, arms) in zip(fig.subplots(1, len(COURSES), sharey=True), COURSES.items(),
+                                 strict=True):  # fmt: skip
+        for i, arm in enumerate(arms):
+            for seed in COURSE_SEEDS:
+                found = [c for c in courses if c["run"] == f"{world},{arm},{seed}"]
+                label = arm if seed == COURSE_SEEDS[0] else None
+                ax.plot(
+                    [c["step"] for c in found], [c["spoken_mass"] for c in found], f"C{i}.-",
+                    label=label, alpha=0.7,
+                )  # fmt: skip
+        ax.set(title=world, xlabel="step", ylim=(0, 1))
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
+    fig.axes[0].set_ylabel("plan mass on the spoken word")
+    fig.savefig(path, dpi=90)
+
+
 def figure(arms, question: Question, path: Path) -> None:
     """A panel a kind of shift, a row an arm: dots are runs, bars mean ± standard deviation."""
     shifts = question.shifts
@@ -453,7 +535,7 @@ def figure(arms, question: Question, path: Path) -> None:
     fig.savefig(path, dpi=90)
 
 
-def report(results: list[dict], folder: Path) -> str:
+def report(results: list[dict], courses: list[dict], folder: Path) -> str:
     """The generated part of docs/study.md; figures go to `folder`."""
     parts = []
     for question in QUESTIONS:
@@ -473,6 +555,11 @@ def report(results: list[dict], folder: Path) -> str:
             error_table(arms, question.shifts),
             difference_table(arms, question.shifts),
         ]
+    if courses:
+        course_figure(courses, folder / "study-courses.png")
+        parts += ["## Where the plans lie during training", COURSE,
+                  "![Plan mass on the spoken word](study-courses.png)",
+                  *(course_table(courses, world) for world in COURSES)]  # fmt: skip
     if times := step_time_table(results):
         parts += ["## What it costs", COST, times]
     return "\n\n".join(part for part in parts if part)
@@ -490,7 +577,8 @@ def headline(results: list[dict]) -> str:
 
 
 def write_pages(results: list[dict]) -> None:
-    for path, generated in ((PAGE, report(results, PAGE.parent)), (README, headline(results))):
+    page = report(results, read_results(COURSE_RESULTS), PAGE.parent)
+    for path, generated in ((PAGE, page), (README, headline(results))):
         path.write_text(with_generated(path.read_text(), generated))
 
 
@@ -508,6 +596,7 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="I/N: every N-th run, from the I-th on")
     parser.add_argument("--folder", default=str(ROOT / RECIPE["FOLDER"]), help="parts and speech")
     parser.add_argument("--human", type=Path, help="recordings; without them no human runs")
+    parser.add_argument("--courses", action="store_true", help="the runs of COURSES, on the way")
     parser.add_argument("--report", action="store_true", help="write docs/study.md only")
     args = parser.parse_args()
     if not args.report:
@@ -517,12 +606,19 @@ def main() -> None:
             prepare_human(args.human, Path(args.folder))
         asked = [q for q in QUESTIONS if args.human or q.world != "human"]
         names = args.runs or list(dict.fromkeys(n for q in asked for n in q.runs()))
+        make, path = lambda name: [run(name, Path(args.folder))], RESULTS
+        if args.courses:
+            names = args.runs or [
+                f"{world},{arm},{seed}"
+                for seed in COURSE_SEEDS for world, arms in COURSES.items() for arm in arms
+            ]  # fmt: skip
+            make, path = lambda name: course(name, Path(args.folder)), COURSE_RESULTS
         part, parts = map(int, args.part.split("/"))
         for name in tqdm.tqdm(names[part::parts], desc="study", unit="run"):
-            if name not in {r["run"] for r in read_results()}:
-                line = json.dumps(run(name, Path(args.folder)))
-                with RESULTS.open("a") as file:
-                    file.write(line + "\n")
+            if name not in {r["run"] for r in read_results(path)}:
+                lines = [json.dumps(line) + "\n" for line in make(name)]
+                with path.open("a") as file:
+                    file.write("".join(lines))
     write_pages(read_results())
 
 

@@ -144,6 +144,7 @@ ARMS = {
     "layer1_light_ctc": {**LAYER1, **FADING, **LIGHT, **CTC},
     "layer1_faint_ctc": {**LAYER1, **FADING, **FAINT, **CTC},
     "layer1_relaxed_ctc": {**LAYER1, **RELAXED, **CTC},
+    "layer1_relaxed_faint_ctc": {**LAYER1, **RELAXED, **FAINT, **CTC},
     "position1_ctc": {**LAYER1, **POSITION, **CTC},
 }
 WORLDS = ("trimmed", "untrimmed", "human")

@@ -91,7 +91,13 @@ def results(monkeypatch):
 
 
 def test_the_report_holds_what_the_lines_say(results, tmp_path):
-    text = study.report(results, tmp_path)
+    courses = [
+        {"run": f"trimmed,ce,{seed}", "step": step, "wer": 0.5, "spoken_mass": mass}
+        for seed, step, mass in [(1, 0, 0.1), (1, 50, 0.2), (2, 0, 0.2), (2, 50, 0.4)]
+    ]
+    text = study.report(results, courses, tmp_path)
+    assert "| trimmed: mass at step | seeds | 0 | 50 |" in text
+    assert "| ce | 2 | 0.15 | 0.30 |" in text and "untrimmed: mass" not in text
     # ce: 8/20, 12/20 and 16/20 words wrong.
     assert f"| ce | 3 | 60.0 ± {statistics.stdev([40, 60, 80]):.1f} |" in text
     assert "| better | 3 | 20.0 ± 0.0 |" in text
@@ -107,11 +113,11 @@ def test_the_report_holds_what_the_lines_say(results, tmp_path):
 
 
 def test_the_report_says_which_runs_are_missing(results, tmp_path):
-    text = study.report(results[:-1], tmp_path)
+    text = study.report(results[:-1], [], tmp_path)
     assert "1 of 9 runs were not made" in text
     # Two seeds show their interval, but no claim is made of it.
     assert re.search(r"\| same − ce \| [^*|]* 0/2 \|", text) and "**same**" not in text
-    assert "Not run." in study.report([], tmp_path)
+    assert "Not run." in study.report([], [], tmp_path)
 
 
 def test_infonce_is_the_mean_of_both_directions_over_real_rows():
@@ -157,8 +163,9 @@ def test_learning_rate_restarts():
 def test_the_pages_say_what_the_committed_results_say(tmp_path):
     results = study.read_results()
     for path, generated in (
-        (study.PAGE, study.report(results, tmp_path)), (study.README, study.headline(results)),
-    ):  # fmt: skip
+        (study.PAGE, study.report(results, study.read_results(study.COURSE_RESULTS), tmp_path)),
+        (study.README, study.headline(results)),
+    ):
         page = path.read_text()
         assert study.with_generated(page, generated) == page, "run benchmarks.study --report"
     for figure in tmp_path.iterdir():
