@@ -156,11 +156,11 @@ def compile_step(config, devices, frames: int, tokens: int) -> Report:
         peak = peak_memory(compiled.memory_analysis(), devices[0].platform)
         collectives = count_collectives(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:  # how XLA says that the memory does not suffice
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        if not used:
+        found = needed_and_available(str(error))
+        if not found:
             raise
-        size = lambda number, unit: int(float(number) * 1024 ** " KMGT".index(unit))
-        peak, capacity = size(*used.group(1, 2)), size(*used.group(3, 4))
+        # What is named may be temporaries alone.
+        peak, capacity = max(found[0], sum(memory.values())), found[1]
     memory["activations, gradients, buffers"] = peak - sum(memory.values())
     positions = (
         len(slm.prompt.prefix)
@@ -178,6 +178,20 @@ def model_flops(config, devices, frames: int, tokens: int) -> int:
     """FLOPs of the step's matrix products over all devices, without recomputation; no compiling."""
     slm, step_of, arguments = abstract_step(config, devices, frames, tokens)
     return flops.count(step_of(build.plain(slm)), *arguments)
+
+
+def needed_and_available(message: str) -> tuple[int, int] | None:
+    """Bytes, from an error of XLA's for TPUs that says so; None from any other error."""
+    amount = r"([\d.]+)([KMGT])"
+    for pattern in (
+        rf"Used {amount} of {amount} hbm",
+        rf"memory required for [\w ]+ \({amount}\) exceeds available HBM \({amount}\)",
+    ):
+        if match := re.search(pattern, message):
+            sizes = zip(match.groups()[::2], match.groups()[1::2], strict=True)
+            needed, available = (int(float(n) * 1024 ** " KMGT".index(u)) for n, u in sizes)
+            return needed, available
+    return None
 
 
 def peak_memory(analysis, platform: str) -> int:
@@ -303,7 +317,8 @@ def describe(report: Report, devices, config, frames: int, tokens: int) -> str:
     ]
     verdict = "" if report.fits is None else "  fits" if report.fits else "  DOES NOT FIT"
     of = "" if report.capacity is None else f" of {report.capacity / GIB:.2f}"
-    lines += [f"  {'peak':32}{report.peak / GIB:9.3f}{of}{verdict}", ""]
+    peak = "peak, at least" if report.fits is False else "peak"
+    lines += [f"  {peak:32}{report.peak / GIB:9.3f}{of}{verdict}", ""]
     lines += [f"model FLOPs of a step: {report.flops:.4g}, {report.flops / count:.4g} a device"]
     if chip:
         seconds = report.flops / count / chip.flops

@@ -135,6 +135,20 @@ def test_memory_that_does_not_suffice_halves_the_batch():
     assert aot.largest_batch(compile_at, compile_at(16), 16) is None
 
 
+def test_what_does_not_fit_is_read_from_either_message_of_the_compiler():
+    """As libtpu 0.0.42 words them."""
+    ran_out = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    ran_out += "temporaries (16.22G) exceeds available HBM (15.75G)."
+    sizes = int(16.22 * aot.GIB), int(15.75 * aot.GIB)
+    assert aot.needed_and_available(ran_out) == sizes
+    used = "Ran out of memory in memory space hbm. Used 96.50G of 95.74G hbm. Exceeded by 776.0M."
+    assert aot.needed_and_available(used) == (int(96.5 * aot.GIB), int(95.74 * aot.GIB))
+    assert aot.needed_and_available("INTERNAL: Mosaic failed to compile") is None
+    report = aot.Report(8, {}, *sizes, 0, {}, 0)
+    shown = aot.describe(report, jax.devices(), config_of(), FRAMES, TOKENS)
+    assert re.search(r"peak, at least +16.220 of 15.75  DOES NOT FIT", shown)
+
+
 def test_unknown_topologies_say_what_they_look_like():
     with pytest.raises(ValueError, match="'v9:1x1'.*cannot be described(.|\n)*libtpu"):
         aot.devices_of("v9:1x1")
