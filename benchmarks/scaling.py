@@ -10,9 +10,11 @@ same of a 60M model on up to eight CPU devices, against their number, the batch,
 audio and the vocabulary (`--cpu`).
 """
 
+import ast
 import dataclasses
 import json
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -41,10 +43,16 @@ SLICES = {
     ("v5e:4x4", 1): ("TPU v5 lite", 64),
 }
 ARMS = {"otreg": "LoRA", "full": "full fine-tuning"}
+# What trades memory for time, on one of them: (arm, changes of the configuration).
+TRADED = ("v5e:4x4", 1)
+TRADES = (
+    ("otreg", ("remat=dots",)), ("otreg", ("remat=none",)), ("otreg", ("frozen_int8=True",)),
+    ("full", ("remat=dots",)),
+)  # fmt: skip
 SECONDS, TOKENS = 15, 96  # utterances as Multilingual LibriSpeech has them
 
 
-def command(arm: str, topology: str, slices: int) -> list[str]:
+def command(arm: str, topology: str, slices: int, changes: tuple[str, ...] = ()) -> list[str]:
     """The user's command for one line."""
     return [
         "python", "-m", "otreg_jax.aot", f"--config=configs/multilingual.py:{arm}",
@@ -52,33 +60,76 @@ def command(arm: str, topology: str, slices: int) -> list[str]:
         f"--config.encoder.path={SHAPES.relative_to(ROOT)}/whisper-large-v3",
         f"--config.llm.path={SHAPES.relative_to(ROOT)}/qwen2.5-7b",
         f"--config.batch_size={SLICES[topology, slices][1]}",
-        f"--seconds={SECONDS}", f"--tokens={TOKENS}",
+        f"--seconds={SECONDS}", f"--tokens={TOKENS}", *(f"--config.{change}" for change in changes),
     ]  # fmt: skip
 
 
 def stored() -> dict[tuple, dict]:
-    """{(arm, topology, slices): line}"""
+    """{(arm, topology, slices, changes): line}"""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     lines = [json.loads(line) for line in lines]
-    return {(line["arm"], line["topology"], line["slices"]): line for line in lines}
+    key = lambda line: (line["arm"], line["topology"], line["slices"], tuple(line["changes"]))
+    return {key(line): line for line in lines}
 
 
 def measure() -> None:
     """Compiles what has no line yet."""
-    for topology, slices in SLICES:
-        for arm in ARMS:
-            if (arm, topology, slices) in stored():
+    points = [(arm, *where, ()) for where in SLICES for arm in ARMS]
+    points += [(arm, *TRADED, changes) for arm, changes in TRADES]
+    for point in points:
+        if point in stored():
+            continue
+        words = command(*point)
+        print(" ".join(words), flush=True)
+        with tempfile.NamedTemporaryFile("r") as out:
+            words = [sys.executable, *words[1:], f"--out={out.name}"]
+            subprocess.run(words, cwd=ROOT, check=True)
+            result = json.loads(out.read())
+        arm, *_, changes = point
+        versions = {name: version(name) for name in ("jax", "libtpu")}
+        with RESULTS.open("a") as file:
+            line = {"arm": arm, "changes": changes, **result, **versions}
+            file.write(json.dumps(line) + "\n")
+
+
+def executed_flops(arm: str, changes: tuple[str, ...]) -> int:
+    """FLOPs of a step's matrix products, recomputed ones included."""
+    config = runpy.run_path(str(ROOT / "configs/multilingual.py"))["get_config"](arm)
+    config.encoder.path = str(SHAPES / "whisper-large-v3")
+    config.llm.path = str(SHAPES / "qwen2.5-7b")
+    config.batch_size, config.attention = SLICES[TRADED][1], "xla"
+    config.mesh.data = config.mesh.fsdp = 1
+    for change in changes:
+        key, _, value = change.partition("=")
+        value = value if isinstance(config[key], str) else ast.literal_eval(value)
+        config.update_from_flattened_dict({key: value})
+    devices = aot.devices_of("cpu:1")[:1]
+    slm, step_of, arguments = aot.abstract_step(config, devices, 100 * SECONDS, TOKENS)
+    return flops.count(step_of(slm), *arguments)
+
+
+def report_trades(results: dict[tuple, dict]) -> str:
+    """The table of what trades memory for time; FLOPs are counted anew."""
+    gib = lambda size: f"{size / GIB:.2f}"
+    rows = [
+        "| training | changed | frozen weights | activations, gradients, buffers | peak | "
+        "FLOPs with recomputation |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for arm in ARMS:
+        for changes in [(), *(changes for of, changes in TRADES if of == arm)]:
+            line = results.get((arm, *TRADED, changes))
+            if line is None:
                 continue
-            words = command(arm, topology, slices)
-            print(" ".join(words), flush=True)
-            with tempfile.NamedTemporaryFile("r") as out:
-                words = [sys.executable, *words[1:], f"--out={out.name}"]
-                subprocess.run(words, cwd=ROOT, check=True)
-                result = json.loads(out.read())
-            versions = {name: version(name) for name in ("jax", "libtpu")}
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps({"arm": arm, **result, **versions}) + "\n")
+            memory = line["memory"]
+            rows.append(
+                f"| {ARMS[arm]} | {', '.join(changes) or 'nothing (remat=full)'} | "
+                f"{gib(memory['frozen weights'])} | "
+                f"{gib(memory['activations, gradients, buffers'])} | {gib(line['peak'])}"
+                f"{'' if line['peak'] <= line['capacity'] else ': does not fit'} | "
+                f"{executed_flops(arm, changes) / line['flops']:.2f} x |"
+            )
+    return "\n".join(rows)
 
 
 def measure_cpu() -> None:
@@ -143,7 +194,9 @@ def report() -> str:
         "| slice | training | model FLOPs a chip | seconds at peak | collectives (times, GiB) |",
         "|---|---|---:|---:|---|",
     ]
-    for (arm, topology, slices), line in results.items():
+    for (arm, topology, slices, changes), line in results.items():
+        if changes:
+            continue
         name = f"{slices} x {topology}" if slices > 1 else topology
         gib = lambda size: f"{size / GIB:.2f}"
         sizes = " | ".join(gib(line["memory"][part]) for part in parts)
@@ -162,7 +215,8 @@ def report() -> str:
     return TEMPLATE.format(
         seconds=SECONDS, tokens=TOKENS, positions=any_line["positions"],
         jax=any_line["jax"], libtpu=any_line["libtpu"], memory="\n".join(memory),
-        cost="\n".join(cost), cpu=cpu, cpu_tokens=cpu_tokens,
+        cost="\n".join(cost), trades=report_trades(results), traded=TRADED[0],
+        cpu=cpu, cpu_tokens=cpu_tokens,
         command=" ".join(command("otreg", "v5p:4x4x4", 1)).replace(" --", " \\\n    --"),
     )  # fmt: skip
 
@@ -191,6 +245,15 @@ here.
 {cost}
 
 Collectives are counted on one chip with loops multiplied out; bytes are those of the results.
+
+## Memory or time
+
+On {traded}, the same batch, GiB a chip. `remat` says what of each layer the backward pass finds
+kept: nothing but its input (`full`, which these recipes set), the products with weights too
+(`dots`), everything (`none`). `frozen_int8` keeps frozen kernels in int8. FLOPs are those of all
+matrix products that are executed, against the model's own.
+
+{trades}
 
 ## What grows with what
 

@@ -62,7 +62,7 @@ def recipe(size: str, otreg: bool, attention: str = "auto", **changes):
     ]
     config.data.augment.time_masks = config.data.augment.freq_masks = 0
     config.mesh.data, config.mesh.fsdp = -1, 1
-    config.remat, config.attention = False, attention
+    config.remat, config.attention = "none", attention
     if jax.default_backend() == "cpu":
         config.compute_dtype = "float32"  # CPUs compute in bfloat16 slowly
     config.batch_size = changes.get("batch", batch)

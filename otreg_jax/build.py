@@ -232,7 +232,7 @@ def plain(slm: SLM) -> SLM:
     """The same model without recomputation and with XLA's attention: what FLOPs are counted on."""
     xla = lambda config: config.attention._replace(name="xla")
     simple = lambda module: type(module)(
-        dataclasses.replace(module.config, remat=False, attention=xla(module.config))
+        dataclasses.replace(module.config, remat="none", attention=xla(module.config))
     )
     return slm._replace(encoder=simple(slm.encoder), llm=simple(slm.llm))
 

@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from otreg_jax import otreg
+from otreg_jax.models import layers
 
 # Keys that may differ when a run is resumed: they change neither the model nor what it is fed.
 RESUMABLE = (
@@ -45,7 +46,9 @@ def default() -> ConfigDict:
             "compute_dtype": "float32",  # of activations and frozen weights: float32 | bfloat16
             "frozen_int8": False,  # frozen kernels of the layers in int8: half of bfloat16's memory
             "attention": "auto",  # auto | xla | cudnn (GPU) | splash (TPU)
-            "remat": False,  # recompute activations in the backward pass: less memory, more time
+            # Compute activations again in the backward pass, for less memory: none | dots (all but
+            # products with weights) | full (all but the input of each layer).
+            "remat": "none",
             "freeze": "^encoder/positions/",  # regex of parameter paths that are not trained
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices per axis; -1: all that are left
             "data": {
@@ -207,6 +210,10 @@ def check(config: ConfigDict) -> None:
     require(
         c.compute_dtype in ("float32", "bfloat16"),
         f"compute_dtype={c.compute_dtype!r} is not float32 or bfloat16",
+    )
+    require(
+        c.remat in ("none", *layers.REMAT),
+        f"remat={c.remat!r} is not one of none, {', '.join(layers.REMAT)}",
     )
     require(
         c.data.train or c.synthetic.num_train,

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from otreg_jax import flops
+from otreg_jax.models import layers
 from otreg_jax.models.llm import LLM, LLMConfig, init_cache, sublayers
 from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig, output_length
 
@@ -111,14 +113,29 @@ def test_sublayers_compose_to_the_whole(windowed):
     np.testing.assert_allclose(x_BLD, whole, atol=1e-5)
 
 
-def test_remat_changes_no_gradient():
+@pytest.mark.parametrize("remat", layers.REMAT)
+def test_remat_changes_no_gradient(remat):
     model, params = _init(dataclasses.replace(PLAIN, num_layers=2))
-    again = LLM(dataclasses.replace(model.config, remat=True))
+    again = LLM(dataclasses.replace(model.config, remat=remat))
 
     def grad(model):
         return jax.jit(jax.grad(lambda p: model.apply({"params": p}, TOKENS_BL).var()))(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grad(model), grad(again))
+
+
+def test_remat_repeats_as_much_as_its_policy_says():
+    model, params = _init(PLAIN)
+
+    def count(remat):
+        apply = LLM(dataclasses.replace(model.config, remat=remat)).apply
+        return flops.count(jax.grad(lambda p: apply({"params": p}, TOKENS_BL).var()), params)
+
+    none, dots, full = count("none"), count("dots"), count("full")
+    attention = 2 * 2 * 9 * 9 * 4 * 8 * 2 * 3  # q k and probabilities v, 2 rows, 3 layers
+    assert dots - none == attention
+    projections = 2 * 18 * 24 * (4 * 8 + 2 * 2 * 8 + 4 * 8 + 3 * 32) * 3
+    assert 0.7 * projections < full - dots <= projections  # not those that no gradient needs
 
 
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits(windowed):

@@ -168,7 +168,7 @@ class Adapter(nn.Module):
             block, shape = ConformerBlock, ()
         else:
             block, shape = layers.EncoderBlock, (4 * c.hidden_dim,)
-        blocks = layers.scanned(block, c.num_layers, (nn.broadcast,), remat=False)
+        blocks = layers.scanned(block, c.num_layers, (nn.broadcast,), remat="none")
         block = blocks(c.num_heads, *shape, dtype=c.dtype, name="layers")
         x_BSH, _ = block(x_BSH, output_length(c, length_B))
         return nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x_BSH)
@@ -184,7 +184,7 @@ class Adapter(nn.Module):
         ).astype(c.dtype)
         x = jnp.broadcast_to(queries, (B * W, *queries.shape))
         axes = (nn.broadcast, nn.broadcast)
-        blocks = layers.scanned(CrossBlock, c.num_layers, axes, remat=False)
+        blocks = layers.scanned(CrossBlock, c.num_layers, axes, remat="none")
         x, _ = blocks(c.num_heads, 4 * c.hidden_dim, c.dtype, name="layers")(
             x, valid_BW.reshape(-1), memory
         )

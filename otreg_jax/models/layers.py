@@ -154,13 +154,21 @@ class EncoderBlock(nn.Module):
         return spread(x_BSE + mlp(norm("mlp_norm")(x_BSE))), None
 
 
-def scanned(block: type[nn.Module], length: int, in_axes: tuple, remat: bool) -> type[nn.Module]:
+# What the backward pass finds kept of each block beside its input; the rest is computed again.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Products with weights, most of the work; attention and what is elementwise are not kept.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scanned(block: type[nn.Module], length: int, in_axes: tuple, remat: str) -> type[nn.Module]:
     """The block repeated `length` times under one scan: params stacked along a leading axis.
 
-    remat: keep only each block's input for the backward pass and recompute the rest.
+    remat: "none", or a policy of `REMAT`: less memory, more time.
     """
-    if remat:
-        block = nn.remat(block, prevent_cse=False)
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
     return nn.scan(
         block,
         variable_axes={"params": 0},

@@ -88,7 +88,7 @@ class LLMConfig:
     max_positions: int = 2048
     family: str = "llama"
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     attention: Kernel = XLA
 
 

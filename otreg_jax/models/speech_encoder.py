@@ -34,7 +34,7 @@ class SpeechEncoderConfig:
     strides: tuple[int, ...] = (1, 2)
     activation: str = "gelu"
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     attention: Kernel = XLA
 
 
