@@ -101,7 +101,9 @@ def loss_fn(
     totals = totals or Totals()
     rngs = None
     if config.adapter.dropout:
-        rngs = {"dropout": jax.random.fold_in(jax.random.key(config.seed), step)}
+        # The first row's index: micro-batches of a step draw apart, and apart from SpecAugment.
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        rngs = {"dropout": jax.random.fold_in(key, batch["index"][0])}
     out = slm_lib.forward(slm, params, batch, config.otreg.layer, rngs)
     real_B = batch["index"] >= 0
     ce, accuracy = transcript_cross_entropy(slm, params, out.hidden_BTD, batch, totals.num_tokens)

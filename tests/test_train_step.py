@@ -1,5 +1,6 @@
 """The training step: golden metrics, freezing, devices, the non-finite guard, schedules."""
 
+import dataclasses
 import functools
 import math
 
@@ -236,3 +237,20 @@ def test_cross_entropy_and_ctc_against_the_definition(monkeypatch):
     likelihood = p[0, 5] * p[1, 1] + p[0, 1] * p[1, 5] + p[0, 1] * p[1, 1]
     np.testing.assert_allclose(loss, -np.log(likelihood), rtol=1e-4)
     assert int(infeasible) == 1  # three tokens do not fit two positions
+
+
+def test_dropout_differs_between_steps_and_micro_batches():
+    config = toy_config()
+    slm, params = toy_slm()
+    config.adapter.dropout = 0.5
+    adapter = type(slm.adapter)(dataclasses.replace(slm.adapter.config, dropout=0.5))
+    slm, schedules = slm._replace(adapter=adapter), losses.make_schedules(config)
+
+    @jax.jit
+    def ce(batch, step):
+        return losses.loss_fn(slm, params, batch, step, config=config, schedules=schedules)[1]["ce"]
+
+    batch = toy_batch(4)
+    shifted = batch | {"index": batch["index"] + 4}  # the same rows, as if another micro-batch
+    assert len({float(ce(batch, 0)), float(ce(batch, 1)), float(ce(shifted, 0))}) == 3
+    assert ce(batch, 0) == ce(batch, 0)
