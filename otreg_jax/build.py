@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from otreg_jax import checkpoint, losses, optim, pretrained, sharding, train_step
@@ -71,8 +72,12 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
 def split(params, config):
     """(trained parameters in float32, frozen ones in the compute dtype or, their largest, int8)."""
     trained, frozen = optim.split(params, config.freeze)
-    as_dtype = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
-    trained, frozen = as_dtype(trained, "float32"), as_dtype(frozen, config.compute_dtype)
+    trained = jax.tree.map(lambda x: x.astype("float32"), trained)
+    frozen = {
+        path: x if quantize.is_part(path, x) else x.astype(config.compute_dtype)
+        for path, x in optim.flat_paths(frozen).items()
+    }
+    frozen = traverse_util.unflatten_dict(frozen, sep="/")
     return trained, quantize.to_int8(frozen) if config.frozen_int8 else frozen
 
 
@@ -238,7 +243,15 @@ def plain(slm: SLM) -> SLM:
 
 
 def _placement(config, part: str, mesh) -> dict:
-    """In which dtype (a frozen part never needs float32) and shards to read a part's weights."""
-    is_frozen = config.freeze and re.search(config.freeze, f"{part}/weights")
-    shardings = mesh and (lambda shapes: sharding.tree_shardings({part: shapes}, mesh)[part])
-    return {"dtype": config.compute_dtype if is_frozen else "float32", "shardings": shardings}
+    """In which dtype (a frozen part never needs float32) and shards to read a part's weights, and
+    what to make of each that is frozen."""
+    is_frozen = lambda path: config.freeze and re.search(config.freeze, f"{part}/{path}")
+
+    def read(path, leaf):
+        return quantize.leaf_to_int8(path, leaf) if is_frozen(path) else {path: leaf}
+
+    return {
+        "dtype": config.compute_dtype if is_frozen("weights") else "float32",
+        "shardings": mesh and (lambda shapes: sharding.tree_shardings({part: shapes}, mesh)[part]),
+        "read": read if config.frozen_int8 else None,
+    }

@@ -144,20 +144,28 @@ def provenance(config, tokenizer, frozen) -> dict:
         "llm": bool(config.llm.path or config.llm.pretrain.num_steps),
     }
     loaded = {part: frozen[part] for part in frozen if from_files.get(part)}
+    # How int8 rounds may depend on the device as well; the columns' maxima do not, and tell.
+    exact = {path: x for path, x in optim.flat_paths(loaded).items() if x.dtype != jnp.int8}
     return {
         "tokenizer": tokenizer.fingerprint,
         "prompt": config.prompt,
-        "frozen": fingerprints(loaded),
+        "frozen": fingerprints(exact),
     }
 
 
 def fingerprints(params) -> dict[str, str]:
     """{"llm/embed/embedding": "bfloat16[8,4] 1a2b3c4d", ...}: dtype, shape and, modulo 2**32, the
-    sum over all elements of their bits times 2 * index + 1.
+    sum over all elements of their mixed bits times 2 * index + 1.
 
     Integers add up to the same in any order, so the sum is the same on any devices; a change of one
-    element always changes it, since odd numbers have inverses modulo 2**32.
+    element always changes it, since odd numbers have inverses modulo 2**32. Mixed: as they are, one
+    and the same change of every element (twice the weights) adds a multiple of 2**32.
     """
+
+    def mix(bits):  # one to one (Appleby's MurmurHash3, its finalizer)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+        return bits ^ (bits >> 16)
 
     def checksum(x):
         kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
@@ -165,7 +173,7 @@ def fingerprints(params) -> dict[str, str]:
         strides = np.cumprod([1, *x.shape[:0:-1]], dtype=np.uint64)[::-1].astype(np.uint32)
         iotas = (jax.lax.broadcasted_iota(jnp.uint32, x.shape, d) for d in range(x.ndim))
         index = sum(i * stride for i, stride in zip(iotas, strides, strict=False))
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+        return jnp.sum(mix(bits) * (2 * index + 1), dtype=jnp.uint32)
 
     flat = optim.flat_paths(params)
     sums = jax.device_get(jax.jit(lambda flat: jax.tree.map(checksum, flat))(flat))

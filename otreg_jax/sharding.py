@@ -27,7 +27,7 @@ RULES = (
     (r"adapter/(in|conv)/kernel$", P()),
     (r"adapter/out/kernel$", P(None, "fsdp")),
     (r"adapter/queries$", P()),
-    (r"/(bias|scale|kernel_scale)$", P()),
+    (r"/(bias|scale|kernel_max)$", P()),
     (r"ctc/", P()),
 )
 

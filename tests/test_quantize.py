@@ -7,7 +7,7 @@ import pytest
 from toy import toy_slm
 from toy_run import metrics_of, tone_config, write_tones
 
-from otreg_jax import build, export, optim, pretrained
+from otreg_jax import build, checkpoint, export, optim, pretrained
 from otreg_jax import train as train_lib
 from otreg_jax.models import llm as llm_lib
 from otreg_jax.models import lora, quantize
@@ -29,7 +29,7 @@ def test_rounds_the_kernels_of_the_layers_to_half_a_step_and_leaves_the_rest():
     assert all("/layers/" in path and path.endswith("/kernel") for path in changed)
     for path, leaf in flat.items():
         if path in changed:
-            step = small[f"{path}_scale"][..., None, :]
+            step = small[f"{path}_max"][..., None, :] / 127
             assert jnp.max(jnp.abs(small[path])) == 127
             assert jnp.all(jnp.abs(back[path] - leaf) <= 0.501 * step), path
         else:
@@ -78,6 +78,22 @@ def test_trains_on_any_mesh_and_is_exported_as_it_was_evaluated(tmp_path):
     logits = jax.jit(run.slm.llm.apply)({"params": run.params["llm"]}, TOKENS_BL)
     exported = jax.jit(llm.apply)({"params": params}, TOKENS_BL)
     np.testing.assert_allclose(exported, logits, atol=1e-4)
+
+    # What was exported is the base of another run: each kernel is rounded once it is read.
+    parts = {f"{part}__path": str(tmp_path / "out" / part) for part in ("encoder", "llm")}
+    config = tone_config(manifest, frozen_int8=True, **changes, **parts)
+    train_lib.train(config, tmp_path / "based")
+    based = build.load_run(tmp_path / "based").params["llm"]
+    wanted = lora.strip(quantize.to_int8(params))
+    jax.tree.map(np.testing.assert_array_equal, lora.strip(based), wanted)
+    # It refuses another base, though how int8 rounds is not compared.
+    stored = checkpoint.fingerprints({"x": wanted["layers"]["mlp"]["up"]["kernel_max"]})["x"]
+    pretrained.save_llm(tmp_path / "other", llm, jax.tree.map(lambda x: 2 * x, params))
+    (tmp_path / "out" / "llm" / "model.safetensors").write_bytes(
+        (tmp_path / "other" / "model.safetensors").read_bytes()
+    )
+    with pytest.raises(ValueError, match=f"frozen llm/layers/mlp/up/kernel_max: .*{stored[-8:]}"):
+        build.load_run(tmp_path / "based")
 
 
 def test_nothing_to_quantize_is_an_error():

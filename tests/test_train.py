@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 from toy_run import metrics_of, tone_config, write_recipe, write_tones
 
-from otreg_jax import build, cluster, sharding
+from otreg_jax import build, checkpoint, cluster, sharding
 from otreg_jax import config as config_lib
 from otreg_jax import train as train_lib
 from otreg_jax.data import sources, text
@@ -179,6 +179,22 @@ def test_evaluation_takes_the_average_of_the_weights(manifest, tmp_path, monkeyp
     bias = lambda params: np.array(params["adapter"]["out"]["bias"])
     np.testing.assert_array_equal(bias(given[0]), bias(loaded))
     assert np.abs(bias(loaded) - bias(state.params)).max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_fingerprints_tell_weights_apart_and_not_how_they_are_split(dtype):
+    x = np.random.default_rng(0).integers(-9, 9, (64, 32)).astype(dtype)
+    swapped, one = x.copy(), x.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    one[5, 7] += 1
+    variants = {
+        "x": x, "doubled": x + x, "negated": -x, "reversed": x[::-1], "swapped": swapped,
+        "one": one, "reshaped": x.reshape(32, 64),
+    }  # fmt: skip
+    found = checkpoint.fingerprints(variants)
+    assert len(set(found.values())) == len(variants)
+    split = jax.device_put(x, sharding.batch_sharding(sharding.data_mesh()))
+    assert checkpoint.fingerprints({"x": split})["x"] == found["x"]
 
 
 def test_goodput_goes_on_over_restarts(manifest, tmp_path):

@@ -42,7 +42,7 @@ def matmul_few_rows(x: jax.Array, kernel_t: jax.Array, dtype=None) -> jax.Array:
 
 class Dense(nn.Module):
     """x @ kernel (+ bias), plus (x @ lora_a) @ lora_b when its params hold a low-rank pair; the
-    kernel is float, or int8 with a `kernel_scale`.
+    kernel is float, or int8 with a `kernel_max`.
 
     The pair is never created here: `lora.add` puts it beside the kernels it is asked to adapt, and
     `lora.merge` folds it away (LoRA, arXiv 2106.09685).
@@ -62,8 +62,8 @@ class Dense(nn.Module):
         else:
             kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
             y = x @ kernel.astype(self.dtype)
-        if self.has_variable("params", "kernel_scale"):  # see quantize.to_int8
-            y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)
+        if self.has_variable("params", "kernel_max"):  # see quantize
+            y = (y * (self.get_variable("params", "kernel_max") / 127)).astype(self.dtype)
         if self.has_variable("params", "lora_a"):
             lora_a = self.get_variable("params", "lora_a").astype(self.dtype)
             lora_b = self.get_variable("params", "lora_b").astype(self.dtype)

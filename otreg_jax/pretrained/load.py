@@ -29,6 +29,7 @@ SINGLE = "model.safetensors"
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")  # never pickles, never code
 
 Shardings = Callable[[dict], dict]
+Read = Callable[[str, jax.Array], dict[str, jax.Array]]
 
 
 def load_llm(
@@ -36,6 +37,7 @@ def load_llm(
     revision: str | None = None,
     dtype: str = "float32",
     shardings: Shardings | None = None,
+    read: Read | None = None,
 ) -> tuple[LLM, dict]:
     """The LLM of a Hugging Face directory (config.json + safetensors) or hub id.
 
@@ -45,6 +47,8 @@ def load_llm(
       dtype: of the params and of the computation.
       shardings: from the tree of the params' shapes to a tree of the shardings they are loaded
         into; all on the default device when None.
+      read: called with the path and the array of each parameter once it is read; what takes its
+        place, by path (`quantize.leaf_to_int8`, say), before the next one needs memory.
 
     Returns:
       The module and its params, a nested dict.
@@ -58,7 +62,7 @@ def load_llm(
     config = llm_config(directory)
     model = LLM(dataclasses.replace(config, dtype=dtype))
     shapes = _shapes(model, dtype, jnp.zeros((1, 1), jnp.int32))
-    return model, read_params(directory, tables.llm_table(config), shapes, shardings)
+    return model, read_params(directory, tables.llm_table(config), shapes, shardings, read)
 
 
 def load_speech_encoder(
@@ -66,13 +70,15 @@ def load_speech_encoder(
     revision: str | None = None,
     dtype: str = "float32",
     shardings: Shardings | None = None,
+    read: Read | None = None,
 ) -> tuple[SpeechEncoder, dict]:
     """The encoder of a Whisper model; arguments, result and errors as for `load_llm`."""
     directory = resolve(source, revision)
     config = speech_encoder_config(directory)
     model = SpeechEncoder(dataclasses.replace(config, dtype=dtype))
     shapes = _shapes(model, dtype, jnp.zeros((1, 8, config.num_mels)), jnp.array([8]))
-    return model, read_params(directory, tables.speech_encoder_table(config), shapes, shardings)
+    table = tables.speech_encoder_table(config)
+    return model, read_params(directory, table, shapes, shardings, read)
 
 
 def llm_config(source: str | pathlib.Path, revision: str | None = None) -> LLMConfig:
@@ -137,9 +143,11 @@ class _Tensor(NamedTuple):
 
 
 def read_params(
-    directory: pathlib.Path, table: tables.Table, shapes: dict, shardings: Shardings | None = None
-) -> dict:
-    """Params of the given shapes and dtypes from the safetensors files of a directory.
+    directory: pathlib.Path, table: tables.Table, shapes: dict, shardings: Shardings | None = None,
+    read: Read | None = None,
+) -> dict:  # fmt: skip
+    """Params of the given shapes and dtypes from the safetensors files of a directory; `read` as
+    for `load_llm`.
 
     Raises ValueError listing every unreadable file and every missing, unexpected, duplicate,
     mis-shaped or non-finite tensor.
@@ -156,7 +164,8 @@ def read_params(
         axes = {row.path: row.axes for row in table.rows}
         flat, finite = {}, {}
         for path, target in targets.items():
-            flat[path] = _read_leaf(target, sources[path], axes[path], placed[path], finite)
+            leaf = _read_leaf(target, sources[path], axes[path], placed[path], finite)
+            flat |= read(path, leaf) if read else {path: leaf}
     _raise(directory, [f"not finite: {name}" for name, ok in finite.items() if not ok])
     return traverse_util.unflatten_dict(flat, sep="/")
 
