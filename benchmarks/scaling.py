@@ -12,6 +12,7 @@ audio and the vocabulary (`--cpu`).
 
 import ast
 import dataclasses
+import functools
 import json
 import re
 import runpy
@@ -25,7 +26,7 @@ from absl import app, flags
 
 from benchmarks import step
 from benchmarks.common import SHAPES
-from otreg_jax import aot, flops
+from otreg_jax import aot, build, flops
 from otreg_jax.aot import GIB
 
 _CPU = flags.DEFINE_bool("cpu", False, "Only the sweep over CPU devices, and the document.")
@@ -43,16 +44,20 @@ SLICES = {
     ("v5e:4x4", 1): ("TPU v5 lite", 64),
 }
 ARMS = {"otreg": "LoRA", "full": "full fine-tuning"}
-# What trades memory for time, on one of them: (arm, changes of the configuration).
-TRADED = ("v5e:4x4", 1)
+# What was set: the least memory, in the tables of all slices; and what trades memory for time.
+LEAN = ("remat=full",)
 TRADES = (
-    ("otreg", ("remat=dots",)), ("otreg", ("remat=none",)), ("otreg", ("frozen_int8=True",)),
-    ("full", ("remat=dots",)),
-)  # fmt: skip
+    ("otreg", "v5e:4x4", 1, ("remat=dots",)),
+    ("otreg", "v5e:4x4", 1, ("remat=none",)),
+    ("otreg", "v5e:4x4", 1, ("remat=full", "frozen_int8=True")),
+    ("full", "v5e:4x4", 1, ("remat=dots",)),
+    ("otreg", "v5p:4x4x4", 1, ("remat=dots",)),
+    ("full", "v5p:4x4x4", 1, ("remat=dots",)),
+)
 SECONDS, TOKENS = 15, 96  # utterances as Multilingual LibriSpeech has them
 
 
-def command(arm: str, topology: str, slices: int, changes: tuple[str, ...] = ()) -> list[str]:
+def command(arm: str, topology: str, slices: int, changes: tuple[str, ...]) -> list[str]:
     """The user's command for one line."""
     return [
         "python", "-m", "otreg_jax.aot", f"--config=configs/multilingual.py:{arm}",
@@ -74,9 +79,7 @@ def stored() -> dict[tuple, dict]:
 
 def measure() -> None:
     """Compiles what has no line yet."""
-    points = [(arm, *where, ()) for where in SLICES for arm in ARMS]
-    points += [(arm, *TRADED, changes) for arm, changes in TRADES]
-    for point in points:
+    for point in [*((arm, *where, LEAN) for where in SLICES for arm in ARMS), *TRADES]:
         if point in stored():
             continue
         words = command(*point)
@@ -92,12 +95,12 @@ def measure() -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def executed_flops(arm: str, changes: tuple[str, ...]) -> int:
-    """FLOPs of a step's matrix products, recomputed ones included."""
+def executed_flops(arm: str, changes: tuple[str, ...]) -> float:
+    """FLOPs of a step's matrix products, recomputed ones included, over the model's own."""
     config = runpy.run_path(str(ROOT / "configs/multilingual.py"))["get_config"](arm)
     config.encoder.path = str(SHAPES / "whisper-large-v3")
     config.llm.path = str(SHAPES / "qwen2.5-7b")
-    config.batch_size, config.attention = SLICES[TRADED][1], "xla"
+    config.batch_size, config.attention = 1, "xla"
     config.mesh.data = config.mesh.fsdp = 1
     for change in changes:
         key, _, value = change.partition("=")
@@ -105,29 +108,31 @@ def executed_flops(arm: str, changes: tuple[str, ...]) -> int:
         config.update_from_flattened_dict({key: value})
     devices = aot.devices_of("cpu:1")[:1]
     slm, step_of, arguments = aot.abstract_step(config, devices, 100 * SECONDS, TOKENS)
-    return flops.count(step_of(slm), *arguments)
+    plain = flops.count(step_of(build.plain(slm)), *arguments)
+    return flops.count(step_of(slm), *arguments) / plain
 
 
 def report_trades(results: dict[tuple, dict]) -> str:
     """The table of what trades memory for time; FLOPs are counted anew."""
     gib = lambda size: f"{size / GIB:.2f}"
     rows = [
-        "| training | changed | frozen weights | activations, gradients, buffers | peak | "
-        "FLOPs with recomputation |",
-        "|---|---|---:|---:|---:|---:|",
+        "| slice | training | set | batch | frozen weights | activations, gradients, buffers | "
+        "peak | of | FLOPs with recomputation |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for arm in ARMS:
-        for changes in [(), *(changes for of, changes in TRADES if of == arm)]:
-            line = results.get((arm, *TRADED, changes))
-            if line is None:
+    executed = functools.cache(executed_flops)
+    groups = dict.fromkeys(point[:3] for point in TRADES)
+    for group in groups:
+        for point in [(*group, LEAN), *(point for point in TRADES if point[:3] == group)]:
+            if point not in results:
                 continue
+            line, (arm, topology, _, changes) = results[point], point
             memory = line["memory"]
             rows.append(
-                f"| {ARMS[arm]} | {', '.join(changes) or 'nothing (remat=full)'} | "
+                f"| {topology} | {ARMS[arm]} | {', '.join(changes)} | {line['batch_size']} | "
                 f"{gib(memory['frozen weights'])} | "
-                f"{gib(memory['activations, gradients, buffers'])} | {gib(line['peak'])}"
-                f"{'' if line['peak'] <= line['capacity'] else ': does not fit'} | "
-                f"{executed_flops(arm, changes) / line['flops']:.2f} x |"
+                f"{gib(memory['activations, gradients, buffers'])} | {gib(line['peak'])} | "
+                f"{gib(line['capacity'])} | {executed(arm, changes):.2f} x |"
             )
     return "\n".join(rows)
 
@@ -195,7 +200,7 @@ def report() -> str:
         "|---|---|---:|---:|---|",
     ]
     for (arm, topology, slices, changes), line in results.items():
-        if changes:
+        if changes != LEAN:
             continue
         name = f"{slices} x {topology}" if slices > 1 else topology
         gib = lambda size: f"{size / GIB:.2f}"
@@ -215,9 +220,9 @@ def report() -> str:
     return TEMPLATE.format(
         seconds=SECONDS, tokens=TOKENS, positions=any_line["positions"],
         jax=any_line["jax"], libtpu=any_line["libtpu"], memory="\n".join(memory),
-        cost="\n".join(cost), trades=report_trades(results), traded=TRADED[0],
+        cost="\n".join(cost), trades=report_trades(results),
         cpu=cpu, cpu_tokens=cpu_tokens,
-        command=" ".join(command("otreg", "v5p:4x4x4", 1)).replace(" --", " \\\n    --"),
+        command=" ".join(command("otreg", "v5p:4x4x4", 1, LEAN)).replace(" --", " \\\n    --"),
     )  # fmt: skip
 
 
@@ -248,10 +253,10 @@ Collectives are counted on one chip with loops multiplied out; bytes are those o
 
 ## Memory or time
 
-On {traded}, the same batch, GiB a chip. `remat` says what of each layer the backward pass finds
-kept: nothing but its input (`full`, which these recipes set), the products with weights too
-(`dots`), everything (`none`). `frozen_int8` keeps frozen kernels in int8. FLOPs are those of all
-matrix products that are executed, against the model's own.
+GiB a chip. `remat` says what of each layer the backward pass finds kept: nothing but its input
+(`full`, in the tables above), the products with weights too (`dots`, which the recipes set),
+everything (`none`). `frozen_int8` keeps frozen kernels in int8. FLOPs are those of all matrix
+products that are executed, over the model's own.
 
 {trades}
 
