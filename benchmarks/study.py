@@ -394,10 +394,17 @@ def spread(numbers) -> str:
     return f"{statistics.fmean(numbers):.1f}{deviation}"
 
 
+def runaway(line: dict, names) -> float:
+    """The share of sentences with more than 1.2 errors for every character (or word) of them."""
+    sets = [line["sets"][name] for name in names]
+    of = lambda key: np.concatenate([one[key] for one in sets])
+    return float(np.mean(of("errors") > 1.2 * of("lengths")))
+
+
 def error_table(arms: dict[str, dict[int, dict]], shifts) -> str:
     names = [name for members in shifts.values() for name in members]
     synthetic = shifts is SHIFTS
-    rows = [["arm", "seeds", *names, *(["templates", "mass"] if synthetic else [])]]
+    rows = [["arm", "seeds", *names, *(["templates", "mass"] if synthetic else ["runaway"])]]
     for arm, runs in arms.items():
         lines = list(runs.values())
         cells = [spread(error_rate(line, (name,)) for line in lines) for name in names]
@@ -408,6 +415,8 @@ def error_table(arms: dict[str, dict[int, dict]], shifts) -> str:
             ]
             mass = statistics.fmean(line["spoken_mass"] for line in lines)
             cells += [spread(made_up), f"{mass:.2f}"]
+        else:
+            cells.append(spread(100 * runaway(line, names) for line in lines))
         rows.append([arm, str(len(lines)), *cells])
     return markdown(rows[0], rows[1:])
 

@@ -120,6 +120,12 @@ def test_the_report_says_which_runs_are_missing(results, tmp_path):
     assert "Not run." in study.report([], [], tmp_path)
 
 
+def test_outputs_run_away_beyond_their_text():
+    one = {"errors": [7, 6, 0], "lengths": [5, 5, 5]}
+    line = {"sets": {"a": one, "b": {"errors": [13], "lengths": [10]}}}
+    assert study.runaway(line, ("a", "b")) == 0.5
+
+
 def test_infonce_is_the_mean_of_both_directions_over_real_rows():
     rng = np.random.default_rng(0)
     speech, text = rng.normal(size=(2, 3, 4, 8)).astype(np.float32)
