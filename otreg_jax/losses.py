@@ -181,18 +181,20 @@ def cross_entropy(
         loss, correct = sums(hidden_BTD, labels_BT, mask_BT)
     else:
 
-        def pieces(x_BT):  # [B, T, ...] -> [pieces, B, size, ...]; what is added is masked out
-            x_BT = jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % size)] + [(0, 0)] * (x_BT.ndim - 2))
-            return jnp.moveaxis(x_BT.reshape(len(x_BT), -1, size, *x_BT.shape[2:]), 1, 0)
-
         def add(carry, piece):
             return jax.tree.map(jnp.add, carry, jax.checkpoint(sums)(*piece)), None
 
         zero = jnp.float32(0), jnp.int32(0)
-        arrays = pieces(hidden_BTD), pieces(labels_BT), pieces(mask_BT)
+        arrays = [_pieces(x, size) for x in (hidden_BTD, labels_BT, mask_BT)]  # added: masked out
         (loss, correct), _ = jax.lax.scan(add, zero, arrays)
     count = jnp.maximum(mask_BT.sum() if num_tokens is None else num_tokens, 1)
     return loss / count, correct / count
+
+
+def _pieces(x_BT, size: int):
+    """[B, T, ...] -> [pieces, B, size, ...], zeros added at the end."""
+    x_BT = jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % size)] + [(0, 0)] * (x_BT.ndim - 2))
+    return jnp.moveaxis(x_BT.reshape(len(x_BT), -1, size, *x_BT.shape[2:]), 1, 0)
 
 
 def init_ctc(key, width: int, scale: float) -> dict:
@@ -215,30 +217,77 @@ def ctc_loss(
 
     The logits are scaled cosines to the rows of the embedding table (which this loss does not
     train) and to a learned blank. Utterances whose transcript cannot be emitted in so few positions
-    have no finite CTC loss: they are left out of the mean and counted.
+    have no finite CTC loss: they are left out of the mean and counted. With a large vocabulary the
+    logits exist a few positions at a time, as in `cross_entropy`.
 
     Returns:
       (loss per transcript token, number of utterances left out).
     """
     speech_mask_BS = length_mask(speech_length_B, speech_BSD.shape[1])
-    square = lambda x: jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(square(x), 1e-12))
-    speech_BSD = unit(jnp.where(speech_mask_BS[..., None], speech_BSD, 0).astype(jnp.float32))
-    table_VD = jax.lax.stop_gradient(table_VD).astype(jnp.float32)
-    classes_VD = unit(jnp.concatenate([table_VD, ctc_params["blank"][None]]))
-    cosine_BSV = jnp.einsum("bsd,vd->bsv", speech_BSD, classes_VD)
-    logits_BSV = cosine_BSV * jnp.exp(ctc_params["log_scale"])
+    speech_BSD = _unit(jnp.where(speech_mask_BS[..., None], speech_BSD, 0).astype(jnp.float32))
+    table_VD = jax.lax.stop_gradient(table_VD)
+    size = max(LOGITS_AT_A_TIME // (len(table_VD) + 1), 1)
+    if speech_BSD.shape[1] <= size:
+        classes_VD = _unit(
+            jnp.concatenate([table_VD.astype(jnp.float32), ctc_params["blank"][None]])
+        )
+        cosine_BSV = jnp.einsum("bsd,vd->bsv", speech_BSD, classes_VD)
+        logits_BSV = cosine_BSV * jnp.exp(ctc_params["log_scale"])
+        labels_BT, left_out_BS = tokens_BT, 0.0
+    else:
+        logits_BSV, labels_BT, left_out_BS = _ctc_of_few_classes(
+            speech_BSD, tokens_BT, table_VD, ctc_params, size
+        )
 
     length_B = text_mask_BT.sum(axis=1)
     fits_B = ctc_feasible(speech_length_B, tokens_BT, text_mask_BT)
     loss_B = optax.ctc_loss(
-        logits_BSV, 1.0 - speech_mask_BS, tokens_BT, 1.0 - text_mask_BT,
-        blank_id=classes_VD.shape[0] - 1,
-    )  # fmt: skip
+        logits_BSV, 1.0 - speech_mask_BS, labels_BT, 1.0 - text_mask_BT,
+        blank_id=logits_BSV.shape[2] - 1,
+    ) + jnp.sum(left_out_BS * speech_mask_BS, axis=1)  # fmt: skip
     if num_tokens is None:
         num_tokens = jnp.sum(length_B, where=fits_B)
     loss = jnp.sum(loss_B, where=fits_B) / jnp.maximum(num_tokens, 1)
     return loss, jnp.sum((length_B > 0) & ~fits_B)
+
+
+def _ctc_of_few_classes(speech_BSD, tokens_BT, table_VD, ctc_params, size: int):
+    """CTC needs the probabilities of the transcript's tokens and of the blank alone; the others
+    only take part in the softmax's sum, which is made from `size` positions at a time.
+
+    Returns:
+      logits [B, S, T + 1] of the tokens of a transcript and of the blank; the transcript in these
+      classes [B, T]; and what the softmax over them leaves out [B, S]: the difference of the log of
+      its sum to that over all classes. Each path takes one class a position, so the sum of these
+      differences is what CTC over few classes lacks of CTC over all.
+    """
+    scale = jnp.exp(ctc_params["log_scale"])
+    blank_D = _unit(ctc_params["blank"])
+    squares_V = jnp.sum(jnp.square(table_VD.astype(jnp.float32)), axis=-1)
+    inverse_V = jax.lax.rsqrt(jnp.maximum(squares_V, 1e-12))
+
+    @jax.checkpoint
+    def log_sum(speech_BnD):  # over all classes; the table is not copied to be normalised
+        dot_BnV = jnp.einsum(
+            "bnd,vd->bnv", speech_BnD.astype(table_VD.dtype), table_VD,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        log_sum_Bn = jax.nn.logsumexp(dot_BnV * inverse_V * scale, axis=-1)
+        return jnp.logaddexp(log_sum_Bn, speech_BnD @ blank_D * scale)
+
+    all_BS = jnp.moveaxis(jax.lax.map(log_sum, _pieces(speech_BSD, size)), 0, 1)
+    all_BS = all_BS.reshape(len(speech_BSD), -1)[:, : speech_BSD.shape[1]]
+    text_BTD = _unit(table_VD[tokens_BT].astype(jnp.float32))
+    cosine_BST = jnp.einsum("bsd,btd->bst", speech_BSD, text_BTD)
+    logits_BST = jnp.concatenate([cosine_BST, (speech_BSD @ blank_D)[..., None]], axis=-1) * scale
+    # Equal tokens are one class, that of the first: CTC asks for a blank between them.
+    first_BT = jnp.argmax(tokens_BT[:, :, None] == tokens_BT[:, None], axis=2)
+    return logits_BST, first_BT, all_BS - jax.nn.logsumexp(logits_BST, axis=-1)
+
+
+def _unit(x):
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
 
 
 def infonce_loss(speech_BSD, speech_mask_BS, text_BTD, text_mask_BT, temperature: float):

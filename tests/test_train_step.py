@@ -239,6 +239,32 @@ def test_cross_entropy_and_ctc_against_the_definition(monkeypatch):
     assert int(infeasible) == 1  # three tokens do not fit two positions
 
 
+def test_ctc_a_few_positions_at_a_time_changes_nothing(monkeypatch):
+    """Equal neighbours, tokens that come back, filler, transcripts that do not fit."""
+    rng = np.random.default_rng(0)
+    tokens = np.array([[1, 1, 2, 1], [3, 4, 3, 0], [0, 0, 0, 0], [5, 6, 7, 8], [2, 2, 2, 0]])
+    mask = np.arange(4) < np.array([4, 3, 0, 4, 3])[:, None]
+    lengths = np.array([9, 7, 8, 3, 4])  # the last ones are too short for theirs
+    speech = rng.normal(size=(5, 9, 6)).astype(np.float32)
+    speech[1, 7:] = np.nan
+    table = jnp.asarray(rng.normal(size=(10, 6)), jnp.float32)
+    ctc = {"blank": jnp.asarray(rng.normal(size=6), jnp.float32), "log_scale": jnp.log(3.0)}
+
+    def value_and_gradient(at_a_time):
+        monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", at_a_time)
+        loss = lambda speech, ctc: losses.ctc_loss(speech, lengths, tokens, mask, table, ctc)
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(speech, ctc)
+
+    (wanted, left_out), gradient = value_and_gradient(2**21)
+    assert wanted > 1 and left_out == 2 and np.all(np.isfinite(gradient[0]))
+    for at_a_time in (11, 4 * 11):  # positions: one, four
+        (loss, number), found = value_and_gradient(at_a_time)
+        np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+        assert number == left_out
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        jax.tree.map(close, found, gradient)
+
+
 def test_dropout_differs_between_steps_and_micro_batches():
     config = toy_config()
     slm, params = toy_slm()
