@@ -127,10 +127,11 @@ COURSE_EVERY, COURSE_SEEDS = 50, FRESH[:3]
 # What README shows: (world, arm, reference).
 HEADLINE = (
     ("trimmed", "layer1_prior", "ce"), ("trimmed", "layer1_prior", "position1"),
-    ("trimmed", "ctc", "ce"), ("trimmed", "layer1_prior_ctc", "ce"),
-    ("trimmed", "layer1_prior_ctc", "ctc"), ("untrimmed", "layer1_relaxed_ctc", "ce"),
+    ("trimmed", "ctc", "ce"), ("trimmed", "layer1_prior_ctc", "ctc"),
+    ("trimmed", "layer1_faint_ctc", "ce"), ("trimmed", "layer1_faint_ctc", "ctc"),
     ("untrimmed", "layer1_relaxed_ctc", "position1_ctc"),
-    ("untrimmed", "layer1_relaxed_ctc", "ctc"),
+    ("untrimmed", "layer1_relaxed_faint_ctc", "ce"),
+    ("untrimmed", "layer1_relaxed_faint_ctc", "ctc"),
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------- running

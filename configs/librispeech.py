@@ -66,8 +66,10 @@ def get_config(arm: str = "otreg"):
 
 
 def otreg(c) -> None:
-    """Stage 2 begins after a tenth of the run: contextual, centred, with a prior that fades."""
-    c.otreg.weight = 1.0
+    """CTC beside the cross-entropy and, after a tenth of the run, a light OTReg: contextual,
+    centred, with a prior that fades. docs/study.md says why."""
+    c.ctc.weight = 0.3
+    c.otreg.weight = 0.3
     c.otreg.start_step = c.num_steps // 10
     c.otreg.ramp_steps = c.num_steps // 10
     c.otreg.layer = 1

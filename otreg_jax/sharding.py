@@ -110,6 +110,23 @@ def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+def gather_vocabulary(params, mesh: Mesh | None):
+    """Params with the LLM's embedding and head, if they are there, whole on every device.
+
+    Their products come a few positions at a time (`losses.LOGITS_AT_A_TIME`), and XLA would gather
+    them anew for each. For what is frozen: gradients would have to be summed as often.
+    """
+    if mesh is None:
+        return params
+    whole = NamedSharding(mesh, P())
+
+    def gather(path, x):
+        is_table = re.search(r"llm/(embed/embedding|head/kernel)$", _name(path))
+        return jax.lax.with_sharding_constraint(x, whole) if is_table else x
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
 def tree_shardings(tree, mesh: Mesh, rules=RULES):
     """NamedSharding of every leaf of `tree` (params, or a state holding them), by the first regex
     in `rules` ((regex, PartitionSpec), ...) that matches its path. Scalars are replicated.
@@ -122,9 +139,7 @@ def tree_shardings(tree, mesh: Mesh, rules=RULES):
     def of_leaf(path, leaf):
         if leaf.ndim == 0:
             return NamedSharding(mesh, P())
-        name = "/".join(
-            str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
-        )
+        name = _name(path)
         spec = next((spec for regex, spec in rules if re.search(regex, name)), None)
         if spec is None:
             problems.append(f"{name} {leaf.shape}: no sharding rule names it")
@@ -147,6 +162,10 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {
         key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
     }
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def _names(axes) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy import toy_config
 
-from otreg_jax import aot, flops, sharding
+from otreg_jax import aot, flops, losses, sharding
 
 FRAMES, TOKENS = 64, 7
 
@@ -66,6 +66,18 @@ def test_activations_are_spread_by_rows_though_weights_are_split_by_width():
     hlo, _, _ = compiled("^encoder/positions/|^llm/")
     everywhere = re.findall(r"f32\[88,\d+,\d+\]", hlo.replace("f32[88,64,8]", ""))
     assert not everywhere, sorted(set(everywhere))
+
+
+def test_a_frozen_vocabulary_is_gathered_once_and_not_for_each_piece_of_the_logits(monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 2 * 56)
+    changes = {"ctc.weight": 0.3, "tokenizer.vocab_size": 56}
+    config = config_of(freeze="^encoder/positions/|^llm/", **changes)
+    slm, step_of, arguments = aot.abstract_step(config, jax.devices(), FRAMES, TOKENS)
+    hlo = step_of(slm).lower(*arguments).compile().as_text()
+    gathers = [
+        line for line in hlo.splitlines() if re.search(r"f32\[56,24\]\S* all-gather\(", line)
+    ]
+    assert len(gathers) == 1 and "/while/" not in gathers[0], gathers
 
 
 def test_report_on_cpu_adds_up_and_matches_the_compiler():
