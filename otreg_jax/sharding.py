@@ -111,18 +111,21 @@ def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def gather_vocabulary(params, mesh: Mesh | None):
-    """Params with the LLM's embedding and head, if they are there, whole on every device.
+    """Params with the LLM's embedding and head, if they are there, gathered from the fsdp axis.
 
     Their products come a few positions at a time (`losses.LOGITS_AT_A_TIME`), and XLA would gather
     them anew for each. For what is frozen: gradients would have to be summed as often.
     """
     if mesh is None:
         return params
-    whole = NamedSharding(mesh, P())
 
     def gather(path, x):
-        is_table = re.search(r"llm/(embed/embedding|head/kernel)$", _name(path))
-        return jax.lax.with_sharding_constraint(x, whole) if is_table else x
+        name = _name(path)
+        if not re.search(r"llm/(embed/embedding|head/kernel)$", name):
+            return x
+        spec = next(spec for regex, spec in RULES if re.search(regex, name))
+        kept = P(*(axis if axis == "tensor" else None for axis in spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, kept))
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
