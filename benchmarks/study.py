@@ -571,7 +571,9 @@ def report(results: list[dict], courses: list[dict], folder: Path) -> str:
                   "![Plan mass on the spoken word](study-courses.png)",
                   *(course_table(courses, world) for world in COURSES)]  # fmt: skip
     if times := step_time_table(results):
-        parts += ["## What it costs", COST, times]
+        hours = sum(sum(r["seconds"]) for r in results) / 3600
+        took = f"The {len(results)} runs took {hours:.1f} hours, each on one core."
+        parts += ["## What it costs", took, COST, times]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -58,18 +58,13 @@ def test_trains_on_any_mesh_and_is_exported_as_it_was_evaluated(tmp_path):
     manifest = write_tones(tmp_path)
     changes = dict(
         freeze=r"^(encoder|llm)/(?!.*/lora_[ab]$)", lora__pattern="llm/layers/attn/[qv]/kernel",
-        num_steps=4,
+        num_steps=4, frozen_int8=True,
     )  # fmt: skip
-    for name, more in {
-        "float": {},
-        "int8": {"frozen_int8": True},
-        "split": {"frozen_int8": True, "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
-    }.items():
-        train_lib.train(tone_config(manifest, **changes, **more), tmp_path / name)
+    train_lib.train(tone_config(manifest, **changes), tmp_path / "int8")
+    axes = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    train_lib.train(tone_config(manifest, **changes, **axes), tmp_path / "split")
     ce = lambda name: [line["ce"] for line in metrics_of(tmp_path / name).values()]
     np.testing.assert_allclose(ce("split"), ce("int8"), rtol=1e-5)
-    np.testing.assert_allclose(ce("int8"), ce("float"), rtol=1e-2)
-    assert ce("int8") != ce("float")
 
     run = build.load_run(tmp_path / "int8")
     assert run.params["llm"]["layers"]["mlp"]["down"]["kernel"].dtype == jnp.int8
@@ -79,21 +74,19 @@ def test_trains_on_any_mesh_and_is_exported_as_it_was_evaluated(tmp_path):
     exported = jax.jit(llm.apply)({"params": params}, TOKENS_BL)
     np.testing.assert_allclose(exported, logits, atol=1e-4)
 
-    # What was exported is the base of another run: each kernel is rounded once it is read.
+    # What was exported is the base of another run: each kernel is rounded once it is read. That may
+    # depend on the device, so a run that goes on compares the columns' maxima alone.
     parts = {f"{part}__path": str(tmp_path / "out" / part) for part in ("encoder", "llm")}
-    config = tone_config(manifest, frozen_int8=True, **changes, **parts)
-    train_lib.train(config, tmp_path / "based")
-    based = build.load_run(tmp_path / "based").params["llm"]
-    wanted = lora.strip(quantize.to_int8(params))
-    jax.tree.map(np.testing.assert_array_equal, lora.strip(based), wanted)
-    # It refuses another base, though how int8 rounds is not compared.
-    stored = checkpoint.fingerprints({"x": wanted["layers"]["mlp"]["up"]["kernel_max"]})["x"]
-    pretrained.save_llm(tmp_path / "other", llm, jax.tree.map(lambda x: 2 * x, params))
-    (tmp_path / "out" / "llm" / "model.safetensors").write_bytes(
-        (tmp_path / "other" / "model.safetensors").read_bytes()
-    )
-    with pytest.raises(ValueError, match=f"frozen llm/layers/mlp/up/kernel_max: .*{stored[-8:]}"):
-        build.load_run(tmp_path / "based")
+    config = tone_config(manifest, **changes, **parts)
+    _, based = build.build(config, run.tokenizer, config.llm.path)
+    wanted = quantize.to_int8(params)
+    jax.tree.map(np.testing.assert_array_equal, lora.strip(based["llm"]), wanted)
+    _, frozen = build.split(based, config)
+    compared = checkpoint.provenance(config, run.tokenizer, frozen)["frozen"]
+    assert {path for path in compared if "mlp/up" in path} == {
+        "encoder/layers/mlp/up/bias", "encoder/layers/mlp/up/kernel_max",
+        "llm/layers/mlp/up/kernel_max",
+    }  # fmt: skip
 
 
 def test_nothing_to_quantize_is_an_error():

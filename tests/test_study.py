@@ -72,7 +72,7 @@ def line(arm: str, seed: int, errors, world="trimmed", step_seconds=0.1):
     return {
         "run": f"{world},{arm},{seed}", "world": world, "arm": arm, "seed": seed, "changes": [],
         "sets": dict.fromkeys(names, one), "process": 1, "step_seconds": step_seconds,
-        "spoken_mass": 0.4, "spoken_mass_even": 0.6,
+        "spoken_mass": 0.4, "spoken_mass_even": 0.6, "seconds": [1000, 200],
     }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_the_report_holds_what_the_lines_say(results, tmp_path):
     assert "**better**: 40.0 points fewer errors than ce on in-domain" in text
     assert "**same**: no difference to ce that its interval carries on in-domain" in text
     assert "Fewest errors on new text: better (20.0 %)" in text
-    assert "| better | 1.00 | 1 |" in text
+    assert "| better | 1.00 | 1 |" in text and "The 9 runs took 3.0 hours" in text
     assert (tmp_path / "study-trimmed.png").stat().st_size > 0
 
 
