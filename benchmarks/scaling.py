@@ -26,7 +26,7 @@ from absl import app, flags
 
 from benchmarks import step
 from benchmarks.common import SHAPES
-from otreg_jax import aot, build, flops
+from otreg_jax import aot, flops
 from otreg_jax.aot import GIB
 
 _CPU = flags.DEFINE_bool("cpu", False, "Only the sweep over CPU devices, and the document.")
@@ -109,13 +109,12 @@ def executed_flops(arm: str, changes: tuple[str, ...]) -> float:
         config.update_from_flattened_dict({key: value})
     devices = aot.devices_of("cpu:1")[:1]
     slm, step_of, arguments = aot.abstract_step(config, devices, 100 * SECONDS, TOKENS)
-    plain = flops.count(step_of(build.plain(slm)), *arguments)
+    plain = aot.model_flops(config, devices, 100 * SECONDS, TOKENS)
     return flops.count(step_of(slm), *arguments) / plain
 
 
 def report_trades(results: dict[tuple, dict]) -> str:
     """The table of what trades memory for time; FLOPs are counted anew."""
-    gib = lambda size: f"{size / GIB:.2f}"
     rows = [
         "| slice | training | set | batch | frozen weights | activations, gradients, buffers | "
         "peak | of | FLOPs with recomputation |",
@@ -162,6 +161,10 @@ def measure_cpu() -> None:
     CPU_RESULTS.write_text(json.dumps({"jax": version("jax"), "lines": lines}, indent=1) + "\n")
 
 
+def gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
 def collectives(line: dict, unit: int) -> str:
     """kind times, bytes in `unit`; ..."""
     return "; ".join(
@@ -204,7 +207,6 @@ def report() -> str:
         if changes != LEAN:
             continue
         name = f"{slices} x {topology}" if slices > 1 else topology
-        gib = lambda size: f"{size / GIB:.2f}"
         sizes = " | ".join(gib(line["memory"][part]) for part in parts)
         memory.append(
             f"| {name} | {ARMS[arm]} | {line['batch_size']} | {sizes} | {gib(line['peak'])} | "

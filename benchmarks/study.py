@@ -118,11 +118,17 @@ PAIRS = (
 )  # fmt: skip
 
 # Arms whose plans are watched from step 0 to the end, every so many steps.
-COURSES = {
-    "trimmed": ("ce", "ctc", "paper", "position1", "layer1_prior", "layer1_prior_ctc"),
-    "untrimmed": ("ce", "ctc", "position1_ctc", "layer1_relaxed_ctc"),
-}
-COURSE_EVERY, COURSE_SEEDS = 50, FRESH[:3]
+COURSES = (
+    Question(
+        "Trimmed speech", "trimmed",
+        ("ce", "ctc", "paper", "position1", "layer1_prior", "layer1_prior_ctc"), FRESH[:3],
+    ),
+    Question(
+        "Untrimmed speech", "untrimmed",
+        ("ce", "ctc", "position1_ctc", "layer1_relaxed_ctc"), FRESH[:3],
+    ),
+)  # fmt: skip
+COURSE_EVERY = 50
 
 # What README shows: (world, arm, reference).
 HEADLINE = (
@@ -266,10 +272,8 @@ def course(name: str, folder: Path) -> list[dict]:
         for step, trained in runs.items():
             Path(workdir, str(step)).mkdir()
             result = test(trained, config, Path(workdir, str(step)), only=("dev",))
-            lines.append(
-                {"run": name, "step": step, "wer": result["sets"]["dev"]["wer"]}
-                | {"spoken_mass": result["spoken_mass"]}
-            )
+            line = {"run": name, "step": step, "wer": result["sets"]["dev"]["wer"]}
+            lines.append(line | {"spoken_mass": result["spoken_mass"]})
     return lines
 
 
@@ -494,33 +498,32 @@ def step_time_table(results: list[dict]) -> str:
     return markdown(rows[0], rows[1:]) if len(rows) > 1 else ""
 
 
-def course_table(courses: list[dict], world: str) -> str:
+def course_table(courses: list[dict], question: Question) -> str:
     """The mass on the spoken word by step, means over the seeds that are there."""
     steps = sorted({line["step"] for line in courses})
     rows = []
-    for arm in COURSES[world]:
-        names = {f"{world},{arm},{seed}" for seed in COURSE_SEEDS}
-        found = [line for line in courses if line["run"] in names]
+    for arm in question.arms:
+        found = [line for line in courses if line["run"] in runs_of(question, arm)]
         if found:
             at = [[c["spoken_mass"] for c in found if c["step"] == step] for step in steps]
             rows.append([arm, str(len(at[0])), *(f"{statistics.fmean(mass):.2f}" for mass in at)])
-    return markdown([f"{world}: mass at step", "seeds", *map(str, steps)], rows) if rows else ""
+    header = [f"{question.world}: mass at step", "seeds", *map(str, steps)]
+    return markdown(header, rows) if rows else ""
 
 
 def course_figure(courses: list[dict], path: Path) -> None:
     """A panel a world: the mass on the spoken word against the step, a line a run."""
     fig = Figure(figsize=(10, 3.6), layout="constrained")
-    for ax, (world, arms) in zip(fig.subplots(1, len(COURSES), sharey=True), COURSES.items(),
-                                 strict=True):  # fmt: skip
-        for i, arm in enumerate(arms):
-            for seed in COURSE_SEEDS:
-                found = [c for c in courses if c["run"] == f"{world},{arm},{seed}"]
-                label = arm if seed == COURSE_SEEDS[0] else None
+    panels = fig.subplots(1, len(COURSES), sharey=True)
+    for ax, question in zip(panels, COURSES, strict=True):
+        for i, arm in enumerate(question.arms):
+            for seed, name in zip(question.seeds, sorted(runs_of(question, arm)), strict=True):
+                found = [c for c in courses if c["run"] == name]
                 ax.plot(
                     [c["step"] for c in found], [c["spoken_mass"] for c in found], f"C{i}.-",
-                    label=label, alpha=0.7,
+                    label=arm if seed == question.seeds[0] else None, alpha=0.7,
                 )  # fmt: skip
-        ax.set(title=world, xlabel="step", ylim=(0, 1))
+        ax.set(title=question.world, xlabel="step", ylim=(0, 1))
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
     fig.axes[0].set_ylabel("plan mass on the spoken word")
@@ -569,7 +572,7 @@ def report(results: list[dict], courses: list[dict], folder: Path) -> str:
         course_figure(courses, folder / "study-courses.png")
         parts += ["## Where the plans lie during training", COURSE,
                   "![Plan mass on the spoken word](study-courses.png)",
-                  *(course_table(courses, world) for world in COURSES)]  # fmt: skip
+                  *(course_table(courses, question) for question in COURSES)]  # fmt: skip
     if times := step_time_table(results):
         hours = sum(sum(r["seconds"]) for r in results) / 3600
         took = f"The {len(results)} runs took {hours:.1f} hours, each on one core."
@@ -620,10 +623,7 @@ def main() -> None:
         names = args.runs or list(dict.fromkeys(n for q in asked for n in q.runs()))
         make, path = lambda name: [run(name, Path(args.folder))], RESULTS
         if args.courses:
-            names = args.runs or [
-                f"{world},{arm},{seed}"
-                for seed in COURSE_SEEDS for world, arms in COURSES.items() for arm in arms
-            ]  # fmt: skip
+            names = args.runs or [name for question in COURSES for name in question.runs()]
             make, path = lambda name: course(name, Path(args.folder)), COURSE_RESULTS
         part, parts = map(int, args.part.split("/"))
         for name in tqdm.tqdm(names[part::parts], desc="study", unit="run"):

@@ -300,9 +300,8 @@ def infonce_loss(speech_BSD, speech_mask_BS, text_BTD, text_mask_BT, temperature
     """
 
     def pooled(x_BND, mask_BN):
-        mean_BD = jnp.sum(jnp.where(mask_BN[..., None], x_BND, 0).astype(jnp.float32), axis=1)
-        square_B1 = jnp.sum(jnp.square(mean_BD), axis=1, keepdims=True)
-        return mean_BD * jax.lax.rsqrt(jnp.maximum(square_B1, 1e-12))
+        masked_BND = jnp.where(mask_BN[..., None], x_BND, 0).astype(jnp.float32)
+        return _unit(jnp.sum(masked_BND, axis=1))
 
     text_BD = jax.lax.stop_gradient(pooled(text_BTD, text_mask_BT))
     similarity_BB = pooled(speech_BSD, speech_mask_BS) @ text_BD.T / temperature

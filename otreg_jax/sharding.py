@@ -123,8 +123,7 @@ def gather_vocabulary(params, mesh: Mesh | None):
         name = _name(path)
         if not re.search(r"llm/(embed/embedding|head/kernel)$", name):
             return x
-        spec = next(spec for regex, spec in RULES if re.search(regex, name))
-        kept = P(*(axis if axis == "tensor" else None for axis in spec))
+        kept = P(*(axis if axis == "tensor" else None for axis in _spec(name, RULES)))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, kept))
 
     return jax.tree_util.tree_map_with_path(gather, params)
@@ -143,7 +142,7 @@ def tree_shardings(tree, mesh: Mesh, rules=RULES):
         if leaf.ndim == 0:
             return NamedSharding(mesh, P())
         name = _name(path)
-        spec = next((spec for regex, spec in rules if re.search(regex, name)), None)
+        spec = _spec(name, rules)
         if spec is None:
             problems.append(f"{name} {leaf.shape}: no sharding rule names it")
             return None
@@ -165,6 +164,10 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {
         key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
     }
+
+
+def _spec(name: str, rules) -> P | None:
+    return next((spec for regex, spec in rules if re.search(regex, name)), None)
 
 
 def _name(path) -> str:

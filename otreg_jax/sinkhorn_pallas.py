@@ -69,18 +69,14 @@ def _solve(absorbed_sinkhorn, chip, cost_BST, a_BS, b_BT, *, num_iters, speech_t
 
     tile, scratch = block(padded_t, padded_s), []
     if is_streamed:
-        kernel = functools.partial(
-            _streamed, block=chip.block, num_iters=num_iters, speech_tau=speech_tau
-        )
+        kernel = functools.partial(_streamed, block=chip.block)
         if chip.copies:  # the tile stays in main memory
             tile = pl.BlockSpec(memory_space=pl.ANY)
             scratch = [pltpu.VMEM((padded_t, chip.block), jnp.float32)]
     else:
-        kernel = functools.partial(
-            _whole, absorbed_sinkhorn, num_iters=num_iters, speech_tau=speech_tau
-        )
+        kernel = functools.partial(_whole, absorbed_sinkhorn)
     plan_BTS = pl.pallas_call(
-        kernel,
+        functools.partial(kernel, num_iters=num_iters, speech_tau=speech_tau),
         grid=(batch,),
         in_specs=[tile, block(1, padded_s), block(padded_t, 1)],
         out_specs=tile,
@@ -113,21 +109,20 @@ def _whole(absorbed_sinkhorn, cost_ref, a_ref, b_ref, plan_ref, *, num_iters, sp
 def _streamed(cost_ref, a_ref, b_ref, plan_ref, *scratch, block, num_iters, speech_tau):
     num_blocks = a_ref.shape[2] // block
     example = pl.program_id(0) if scratch else 0
+    at = lambda i: pl.ds(pl.multiple_of(i * block, block), block)
 
     def read(i):
-        at = pl.ds(pl.multiple_of(i * block, block), block)
         if scratch:
-            pltpu.sync_copy(cost_ref.at[example, :, at], scratch[0])
-            return scratch[0][...], a_ref[0, :, at]
-        return cost_ref[0, :, at], a_ref[0, :, at]
+            pltpu.sync_copy(cost_ref.at[example, :, at(i)], scratch[0])
+            return scratch[0][...], a_ref[0, :, at(i)]
+        return cost_ref[0, :, at(i)], a_ref[0, :, at(i)]
 
     def write(i, plan_TS):
-        at = pl.ds(pl.multiple_of(i * block, block), block)
         if scratch:
             scratch[0][...] = plan_TS
-            pltpu.sync_copy(scratch[0], plan_ref.at[example, :, at])
+            pltpu.sync_copy(scratch[0], plan_ref.at[example, :, at(i)])
         else:
-            plan_ref[0, :, at] = plan_TS
+            plan_ref[0, :, at(i)] = plan_TS
 
     streamed_sinkhorn(read, write, b_ref[0], num_blocks, num_iters, speech_tau)
 
