@@ -30,7 +30,17 @@ import tqdm
 from matplotlib.figure import Figure
 
 from benchmarks.tables import markdown
-from otreg_jax import build, decoding, evaluate, metrics, pretrain_llm, pretrained, train
+from otreg_jax import (
+    alignment,
+    build,
+    decoding,
+    evaluate,
+    metrics,
+    pretrain_llm,
+    pretrained,
+    recognition,
+    train,
+)
 from otreg_jax import config as config_lib
 from otreg_jax.data import sets, text
 
@@ -283,12 +293,12 @@ def test(run: build.Run, config, workdir, only: tuple[str, ...] = ()) -> dict:
 
     Errors are of words, of recordings those of characters.
     """
-    utterances, _ = evaluate.load_sets(config, workdir)
+    utterances, _ = sets.load_eval(config, workdir)
     utterances = {name: found for name, found in utterances.items() if not only or name in only}
     synthetic = bool(config.synthetic.num_train)
     decode = decoding.Settings(max_tokens=16 if synthetic else 120)
-    with evaluate.Partial(Path(workdir) / "partial.jsonl", {}) as partial:
-        rows, samples = evaluate.decode_sets(
+    with recognition.Partial(Path(workdir) / "partial.jsonl", {}) as partial:
+        rows, samples = recognition.decode_sets(
             run, utterances, decode, LAYER, 48, Path(workdir) / "skipped.jsonl", "evaluating",
             partial,
         )  # fmt: skip
@@ -309,7 +319,7 @@ def test(run: build.Run, config, workdir, only: tuple[str, ...] = ()) -> dict:
             by_set[name]["hallucinated"] = hallucinated(hypotheses, config.synthetic)
     if not synthetic:
         return {"sets": by_set}
-    figures = evaluate.measure(samples)["dev"]["figures"]
+    figures = alignment.measure(samples)["dev"]["figures"]
     return {"sets": by_set} | {name: figures[name] for name in ("spoken_mass", "spoken_mass_even")}
 
 

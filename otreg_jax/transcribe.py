@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from otreg_jax import build, decoding, evaluate
+from otreg_jax import build, decoding, recognition
 from otreg_jax import config as config_lib
 from otreg_jax.data import sets, sources
 
@@ -74,11 +74,11 @@ def transcribe(
 
 
 def _recognize(run, pieces, settings, batch_size) -> Iterator[tuple[sources.Utterance, str, float]]:
-    for batch in evaluate.batches(run, pieces, batch_size, "transcribing"):
+    for batch in recognition.batches(run, pieces, batch_size, "transcribing"):
         decoded = decoding.recognize(
             run.slm, run.params, batch["mel"], batch["mel_length"], settings
         )
-        tokens_BN, length_B, score_B, index_B = evaluate.to_host((*decoded, batch["index"]))
+        tokens_BN, length_B, score_B, index_B = recognition.to_host((*decoded, batch["index"]))
         for tokens_N, length, score, i in zip(tokens_BN, length_B, score_B, index_B, strict=True):
             if i >= 0:
                 text = run.tokenizer.decode(tokens_N[:length].tolist()).strip()

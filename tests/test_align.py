@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toy_run import make_run, write_set
 
-from otreg_jax import align
+from otreg_jax import align, alignment
 
 
 def test_spans_are_the_best_monotone_division():
@@ -23,13 +23,13 @@ def test_spans_are_the_best_monotone_division():
             )
 
         best = max(itertools.combinations(range(1, num_speech), num_text - 1), key=likelihood)
-        starts, ends = align.monotone_spans(shares)
+        starts, ends = alignment.monotone_spans(shares)
         np.testing.assert_array_equal(starts, [0, *best])
         np.testing.assert_array_equal(ends, [*best, num_speech])
 
 
 def test_more_tokens_than_positions_share_them():
-    starts, ends = align.monotone_spans(np.full((2, 5), 0.2))
+    starts, ends = alignment.monotone_spans(np.full((2, 5), 0.2))
     assert starts[0] == 0 and ends[-1] == 2
     assert (starts[1:] == ends[:-1]).all() and (starts < ends).all()
 
@@ -45,7 +45,7 @@ class Pieces:
 
 def test_pieces_are_joined_to_words():
     starts = np.arange(4.0)
-    words = align.words_of(Pieces(), [0, 2, 3, 4], starts, starts + 1)
+    words = alignment.words_of(Pieces(), [0, 2, 3, 4], starts, starts + 1)
     assert words == [("turn", 0.0, 1.0), ("the", 1.0, 2.0), ("kitchen", 2.0, 4.0)]
 
 

@@ -17,8 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy_run import make_run, write_set
 
-from otreg_jax import build, decoding, evaluate, sharding, transcribe
-from otreg_jax.data import sources
+from otreg_jax import alignment, build, decoding, evaluate, recognition, sharding, transcribe
+from otreg_jax.data import sets, sources
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,9 @@ def test_interrupted_evaluation_goes_on_where_it_stopped(runs, results, monkeypa
         yield next(batches(*args))
         raise KeyboardInterrupt
 
-    batches = evaluate.batches
-    monkeypatch.setattr(evaluate, "NUM_MEASURED", 2)
-    monkeypatch.setattr(evaluate, "batches", stop_after_one)
+    batches = recognition.batches
+    monkeypatch.setattr(alignment, "NUM_MEASURED", 2)
+    monkeypatch.setattr(recognition, "batches", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(runs / "ours", batch_size=8)
     done = [json.loads(line) for line in path.read_text().splitlines()[1:]]
@@ -135,7 +135,7 @@ def test_interrupted_evaluation_goes_on_where_it_stopped(runs, results, monkeypa
         file.write('{"set": "dev", "id": "torn')
 
     monkeypatch.setattr(
-        evaluate, "batches", lambda *args: decoded.append(len(args[1])) or batches(*args)
+        recognition, "batches", lambda *args: decoded.append(len(args[1])) or batches(*args)
     )
     again = evaluate.evaluate(runs / "ours", batch_size=8)
     assert decoded == [14, 14 - 7 + measured_again]
@@ -168,7 +168,7 @@ def test_what_is_wrong_is_said(runs, tmp_path):
 def test_eight_devices_evaluate_as_one(runs, results):
     run = build.load_run(runs / "ours")
     assert run.mesh.size == 8
-    utterances, _ = evaluate.load_sets(run.config, runs / "ours")
+    utterances, _ = sets.load_eval(run.config, runs / "ours")
     one = jax.make_mesh((1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
     slm = build.modules(run.config, run.tokenizer.vocab_size, run.slm.prompt, mesh=one)
     params = jax.device_put(run.params, NamedSharding(one, P()))
@@ -176,9 +176,9 @@ def test_eight_devices_evaluate_as_one(runs, results):
     settings = decoding.Settings(6)
     rows = []
     for r in (run, alone):
-        with evaluate.Partial(runs / "partial.jsonl", {"devices": r.mesh.size}) as partial:
+        with recognition.Partial(runs / "partial.jsonl", {"devices": r.mesh.size}) as partial:
             skipped = runs / "skipped.jsonl"
-            rows += evaluate.decode_sets(r, utterances, settings, 0, 8, skipped, "", partial)[:1]
+            rows += recognition.decode_sets(r, utterances, settings, 0, 8, skipped, "", partial)[:1]
     for eight, single in zip(*rows, strict=True):
         assert eight["score"] == pytest.approx(single["score"], abs=1e-4)
         assert {**eight, "score": 0} == {**single, "score": 0}
@@ -196,7 +196,7 @@ def test_alignment_figures_of_a_known_alignment():
     edges = np.arange(T + 1) / T + 0.5 / T
     spoken = np.broadcast_to(np.stack([edges[:-1], edges[1:]], axis=1), (2, T, 2))
     lengths = (np.array([S, S]), np.array([T, T]))
-    figures, plan = evaluate.alignment(speech - 0.5, text, ids, spoken, *lengths)
+    figures, plan = alignment.figures(speech - 0.5, text, ids, spoken, *lengths)
     assert figures["spoken_mass_even"] == pytest.approx(0.5)
     assert figures["spoken_mass"] == pytest.approx(0.45, abs=0.05)  # a repeated word divides
     assert figures["retrieval_accuracy"] == 1.0
@@ -204,17 +204,17 @@ def test_alignment_figures_of_a_known_alignment():
     assert figures["centroid_distance"] == pytest.approx(0, abs=1e-6)
     assert figures["transport_cost"] < 0.02
     np.testing.assert_allclose(plan.sum(axis=(1, 2)), 1, atol=1e-4)
-    reversed_figures, _ = evaluate.alignment(speech[:, ::-1] - 0.5, text, ids, spoken, *lengths)
+    reversed_figures, _ = alignment.figures(speech[:, ::-1] - 0.5, text, ids, spoken, *lengths)
     assert reversed_figures["monotonicity"] == pytest.approx(
         -float(figures["monotonicity"]), abs=1e-3
     )
-    shifted, _ = evaluate.alignment(speech, text, ids, spoken, *lengths)
+    shifted, _ = alignment.figures(speech, text, ids, spoken, *lengths)
     assert shifted["centroid_distance"] > 0.3
 
     pad = lambda x: np.pad(x, [(0, 1), (0, 3), *[(0, 0)] * (x.ndim - 2)])
     padded = [pad(x) for x in (speech - 0.5, text, ids, spoken)]
     padded[0][0, S:] = padded[1][0, T:] = np.nan
-    same, _ = evaluate.alignment(*padded, *(np.append(length, 0) for length in lengths))
+    same, _ = alignment.figures(*padded, *(np.append(length, 0) for length in lengths))
     for name, value in figures.items():
         assert same[name] == pytest.approx(float(value), abs=1e-4), name
 

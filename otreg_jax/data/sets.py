@@ -7,6 +7,8 @@ from pathlib import Path
 
 from otreg_jax.data import sources, synthetic
 
+Sets = dict[str, list[sources.Utterance]]
+
 
 def load_train(config, workdir, skipped_path=None) -> list[sources.Utterance]:
     """The training utterances that the model can take; what is set aside is appended to the
@@ -40,17 +42,64 @@ def load_dev(config, workdir) -> list[sources.Utterance]:
         found, problems = load_synthetic(config, workdir)["dev"], []
     else:
         found, problems = sources.scan(config.data.dev, config.data.data_root)
-    longest = max_seconds(config)
-    problems += [
-        sources.Problem("too_long", u.where, f"{u.id} is {u.duration:.1f} s, over {longest:g}")
-        for u in found
-        if u.duration > longest
-    ]
+    found, refused = not_too_long(found, config)
+    problems += refused
     sources.record_skipped(problems, None, note=f"data.dev={config.data.dev}: left out")
-    found = [u for u in found if u.duration <= longest]
     if not found:
         raise ValueError(f"data.dev={config.data.dev}: nothing usable in it; eval_every needs it")
     return found
+
+
+def load_eval(config, workdir, manifests: str = "") -> tuple[Sets, list[sources.Problem]]:
+    """The evaluation sets, and the lines of their manifests that cannot be used.
+
+    An empty transcript is allowed: whatever is recognised there is inserted.
+
+    Args:
+      manifests: "name=manifest,..."; "" for the sets of the configuration.
+
+    Raises:
+      ValueError, FileNotFoundError: a manifest is missing, or nothing usable is in any.
+    """
+    if manifests or not config.synthetic.num_train:
+        paths = {"dev": config.data.dev} if config.data.dev else {}
+        paths |= named_manifests(config.data.test)
+        if manifests:
+            paths = named_manifests(manifests)
+        scans = {
+            name: sources.scan(path, config.data.data_root, require_text=False)
+            for name, path in paths.items()
+        }
+        utterances = {name: found for name, (found, _) in scans.items() if found}
+        problems = [problem for _, bad in scans.values() for problem in bad]
+    else:
+        utterances = load_synthetic(config, workdir)
+        utterances.pop("train")
+        problems = []
+    for name, found in utterances.items():
+        utterances[name], refused = not_too_long(found, config)
+        problems += refused
+    utterances = {name: found for name, found in utterances.items() if found}
+    if not utterances:
+        why = f": {sources.count(problems)}" if problems else ""
+        raise ValueError(
+            f"{workdir}: nothing to evaluate{why}; set data.dev or data.test when training, or "
+            "give --sets=name=manifest.jsonl"
+        )
+    return utterances, problems
+
+
+def not_too_long(
+    utterances: list[sources.Utterance], config
+) -> tuple[list[sources.Utterance], list[sources.Problem]]:
+    """The utterances that the model takes whole, and a problem for each of the others."""
+    longest = max_seconds(config)
+    refused = [
+        sources.Problem("too_long", u.where, f"{u.id} is {u.duration:.1f} s, over {longest:g}")
+        for u in utterances
+        if u.duration > longest
+    ]
+    return [u for u in utterances if u.duration <= longest], refused
 
 
 def max_seconds(config) -> float:
@@ -61,7 +110,7 @@ def max_seconds(config) -> float:
     return min(config.data.max_duration, 30.0 if encoder.path else frames / 100)
 
 
-def load_synthetic(config, workdir) -> dict[str, list[sources.Utterance]]:
+def load_synthetic(config, workdir) -> Sets:
     """The sets of `config.synthetic`: "train", "dev" and one for each condition."""
     cache = Path(config.data.cache or Path(workdir) / "data")
     paths = synthetic.synthesize(synthetic_sets(config.synthetic), cache)

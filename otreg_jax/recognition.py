@@ -1,0 +1,155 @@
+"""Recognition of many utterances by a trained model: batches, hypotheses, what was done so far.
+
+What the commands evaluate, transcribe and align share.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
+
+from otreg_jax import alignment, cluster, decoding, metrics, sharding
+from otreg_jax.data import pipeline, sets, sources
+from otreg_jax.models import slm as slm_lib
+
+
+class Partial:
+    """What an interrupted evaluation has decoded so far, kept in a JSON-lines file.
+
+    The first line says of what; another checkpoint or other settings start afresh.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings = path, settings
+
+    def __enter__(self) -> "Partial":
+        lines = from_process_0(self.path.read_text("utf-8") if self.path.exists() else "")
+        lines = lines.splitlines()
+        complete = [json.loads(line) for line in lines if line.endswith("}")]
+        self.rows = complete[1:] if complete[:1] == [self.settings] else []
+        self.file = open(os.devnull, "w")
+        if jax.process_index() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "w", encoding="utf-8")
+        self.add([self.settings, *self.rows])
+        return self
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.file.flush()
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+
+def decode_sets(
+    run,
+    utterances: sets.Sets,
+    settings: decoding.Settings,
+    layer: int,
+    batch_size: int,
+    skipped_path: str | os.PathLike,
+    label: str,
+    partial: Partial,
+) -> tuple[list[dict[str, Any]], dict[str, list[alignment.Sample]]]:
+    """Decodes all sets in one pass over few batch shapes.
+
+    Returns:
+      rows: {"set", "id", "reference", "hypothesis", "errors", "words", "score", "lang"} in the
+        order of the sets; utterances whose audio cannot be read are missing.
+      samples: the first alignment.NUM_MEASURED utterances of each set.
+    """
+    everything = [(name, u) for name, found in utterances.items() for u in found]
+    ends = np.cumsum([len(found) for found in utterances.values()])
+    sampled = {
+        i
+        for end, found in zip(ends.tolist(), utterances.values(), strict=True)
+        for i in range(end - len(found), end)[: alignment.NUM_MEASURED]
+    }
+    known = {(row["set"], row["id"]): row for row in partial.rows}
+    rows = {i: known[name, u.id] for i, (name, u) in enumerate(everything) if (name, u.id) in known}
+    pending = [i for i in range(len(everything)) if i not in rows or i in sampled]
+    samples = {name: {} for name in utterances}
+    selected = [everything[i][1] for i in pending]
+    for batch in batches(run, selected, batch_size, label, skipped_path):
+        decoded, compared = _recognize_and_embed(run.slm, run.params, batch, settings, layer)
+        tokens_BN, length_B, score_B, index_B = to_host((*decoded, batch["index"]))
+        # Negative: filler, or unreadable audio.
+        found = [(b, pending[i]) for b, i in enumerate(index_B.tolist()) if i >= 0]
+        if any(i in sampled for _, i in found):
+            batch, compared = to_host((batch, compared))
+        for b, i in found:
+            name, utterance = everything[i]
+            hypothesis = run.tokenizer.decode(tokens_BN[b, : length_B[b]].tolist()).strip()
+            rows[i] = _row(name, utterance, hypothesis, float(score_B[b]))
+            if i in sampled:
+                samples[name][i] = alignment.sample_of(utterance, run.tokenizer, batch, compared, b)
+        partial.add([rows[i] for _, i in found])
+    in_order = {
+        name: [found[i] for i in sorted(found) if len(found[i].ids_T)]
+        for name, found in samples.items()
+    }
+    return [rows[i] for i in sorted(rows)], in_order
+
+
+def batches(
+    run, utterances: Sequence[sources.Utterance], batch_size: int, label: str, skipped_path=None
+) -> Iterator[dict[str, jax.Array]]:
+    """The utterances as global batches on the run's mesh, under a progress bar named `label`.
+
+    Audio that cannot be read is left out and listed in `skipped_path`.
+    """
+    data_config = run.config.data.copy_and_resolve_references()
+    with data_config.unlocked():
+        data_config.update(on_bad_audio="skip", max_tokens=0, features="host")
+        # A batch shape must be worth its compilation.
+        data_config.num_buckets = min(data_config.num_buckets, 1 + len(utterances) // 512)
+    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    host_index, host_count = cluster.batch_share(run.mesh)
+    host_batches = pipeline.eval_batches(
+        utterances, run.tokenizer, data_config, batch_size=batch_size,
+        host_index=host_index, host_count=host_count,
+        skipped_path=skipped_path and str(skipped_path),
+    )  # fmt: skip
+    total = -(-len(utterances) // batch_size)
+    for host_batch in tqdm.tqdm(host_batches, desc=label, total=total, unit="batch"):
+        yield sharding.to_global(host_batch, run.mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("slm", "settings", "layer"))
+def _recognize_and_embed(slm, params, batch, settings, layer: int):
+    """Hypotheses, and the embeddings that OTReg at `layer` compares; the encoder runs once."""
+    out = slm_lib.forward(slm, params, batch, layer)
+    decoded = decoding.recognize(slm, params, batch["mel"], batch["mel_length"], settings)
+    return decoded, (out.speech_BSD, out.speech_length_B, out.text_BTD)
+
+
+def _row(name, utterance, hypothesis: str, score: float) -> dict[str, Any]:
+    words, _ = metrics.normalized_counts([utterance.text], [hypothesis], [utterance.lang])
+    return {
+        "set": name, "id": utterance.id, "reference": utterance.text, "hypothesis": hypothesis,
+        "errors": int(words.errors[0]), "words": int(words.lengths[0]),
+        "score": score, "lang": utterance.lang,
+    }  # fmt: skip
+
+
+def to_host(tree):
+    """Global arrays -> numpy, on every host."""
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def from_process_0(text: str) -> str:
+    """The text that process 0 has, on every process: they must agree on what is left to do."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    if not size:
+        return ""
+    data = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes().decode()
