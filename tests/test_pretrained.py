@@ -17,7 +17,7 @@ from otreg_jax import pretrained
 from otreg_jax.models import lora
 from otreg_jax.models.llm import LLM, LLMConfig, RopeScaling
 from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
-from otreg_jax.pretrained import load, save, tables
+from otreg_jax.pretrained import configs, load, save
 
 CONFIG = LLMConfig(
     vocab_size=24,
@@ -116,6 +116,17 @@ def test_many_files_and_their_index(llm, tmp_path, monkeypatch):
     index.write_text(json.dumps({"weight_map": weight_map | {"ghost": files[0].name}}))
     with pytest.raises(ValueError, match=f"{files[0].name}: lacks ghost"):
         pretrained.load_llm(tmp_path)
+    outside = tmp_path.parent / "outside.safetensors"
+    save_file(arrays, outside)
+    for file in (str(outside), "../outside.safetensors", 7, ["a.safetensors"], "a.bin", ""):
+        index.write_text(json.dumps({"weight_map": weight_map | {"ghost": file}}))
+        with pytest.raises(ValueError, match="points to .*, no file beside it"):
+            pretrained.load_llm(tmp_path)
+    for broken in ("[]", "{", '{"weight_map": []}', '{"weight_map": {}}'):
+        index.write_text(broken)
+        with pytest.raises(ValueError, match="index.json: (has no weight_map|not valid JSON)"):
+            pretrained.load_llm(tmp_path)
+    index.write_text(json.dumps({"weight_map": weight_map}))
     files[1].unlink()
     with pytest.raises(ValueError, match=f"{files[1].name}: named in .* but missing"):
         pretrained.load_llm(tmp_path)
@@ -192,14 +203,14 @@ GEMMA = dict(
 )
 def test_config_json_reads_back_to_the_same_config(changes):
     config = dataclasses.replace(CONFIG, **changes)
-    raw = json.loads(json.dumps(tables.llm_config_json(config)))
-    assert tables.llm_config(raw) == config
+    raw = json.loads(json.dumps(configs.llm_config_json(config)))
+    assert configs.llm_config(raw) == config
 
 
 def test_a_family_refuses_what_it_cannot_say():
     config = dataclasses.replace(CONFIG, qk_norm=True, logit_softcap=5.0)
     with pytest.raises(ValueError, match="llama model cannot have qk_norm=True, logit_softcap=5.0"):
-        tables.llm_config_json(config)
+        configs.llm_config_json(config)
 
 
 @pytest.mark.parametrize(
@@ -225,16 +236,16 @@ def test_a_family_refuses_what_it_cannot_say():
 )
 def test_configs_that_would_be_computed_wrongly_are_refused(raw, message):
     with pytest.raises(ValueError, match=message):
-        tables.llm_config(raw)
+        configs.llm_config(raw)
 
 
 def test_defaults_are_those_of_the_family():
     # Gemma 3 4B's text config leaves out all that its class has as default.
-    config = tables.llm_config({"model_type": "gemma3_text", "num_hidden_layers": 12})
+    config = configs.llm_config({"model_type": "gemma3_text", "num_hidden_layers": 12})
     assert config.local_layers == (True,) * 5 + (False,) + (True,) * 5 + (False,)
     assert (config.rope_theta, config.local_rope_theta, config.head_dim) == (1e6, 1e4, 256)
-    assert config.tied_head and not tables.llm_config({"model_type": "llama"}).tied_head
-    assert tables.llm_config({"model_type": "qwen2", "unused": None}).sliding_window is None
+    assert config.tied_head and not configs.llm_config({"model_type": "llama"}).tied_head
+    assert configs.llm_config({"model_type": "qwen2", "unused": None}).sliding_window is None
 
 
 def test_sources_that_are_not_there(tmp_path):

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import reprlib
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from flax import traverse_util
 
 from otreg_jax.models.llm import LLM, LLMConfig
 from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
-from otreg_jax.pretrained import tables
+from otreg_jax.pretrained import configs, tables
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -83,14 +84,14 @@ def load_speech_encoder(
 
 def llm_config(source: str | pathlib.Path, revision: str | None = None) -> LLMConfig:
     """What config.json says about the LLM of a directory or hub id; errors as for `load_llm`."""
-    return tables.llm_config(*_config_json(resolve(source, revision, ["*.json"])))
+    return configs.llm_config(*_config_json(resolve(source, revision, ["*.json"])))
 
 
 def speech_encoder_config(
     source: str | pathlib.Path, revision: str | None = None
 ) -> SpeechEncoderConfig:
     """What config.json says about the encoder of a Whisper model."""
-    return tables.speech_encoder_config(*_config_json(resolve(source, revision, ["*.json"])))
+    return configs.speech_encoder_config(*_config_json(resolve(source, revision, ["*.json"])))
 
 
 def resolve(
@@ -121,9 +122,14 @@ def _config_json(directory: pathlib.Path) -> tuple[dict[str, Any], str]:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; is this a Hugging Face model directory?")
+    return read_json(path), str(path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The contents of a JSON file; ValueError names it if it is none."""
     try:
-        return json.loads(path.read_text()), str(path)
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # numbers of 5,000 digits, no UTF-8, ...
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
@@ -180,14 +186,21 @@ def _files(directory: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
                 "pytorch_model.bin) are not read: convert them to safetensors"
             )
         return {directory / SINGLE: None}
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: not a safetensors index ({error!r})") from error
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map: not an index of safetensors")
+    outside = sorted({str(f) for f in weight_map.values() if not _is_plain_name(f)})
+    problems = [f"{INDEX} points to {reprlib.repr(file)}, no file beside it" for file in outside]
+    _raise(directory, problems)
     files: dict[pathlib.Path, set[str] | None] = {}
     for name, file in weight_map.items():
         files.setdefault(directory / file, set()).add(name)
     return files
+
+
+def _is_plain_name(file: Any) -> bool:
+    return isinstance(file, str) and bool(re.fullmatch(r"[^/\\\0]+\.safetensors", file))
 
 
 def _open_all(directory: pathlib.Path, stack: contextlib.ExitStack) -> list[_Tensor]:

@@ -11,7 +11,7 @@ from flax import traverse_util
 from otreg_jax.data.text import Tokenizer, save_tokenizer
 from otreg_jax.models.llm import LLM
 from otreg_jax.models.speech_encoder import SpeechEncoder
-from otreg_jax.pretrained import tables
+from otreg_jax.pretrained import configs, tables
 from otreg_jax.pretrained.load import INDEX, SINGLE
 
 MAX_FILE_BYTES = 4 * 2**30
@@ -24,7 +24,7 @@ def save_llm(
 
     Raises ValueError when its family cannot express the config, or when LoRA is not merged.
     """
-    config = tables.llm_config_json(model.config)
+    config = configs.llm_config_json(model.config)
     if tokenizer is not None:
         config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     _save(pathlib.Path(directory), config, params, tables.llm_table(model.config))
@@ -37,7 +37,7 @@ def save_speech_encoder(directory: str | pathlib.Path, model: SpeechEncoder, par
 
     With strides other than Whisper's only `pretrained.load_speech_encoder` reads it.
     """
-    config = tables.speech_encoder_config_json(model.config)
+    config = configs.speech_encoder_config_json(model.config)
     table = tables.speech_encoder_table(model.config)
     _save(pathlib.Path(directory), config, params, table)
 
