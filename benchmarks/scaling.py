@@ -271,7 +271,7 @@ layer 1, {cpu_tokens} tokens, float32) on CPU devices, data parallel, one thing 
 
 {cpu}
 
-With a large vocabulary the logits exist a few positions at a time (`losses.LOGITS_AT_A_TIME`).
+With a large vocabulary the logits exist a few positions at a time (see `losses/common.py`).
 
 ## Again, or for your model
 

@@ -17,10 +17,11 @@ from otreg_jax import checkpoint, losses, optim, pretrained, sharding, train_ste
 from otreg_jax import config as config_lib
 from otreg_jax.data import text
 from otreg_jax.models import attention, lora, quantize
-from otreg_jax.models.adapter import Adapter, AdapterConfig
-from otreg_jax.models.llm import LLM, LLMConfig
+from otreg_jax.models import slm as slm_lib
+from otreg_jax.models.adapter import AdapterConfig
+from otreg_jax.models.llm import LLMConfig
 from otreg_jax.models.slm import SLM
-from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+from otreg_jax.models.speech_encoder import SpeechEncoderConfig
 
 
 class Run(NamedTuple):
@@ -158,7 +159,7 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
         llm_config, **computing,
         attention=choose(head_dim=llm_config.head_dim, softcap=llm_config.attn_softcap),
     )  # fmt: skip
-    return SLM(SpeechEncoder(encoder_config), Adapter(adapter_config), LLM(llm_config), prompt)
+    return slm_lib.make(encoder_config, adapter_config, llm_config, prompt, mesh)
 
 
 def new_llm_config(config, vocab_size: int) -> LLMConfig:
@@ -235,11 +236,9 @@ def parameter_table(trained, frozen) -> str:
 
 def plain(slm: SLM) -> SLM:
     """The same model without recomputation and with XLA's attention: what FLOPs are counted on."""
-    xla = lambda config: config.attention._replace(name="xla")
-    simple = lambda module: type(module)(
-        dataclasses.replace(module.config, remat="none", attention=xla(module.config))
-    )
-    return slm._replace(encoder=simple(slm.encoder), llm=simple(slm.llm))
+    simple = lambda config: dataclasses.replace(config, remat="none", attention="xla")
+    encoder, llm = simple(slm.encoder.config), simple(slm.llm.config)
+    return slm_lib.make(encoder, slm.adapter.config, llm, slm.prompt, slm.mesh)
 
 
 def _placement(config, part: str, mesh) -> dict:

@@ -24,7 +24,7 @@ from otreg_jax.models import layers
 RESUMABLE = (
     "num_steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every",
     "stall_seconds", "profile", "mesh", "attention", "data.num_workers", "data.cache", "data.dev",
-    "data.test", "max_bad_steps",
+    "data.test", "max_bad_steps", "otreg.backend",
 )  # fmt: skip
 
 
@@ -150,6 +150,7 @@ def default() -> ConfigDict:
                 "num_iters": 50,
                 "speech_tau": 1.0,  # rho: below 1 speech positions may give up mass
                 "plan": "ot",  # ot | position (the control: no similarity in the plan)
+                "backend": "auto",  # what solves for it: auto | xla | pallas (TPU, GPU) | ott
             },
             "ctc": {
                 "weight": 0.0,  # CTC over the LLM's vocabulary on the adapter's outputs; 0: none
@@ -252,9 +253,8 @@ def check(config: ConfigDict) -> None:
     )
     try:
         otreg.check_options(
-            token_ids_BT=(), position_weight=c.otreg.position_weight, backend="auto",
-            **otreg_options(c),
-        )  # fmt: skip
+            token_ids_BT=(), position_weight=c.otreg.position_weight, **otreg_options(c)
+        )
     except ValueError as error:
         problems.append(str(error))
     require(
@@ -284,6 +284,7 @@ def otreg_options(config: ConfigDict) -> dict:
     """The arguments of `otreg.regularizer` that the configuration fixes."""
     names = (
         "text_set", "text_mass", "center", "cost", "epsilon", "num_iters", "speech_tau", "plan",
+        "backend",
     )  # fmt: skip
     return {name: config.otreg[name] for name in names}
 

@@ -16,18 +16,17 @@ regularized optimal value of (2) (envelope theorem), hence nothing is differenti
     >>> loss = cross_entropy + weight * out.loss
 
 Shape suffixes: B batch, S speech positions, T transcript positions, D embedding width.
+This file needs jax alone; the other solvers are files of their own, `sinkhorn/` beside it.
 The paper publishes neither epsilon, gamma, the marginals nor the layer: all are arguments here.
 """
 
 import functools
+import importlib
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ott.geometry import geometry
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import sinkhorn
 
 NUM_DIRECTIONS = 3  # principal directions of the text vectors that center="pcs" projects out
 
@@ -64,6 +63,7 @@ def regularizer(
     speech_tau: float = 1.0,
     plan: str = "ot",
     backend: str = "auto",
+    batch_sharding: jax.sharding.NamedSharding | None = None,
     num_examples: jax.Array | None = None,
 ) -> OTReg:
     """OTReg loss of a batch: equations (1) to (3) of the module, averaged over the examples.
@@ -87,7 +87,7 @@ def regularizer(
         noise) may give up mass at a Kullback-Leibler price of epsilon * rho / (1 - rho).
       plan: "ot", or "position": the plan of the position term alone. It never looks at the
         embeddings: the control that shows what the similarity term adds.
-      backend: the solver, see `transport_plan`.
+      backend, batch_sharding: the solver, see `transport_plan`.
       num_examples: the number to divide the sum over examples by; by default those of this batch
         that have speech and text. Pass the global number when a batch comes in pieces.
 
@@ -133,7 +133,7 @@ def regularizer(
         plan_cost_BST = plan_cost_BST + feature_cost_BST
     plan_BST = transport_plan(
         plan_cost_BST, a_BS, b_BT, epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau,
-        backend=backend,
+        backend=backend, batch_sharding=batch_sharding,
     )  # fmt: skip
 
     if num_examples is None:
@@ -235,6 +235,7 @@ def transport_plan(
     num_iters: int,
     speech_tau: float = 1.0,
     backend: str = "auto",
+    batch_sharding: jax.sharding.NamedSharding | None = None,
 ) -> jax.Array:
     """Entropic transport plans [B, S, T] float32: `num_iters` Sinkhorn iterations from potential 0.
 
@@ -246,7 +247,9 @@ def transport_plan(
       epsilon, num_iters, speech_tau: as in `regularizer`.
       backend: "xla", blocks of matrix scalings; "pallas", the same with an example's whole tile on
         chip, or streamed through it; "ott", ott-jax's log-domain iterations, the reference; "auto",
-        what measured best.
+        what measured best (xla).
+      batch_sharding: how the examples are spread over devices, if they are. "pallas" has to know,
+        since XLA cannot split a kernel: each device then solves its own examples.
 
     Every backend runs the same iterations. None is differentiable, on purpose: the plan is a
     constant to `jax.grad`. Padding by zero mass is exact because epsilon is absolute; ott's
@@ -254,6 +257,7 @@ def transport_plan(
 
     Raises:
       ValueError: the backend is unknown.
+      ModuleNotFoundError: its file, or a package that needs, is missing.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"otreg: backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
@@ -264,29 +268,11 @@ def transport_plan(
     # Solvers see costs in units of epsilon, which leaves them an epsilon of 1.
     cost_BST = jnp.where(valid_BST, cost_BST.astype(jnp.float32) / epsilon, 0.0)
     solve = BACKENDS["xla" if backend == "auto" else backend]
-    cost_BST, a_BS, b_BT = jax.lax.stop_gradient((cost_BST, a_BS, b_BT))
-    return solve(cost_BST, a_BS, b_BT, num_iters, speech_tau)
-
-
-def _solve_ott(cost_BST, a_BS, b_BT, num_iters, speech_tau):
-    # min == max: a convergence test would put an all-reduce into the loop of a sharded batch.
-    solver = sinkhorn.Sinkhorn(
-        lse_mode=True, threshold=0.0, norm_error=1, inner_iterations=num_iters,
-        min_iterations=num_iters, max_iterations=num_iters,
-    )  # fmt: skip
-
-    def solve(cost_ST, a_S, b_T):
-        # Without any mass logarithms would meet as inf - inf: give such an example some to move.
-        empty = a_S.sum() == 0
-        a_S = jnp.where(empty, jnp.zeros_like(a_S).at[0].set(1.0), a_S)
-        b_T = jnp.where(empty, jnp.zeros_like(b_T).at[0].set(1.0), b_T)
-        problem = linear_problem.LinearProblem(
-            geometry.Geometry(cost_matrix=cost_ST, epsilon=1.0), a_S, b_T, tau_a=speech_tau
-        )
-        f_S, g_T = solver(problem).potentials
-        return jnp.where(empty, 0.0, jnp.exp(f_S[:, None] + g_T[None] - cost_ST))
-
-    return jax.vmap(solve)(cost_BST, a_BS, b_BT)
+    solve = functools.partial(solve, num_iters=num_iters, speech_tau=speech_tau)
+    if backend == "pallas" and batch_sharding is not None:
+        mesh, rows = batch_sharding.mesh, batch_sharding.spec
+        solve = jax.shard_map(solve, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return solve(*jax.lax.stop_gradient((cost_BST, a_BS, b_BT)))
 
 
 def _solve_xla(cost_BST, a_BS, b_BT, num_iters, speech_tau):
@@ -300,15 +286,27 @@ def _solve_xla(cost_BST, a_BS, b_BT, num_iters, speech_tau):
     )  # fmt: skip
 
 
-def _solve_pallas(cost_BST, a_BS, b_BT, num_iters, speech_tau):
-    from otreg_jax import sinkhorn_pallas  # here: this file needs it for this backend alone
+def _solve_pallas(*problem, **options):
+    return _companion("pallas").solve(absorbed_sinkhorn, *problem, **options)
 
-    return sinkhorn_pallas.solve_tiles(
-        absorbed_sinkhorn, cost_BST, a_BS, b_BT, num_iters, speech_tau
-    )
+
+def _solve_ott(*problem, **options):
+    return _companion("ott").solve(*problem, **options)
 
 
 BACKENDS = {"xla": _solve_xla, "pallas": _solve_pallas, "ott": _solve_ott}
+
+
+def _companion(backend: str):
+    """`sinkhorn/<backend>.py` beside this file, in whatever package that is; loaded when needed."""
+    package = f"{__package__}." if __package__ else ""
+    try:
+        return importlib.import_module(f"{package}sinkhorn.{backend}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"otreg: backend={backend!r} needs the file sinkhorn/{backend}.py beside otreg.py, and "
+            f"what it imports: {error}"
+        ) from error
 
 
 def absorbed_sinkhorn(cost, a, b, weighted_sum, *, num_iters, speech_tau, speech_axis) -> jax.Array:

@@ -113,7 +113,7 @@ def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 def gather_vocabulary(params, mesh: Mesh | None):
     """Params with the LLM's embedding and head, if they are there, gathered from the fsdp axis.
 
-    Their products come a few positions at a time (`losses.LOGITS_AT_A_TIME`), and XLA would gather
+    Their products come a few positions at a time (`losses.common`), and XLA would gather
     them anew for each. For what is frozen: gradients would have to be summed as often.
     """
     if mesh is None:

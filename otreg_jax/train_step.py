@@ -79,7 +79,7 @@ def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, sche
       a row.
     """
     batch = prepare(batch, state.step, config)
-    frozen = sharding.gather_vocabulary(frozen, slm.llm.config.attention.mesh)
+    frozen = sharding.gather_vocabulary(frozen, slm.mesh)
 
     def gradient_of(rows, totals=None):
         def loss_of(params):

@@ -69,7 +69,7 @@ def test_activations_are_spread_by_rows_though_weights_are_split_by_width():
 
 
 def test_a_frozen_vocabulary_is_gathered_once_and_not_for_each_piece_of_the_logits(monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 2 * 56)
+    monkeypatch.setattr(losses.common, "LOGITS_AT_A_TIME", 2 * 56)
     changes = {"ctc.weight": 0.3, "tokenizer.vocab_size": 56}
     config = config_of(freeze="^encoder/positions/|^llm/", **changes)
     slm, step_of, arguments = aot.abstract_step(config, jax.devices(), FRAMES, TOKENS)

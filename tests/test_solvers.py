@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from otreg_jax import otreg, sinkhorn_pallas
+from otreg_jax import otreg
+from otreg_jax.sinkhorn import pallas
 
 S, T, D = 37, 13, 16
 NUM_ITERS = 50
@@ -92,12 +93,12 @@ def test_every_backend_runs_the_reference_iterations(backend, speech_tau):
             assert error <= 1e-4, (example, epsilon)
 
 
-@pytest.mark.parametrize("chip", [sinkhorn_pallas.TPU, sinkhorn_pallas.GPU], ids=["tpu", "gpu"])
+@pytest.mark.parametrize("chip", [pallas.TPU, pallas.GPU], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("speech_tau", [1.0, 0.95, 0.5])
 def test_pallas_streams_what_does_not_fit(chip, speech_tau, monkeypatch):
     """In three blocks, the last of which only the longest examples reach."""
     small = chip._replace(largest_tile=0, block=16)
-    monkeypatch.setattr(sinkhorn_pallas, "INTERPRETED", small)
+    monkeypatch.setattr(pallas, "INTERPRETED", small)
     solve = functools.partial(otreg.transport_plan, speech_tau=speech_tau, backend="pallas")
     solve = jax.jit(solve, static_argnames="num_iters")
     for epsilon in EPSILONS:
@@ -122,8 +123,8 @@ def test_extreme_costs_stay_finite(backend, monkeypatch):
     """Costs of thousands of epsilons, and outliers beyond what an exponential can hold."""
     backend, _, streamed = backend.partition(", ")
     if streamed:
-        small = sinkhorn_pallas.GPU._replace(largest_tile=0, block=16)
-        monkeypatch.setattr(sinkhorn_pallas, "INTERPRETED", small)
+        small = pallas.GPU._replace(largest_tile=0, block=16)
+        monkeypatch.setattr(pallas, "INTERPRETED", small)
     cost_BST, a_BS, b_BT = make_batch()
     cost_BST = cost_BST.copy()
     cost_BST[:, ::5] += 10

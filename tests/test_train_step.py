@@ -83,7 +83,7 @@ def test_any_mesh_and_micro_batches_give_what_one_device_gives(axes, accumulatio
 def test_logits_a_few_positions_at_a_time_change_nothing(monkeypatch):
     state, frozen, step = make(**OTREG)
     _, wanted = step(state, frozen, toy_batch(8))
-    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 2 * 24)
+    monkeypatch.setattr(losses.common, "LOGITS_AT_A_TIME", 2 * 24)
     make.cache_clear()
     state, frozen, step = make(**OTREG)
     after, metrics = step(state, frozen, toy_batch(8))
@@ -213,7 +213,7 @@ def test_cross_entropy_and_ctc_against_the_definition(monkeypatch):
     wanted = [log_p[0, 0, 1], log_p[0, 1, 2], log_p[0, 2, 3], log_p[0, 3, 0]]
     wanted += [log_p[1, 0, 4], log_p[1, 1, 0]]
     for at_a_time in (2**21, 15, 1):  # logits; of 5 tokens: all positions, 3 of them, one
-        monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", at_a_time)
+        monkeypatch.setattr(losses.common, "LOGITS_AT_A_TIME", at_a_time)
         ce, accuracy = losses.cross_entropy(
             jnp.asarray(logits), lambda x: x, tokens, length, np.array([True, True]), eos=0
         )
@@ -251,7 +251,7 @@ def test_ctc_a_few_positions_at_a_time_changes_nothing(monkeypatch):
     ctc = {"blank": jnp.asarray(rng.normal(size=6), jnp.float32), "log_scale": jnp.log(3.0)}
 
     def value_and_gradient(at_a_time):
-        monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", at_a_time)
+        monkeypatch.setattr(losses.common, "LOGITS_AT_A_TIME", at_a_time)
         loss = lambda speech, ctc: losses.ctc_loss(speech, lengths, tokens, mask, table, ctc)
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(speech, ctc)
 

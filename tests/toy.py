@@ -7,43 +7,40 @@ import numpy as np
 from otreg_jax import config as config_lib
 from otreg_jax import losses
 from otreg_jax.data.text import Prompt
-from otreg_jax.models.adapter import Adapter, AdapterConfig
-from otreg_jax.models.llm import LLM, LLMConfig
-from otreg_jax.models.slm import SLM
-from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+from otreg_jax.models import slm as slm_lib
+from otreg_jax.models.adapter import AdapterConfig
+from otreg_jax.models.llm import LLMConfig
+from otreg_jax.models.speech_encoder import SpeechEncoderConfig
 
 VOCAB = 24
 
 
 def toy_slm(width: int = 16, ctc: bool = False):
     """(SLM, params) with random weights from a fixed seed."""
-    encoder = SpeechEncoder(
-        SpeechEncoderConfig(
-            embed_dim=width, num_layers=1, num_heads=2, mlp_dim=2 * width, num_mels=8,
-            max_positions=64, strides=(1, 2),
-        )
+    encoder = SpeechEncoderConfig(
+        embed_dim=width, num_layers=1, num_heads=2, mlp_dim=2 * width, num_mels=8,
+        max_positions=64, strides=(1, 2),
     )  # fmt: skip
-    adapter = Adapter(AdapterConfig(in_dim=width, out_dim=width, hidden_dim=width, stack=2))
-    llm = LLM(
-        LLMConfig(
-            vocab_size=VOCAB, embed_dim=width, num_layers=2, num_heads=2, num_kv_heads=1,
-            head_dim=width // 2, mlp_dim=2 * width,
-        )
+    adapter = AdapterConfig(in_dim=width, out_dim=width, hidden_dim=width, stack=2)
+    llm = LLMConfig(
+        vocab_size=VOCAB, embed_dim=width, num_layers=2, num_heads=2, num_kv_heads=1,
+        head_dim=width // 2, mlp_dim=2 * width,
     )  # fmt: skip
+    slm = slm_lib.make(encoder, adapter, llm, Prompt(prefix=(1,), suffix=(3, 4), eos=2))
     key = jax.random.key(0)
 
     @jax.jit  # op by op, initialisation compiles hundreds of programs
     def init():
         return {
-            "encoder": encoder.init(key, jnp.zeros((1, 8, 8)), jnp.array([8]))["params"],
-            "adapter": adapter.init(key, jnp.zeros((1, 4, width)), jnp.array([4]))["params"],
-            "llm": llm.init(key, jnp.zeros((1, 2), jnp.int32))["params"],
+            "encoder": slm.encoder.init(key, jnp.zeros((1, 8, 8)), jnp.array([8]))["params"],
+            "adapter": slm.adapter.init(key, jnp.zeros((1, 4, width)), jnp.array([4]))["params"],
+            "llm": slm.llm.init(key, jnp.zeros((1, 2), jnp.int32))["params"],
         }
 
     params = init()
     if ctc:
         params["ctc"] = losses.init_ctc(key, width, 10.0)
-    return SLM(encoder, adapter, llm, Prompt(prefix=(1,), suffix=(3, 4), eos=2)), params
+    return slm, params
 
 
 def toy_batch(rows: int = 4, seed: int = 0):

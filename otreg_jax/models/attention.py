@@ -1,7 +1,6 @@
 """Attention over whole sequences and over a cache, and the choice of what computes it."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +10,15 @@ from jax.sharding import PartitionSpec as P
 
 from otreg_jax import sharding
 
-
-class Kernel(NamedTuple):
-    """What computes attention over whole sequences; `choose_kernel` chooses it.
-
-    name: "xla", "cudnn" (flash attention on GPUs) or "splash" (flash attention on TPUs).
-    mesh: what batch and heads are split over; XLA cannot split a Pallas kernel by itself.
-    """
-
-    name: str = "xla"
-    mesh: Mesh | None = None
-
-
-XLA = Kernel()
+# What computes attention over whole sequences: cudnn is flash attention on GPUs, splash on TPUs.
 KERNELS = ("auto", "xla", "cudnn", "splash")
 
 
 def choose_kernel(
     name: str, mesh: Mesh | None, *, dtype: str, head_dim: int, softcap: float | None = None
-) -> Kernel:
-    """The kernel of that name in `KERNELS` for the devices of `mesh` (None: the default one).
-
-    "auto" is the flash attention of the platform where it computes what is asked, else "xla".
+) -> str:
+    """The kernel that `name`, one of `KERNELS`, means on the devices of `mesh` (None: the default
+    one): "auto" is the flash attention of the platform where it computes what is asked, else "xla".
 
     Raises:
       ValueError: the kernel does not run there, or cannot compute this.
@@ -61,7 +47,7 @@ def choose_kernel(
     problems = [problem for good, problem in limits[name] if not good]
     if problems:
         raise ValueError(f"attention={name!r} {'; '.join(problems)}. attention='auto' always works")
-    return Kernel(name, mesh)
+    return name
 
 
 def length_mask(length_B: jax.Array, size: int) -> jax.Array:
@@ -80,7 +66,8 @@ def attention(
     window: int | None = None,
     length_B: jax.Array | None = None,
     softcap: float | None = None,
-    kernel: Kernel = XLA,
+    kernel: str = "xla",
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Grouped-query attention; float32 softmax; [B, L, H, d] in the dtype of q.
 
@@ -90,19 +77,21 @@ def attention(
       window: with is_causal, to the last so many only, its own included.
       length_B: int32, slots from there on are padding; what padding attends to is undefined.
       softcap: scores become softcap · tanh(scores / softcap) before the mask (Gemma 2, 2408.00118).
+      kernel: one of `KERNELS` but "auto"; see `choose_kernel`.
+      mesh: what batch and heads are split over; XLA cannot split a Pallas kernel by itself.
     """
     options = dict(scale=scale, is_causal=is_causal, window=window, softcap=softcap)
-    if kernel.name == "splash":
+    if kernel == "splash":
         attend = functools.partial(_splash_attention, **options)
-        return _per_shard(attend, kernel.mesh, q_BLHd, k_BSKd, v_BSKd, length_B)
+        return _per_shard(attend, mesh, q_BLHd, k_BSKd, v_BSKd, length_B)
     if softcap is None:
-        if length_B is not None and kernel.name == "cudnn":
+        if length_B is not None and kernel == "cudnn":
             length_B = jnp.maximum(length_B, 1)  # a softmax over nothing is not defined
         return jax.nn.dot_product_attention(
             q_BLHd, k_BSKd, v_BSKd, mask=None if mask_BLS is None else mask_BLS[:, None],
             scale=scale, is_causal=is_causal, key_value_seq_lengths=length_B,
             local_window_size=None if window is None else (window - 1, 0),
-            implementation=kernel.name,
+            implementation=kernel,
         )  # fmt: skip
     B, L, H, d = q_BLHd.shape
     S, K = k_BSKd.shape[1:3]

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from otreg_jax import sharding
-from otreg_jax.models.attention import XLA, Kernel, attention, length_mask
+from otreg_jax.models.attention import attention, length_mask
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -98,7 +99,8 @@ class EncoderAttention(nn.Module):
 
     num_heads: int
     dtype: str = "float32"
-    attention: Kernel = XLA
+    attention: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -115,7 +117,9 @@ class EncoderAttention(nn.Module):
         k = heads("k", memory_BSE, False)
         v = heads("v", memory_BSE, True)
         scale = q.shape[-1] ** -0.5
-        y = attention(q, k, v, scale=scale, length_B=length_B, kernel=self.attention)
+        y = attention(
+            q, k, v, scale=scale, length_B=length_B, kernel=self.attention, mesh=self.mesh
+        )
         return Dense(width, True, dtype=self.dtype, name="o")(y.reshape(x_BLE.shape))
 
 
@@ -140,16 +144,19 @@ class EncoderBlock(nn.Module):
     mlp_dim: int
     activation: str = "gelu"
     dtype: str = "float32"
-    attention: Kernel = XLA
+    attention: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BSE: jax.Array, length_B: jax.Array) -> tuple[jax.Array, None]:
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
-        attend = EncoderAttention(self.num_heads, self.dtype, self.attention, name="attn")
+        attend = EncoderAttention(
+            self.num_heads, self.dtype, self.attention, self.mesh, name="attn"
+        )
         mlp = EncoderMLP(self.mlp_dim, self.activation, self.dtype, name="mlp")
-        spread = functools.partial(sharding.over_batch, mesh=self.attention.mesh)
+        spread = functools.partial(sharding.over_batch, mesh=self.mesh)
         x_BSE = spread(x_BSE + attend(norm("attn_norm")(x_BSE), length_B))
         return spread(x_BSE + mlp(norm("mlp_norm")(x_BSE))), None
 

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from otreg_jax import sharding
 from otreg_jax.models import layers
-from otreg_jax.models.attention import XLA, Kernel, attention
+from otreg_jax.models.attention import attention
 
 Cache = dict[str, jax.Array]  # {"k", "v"}: [num_layers, B, slots, K, head_dim]
 
@@ -51,7 +52,8 @@ class LLMConfig:
 
     family: the Hugging Face `model_type` the weights are saved as.
     dtype: what the layers compute in; the weights keep their own.
-    attention: what computes it over whole sequences; one-token steps are left to XLA.
+    attention: what computes it over whole sequences, see `attention.choose_kernel`; one-token steps
+      are left to XLA.
     norm_offset: norms multiply by (norm_offset + scale); 1 for Gemma.
     post_norms: norm each sublayer's output too, before the residual sum (Gemma).
     attn_scale: multiplies the attention scores; head_dim**-0.5 when None.
@@ -89,7 +91,7 @@ class LLMConfig:
     family: str = "llama"
     dtype: str = "float32"
     remat: str = "none"
-    attention: Kernel = XLA
+    attention: str = "xla"
 
 
 def rope_frequencies(
@@ -179,6 +181,7 @@ def _by_kind(config: LLMConfig, attend, kind, *qkv):
 
 class Attention(nn.Module):
     config: LLMConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x_BLD, cache, layer, kind, tables, positions_BL):
@@ -207,7 +210,7 @@ class Attention(nn.Module):
         scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
         attend = functools.partial(attention, scale=scale, softcap=c.attn_softcap)
         if mask_BLS is None:
-            causal = functools.partial(attend, is_causal=True, kernel=c.attention)
+            causal = functools.partial(attend, is_causal=True, kernel=c.attention, mesh=self.mesh)
             y = _by_kind(c, causal, kind, q, k, v)
         else:
             k, v = cache["k"][layer], cache["v"][layer]
@@ -236,6 +239,7 @@ def _residual_init(config: LLMConfig) -> nn.initializers.Initializer:
 
 class Block(nn.Module):
     config: LLMConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, carry, layer, kind, is_tap, tables, positions_BL):
@@ -245,8 +249,8 @@ class Block(nn.Module):
         def norm(name: str) -> layers.RMSNorm:
             return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=name)
 
-        attend, mlp = Attention(c, name="attn"), MLP(c, name="mlp")
-        spread = functools.partial(sharding.over_batch, mesh=c.attention.mesh)
+        attend, mlp = Attention(c, self.mesh, name="attn"), MLP(c, name="mlp")
+        spread = functools.partial(sharding.over_batch, mesh=self.mesh)
         y, cache = attend(norm("attn_norm")(x_BLD), cache, layer, kind, tables, positions_BL)
         x_BLD = spread(x_BLD + (norm("attn_post_norm")(y) if c.post_norms else y))
         y = mlp(norm("mlp_norm")(x_BLD))
@@ -260,10 +264,11 @@ class LLM(nn.Module):
     """Decoder-only language model. Call it on tokens, or use embed → hidden → logits.
 
     Params: embed/embedding [V, D], layers/… stacked over the layers, norm/scale [D] and, for an
-    untied head, head/kernel [D, V].
+    untied head, head/kernel [D, V]. `mesh`: what its activations are spread over.
     """
 
     config: LLMConfig
+    mesh: Mesh | None = None
 
     def setup(self):
         c = self.config
@@ -274,7 +279,7 @@ class LLM(nn.Module):
         if c.num_layers:
             # (layer, kind, is_tap) are per layer; (tables, positions) are the same for all.
             axes = (0, 0, 0, nn.broadcast, nn.broadcast)
-            self.layers = layers.scanned(Block, c.num_layers, axes, c.remat)(c)
+            self.layers = layers.scanned(Block, c.num_layers, axes, c.remat)(c, self.mesh)
         self.norm = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype)
         if not c.tied_head:
             self.head = layers.Dense(c.vocab_size, dtype=c.dtype)
@@ -288,7 +293,7 @@ class LLM(nn.Module):
         """Rows of the embedding table as the first layer receives them (Gemma's scale included)."""
         x_BTD = self.token_embed(tokens_BT).astype(self.config.dtype)
         if x_BTD.ndim == 3:  # not a prompt, which is the same for all rows
-            x_BTD = sharding.over_batch(x_BTD, self.config.attention.mesh)
+            x_BTD = sharding.over_batch(x_BTD, self.mesh)
         return x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
 
     def hidden(
@@ -330,7 +335,7 @@ class LLM(nn.Module):
         is_tap = None if tap is None else jnp.arange(1, c.num_layers + 1) == tap
         kinds = _layer_kinds(c)
         if self._is_for_steps():
-            block = Block(c, parent=None)
+            block = Block(c, self.mesh, parent=None)
             for layer, params in enumerate(self.variables["params"]["layers"]):
                 args = carry, layer, kinds[layer], None, tables, positions_BL
                 carry, _ = block.apply({"params": params}, *args)
@@ -395,4 +400,4 @@ def sublayers(model: LLM, params: dict, start: int, stop: int) -> tuple[LLM, dic
         local_layers=None if local is None else local[start:stop],
     )
     stacked = jax.tree.map(lambda leaf: leaf[start:stop], params["layers"])
-    return LLM(config), {**params, "layers": stacked}
+    return LLM(config, model.mesh), {**params, "layers": stacked}

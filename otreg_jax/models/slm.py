@@ -11,22 +11,36 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from otreg_jax import sharding
 from otreg_jax.data.text import Prompt
 from otreg_jax.models import adapter, lora, speech_encoder
-from otreg_jax.models.adapter import Adapter
-from otreg_jax.models.llm import LLM, sublayers
-from otreg_jax.models.speech_encoder import SpeechEncoder
+from otreg_jax.models.adapter import Adapter, AdapterConfig
+from otreg_jax.models.llm import LLM, LLMConfig, sublayers
+from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 
 
 class SLM(NamedTuple):
-    """The modules and the prompt; weights are {"encoder": ..., "adapter": ..., "llm": ...}."""
+    """The modules, the prompt and the mesh to compute on (None: one device); `make` makes it.
+    Weights are {"encoder": ..., "adapter": ..., "llm": ...}."""
 
     encoder: SpeechEncoder
     adapter: Adapter
     llm: LLM
     prompt: Prompt
+    mesh: Mesh | None = None
+
+
+def make(
+    encoder: SpeechEncoderConfig,
+    adapter: AdapterConfig,
+    llm: LLMConfig,
+    prompt: Prompt,
+    mesh: Mesh | None = None,
+) -> SLM:
+    """The SLM of these parts, which all compute on `mesh`."""
+    return SLM(SpeechEncoder(encoder, mesh), Adapter(adapter), LLM(llm, mesh), prompt, mesh)
 
 
 class Outputs(NamedTuple):
@@ -55,7 +69,7 @@ def speech_embeddings(
     speech_BSD, length_B = slm.adapter.apply(
         {"params": params["adapter"]}, encoded_BSE, length_B, rngs=rngs
     )
-    return sharding.over_batch(speech_BSD, slm.llm.config.attention.mesh), length_B
+    return sharding.over_batch(speech_BSD, slm.mesh), length_B
 
 
 def speech_length(slm: SLM, mel_length):
@@ -95,7 +109,7 @@ def assemble(
     source_BL = index_L + jnp.where(index_L >= speech_end_B[:, None], shift_B[:, None], 0)
     source_BL = jnp.minimum(source_BL, unpacked_BLD.shape[1] - 1)
     x_BLD = jnp.take_along_axis(unpacked_BLD, source_BL[..., None], axis=1)
-    x_BLD = sharding.over_batch(x_BLD, slm.llm.config.attention.mesh)
+    x_BLD = sharding.over_batch(x_BLD, slm.mesh)
     return x_BLD, speech_end_B + len(suffix) - 1
 
 

@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from otreg_jax import sharding
 from otreg_jax.models import layers
-from otreg_jax.models.attention import XLA, Kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class SpeechEncoderConfig:
     strides: one convolution of width 3 each; (1, 2) turns 100 frames a second into 50 positions.
     max_positions: rows of the position table, counted after the strides.
     dtype: what the layers compute in; the weights keep their own.
+    attention: what computes it, see `attention.choose_kernel`.
     """
 
     embed_dim: int
@@ -35,7 +36,7 @@ class SpeechEncoderConfig:
     activation: str = "gelu"
     dtype: str = "float32"
     remat: str = "none"
-    attention: Kernel = XLA
+    attention: str = "xla"
 
 
 def output_length(config: SpeechEncoderConfig, frames):
@@ -56,10 +57,12 @@ class SpeechEncoder(nn.Module):
     """Log-mel spectrogram to speech features.
 
     Params: conv1/…, conv2/… (one for each stride), positions/embedding (sinusoids at first; Whisper
-    never trains them), layers/… stacked over the layers, norm/….
+    never trains them), layers/… stacked over the layers, norm/…. `mesh`: what its activations
+    are spread over.
     """
 
     config: SpeechEncoderConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, mel_BFM: jax.Array, mel_length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +82,7 @@ class SpeechEncoder(nn.Module):
         for i, stride in enumerate(c.strides, start=1):
             conv = nn.Conv(c.embed_dim, (3,), stride, padding=1, dtype=c.dtype, name=f"conv{i}")
             x, length_B = layers.ACTIVATIONS[c.activation](conv(x)), -(-length_B // stride)
-            x = sharding.over_batch(layers.zero_padding(x, length_B), c.attention.mesh)
+            x = sharding.over_batch(layers.zero_padding(x, length_B), self.mesh)
         positions = nn.Embed(
             c.max_positions,
             c.embed_dim,
@@ -89,7 +92,9 @@ class SpeechEncoder(nn.Module):
         )
         x_BSE = x + positions(jnp.arange(size))
         blocks = layers.scanned(layers.EncoderBlock, c.num_layers, (nn.broadcast,), c.remat)
-        block = blocks(c.num_heads, c.mlp_dim, c.activation, c.dtype, c.attention, name="layers")
+        block = blocks(
+            c.num_heads, c.mlp_dim, c.activation, c.dtype, c.attention, self.mesh, name="layers"
+        )
         x_BSE, _ = block(x_BSE, length_B)
         x_BSE = nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x_BSE)
         return layers.zero_padding(x_BSE, length_B), length_B

@@ -32,22 +32,24 @@ GPU = Chip(powers_of_2=True, largest_tile=2**15, block=64, copies=False)
 INTERPRETED = TPU  # everywhere else, for tests
 
 
-def solve_tiles(
+def solve(
     absorbed_sinkhorn, cost_BST: jax.Array, a_BS: jax.Array, b_BT: jax.Array, num_iters: int,
     speech_tau: float,
 ) -> jax.Array:  # fmt: skip
     """Plans [B, S, T] float32 for costs in units of epsilon and marginals; zero mass is padding.
 
-    XLA cannot split a kernel: with the batch sharded over devices, call under `jax.shard_map`.
+    absorbed_sinkhorn: `otreg.absorbed_sinkhorn`, handed over since otreg.py may stand anywhere.
+    XLA cannot split a kernel: with the batch sharded over devices, call under `jax.shard_map`, as
+    `otreg.transport_plan` does.
     """
-    solve = functools.partial(_solve, absorbed_sinkhorn, num_iters=num_iters, speech_tau=speech_tau)
+    on = functools.partial(_solve, absorbed_sinkhorn, num_iters=num_iters, speech_tau=speech_tau)
     return jax.lax.platform_dependent(
         cost_BST, a_BS, b_BT,
-        tpu=functools.partial(solve, TPU, compiler_params=pltpu.CompilerParams()),
+        tpu=functools.partial(on, TPU, compiler_params=pltpu.CompilerParams()),
         cuda=functools.partial(
-            solve, GPU, compiler_params=pltriton.CompilerParams(num_warps=16)
+            on, GPU, compiler_params=pltriton.CompilerParams(num_warps=16)
         ),
-        default=functools.partial(solve, INTERPRETED, interpret=True),
+        default=functools.partial(on, INTERPRETED, interpret=True),
     )  # fmt: skip
 
 

@@ -1,0 +1,29 @@
+"""The training loss and its terms."""
+
+from otreg_jax.losses.cross_entropy import cross_entropy
+from otreg_jax.losses.ctc import ctc_feasible, ctc_loss, init_ctc
+from otreg_jax.losses.infonce import infonce_loss
+from otreg_jax.losses.objective import (
+    Schedules,
+    Totals,
+    batch_totals,
+    count_tokens,
+    loss_fn,
+    make_schedules,
+    transcript_cross_entropy,
+)
+
+__all__ = [
+    "Schedules",
+    "Totals",
+    "batch_totals",
+    "count_tokens",
+    "cross_entropy",
+    "ctc_feasible",
+    "ctc_loss",
+    "infonce_loss",
+    "init_ctc",
+    "loss_fn",
+    "make_schedules",
+    "transcript_cross_entropy",
+]

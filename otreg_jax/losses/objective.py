@@ -1,0 +1,148 @@
+"""The training loss: cross-entropy + lambda * OTReg + weight * CTC -> (loss, metrics).
+
+Every term is a sum divided by a global count (transcript tokens for cross-entropy and CTC,
+utterances for OTReg), so that the value does not depend on how many devices the batch is spread
+over, nor on how many micro-batches it is cut into.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from otreg_jax import config as config_lib
+from otreg_jax import otreg, sharding
+from otreg_jax.losses.cross_entropy import cross_entropy
+from otreg_jax.losses.ctc import ctc_feasible, ctc_loss
+from otreg_jax.losses.infonce import infonce_loss
+from otreg_jax.models import slm as slm_lib
+from otreg_jax.models.layers import length_mask
+
+
+class Schedules(NamedTuple):
+    """The weights that move with the step: lambda of OTReg and gamma of its position prior."""
+
+    otreg_weight: optax.Schedule
+    position_weight: optax.Schedule
+
+
+def make_schedules(config) -> Schedules:
+    """Two stages as schedules: lambda is 0 until `otreg.start_step` (SFT), then rises over
+    `otreg.ramp_steps`; gamma goes linearly from its first to its final value over stage 2."""
+    c = config.otreg
+    if c.ramp_steps:
+        ramp = optax.linear_schedule(0.0, c.weight, c.ramp_steps, transition_begin=c.start_step)
+    else:
+        ramp = lambda step: jnp.where(step >= c.start_step, c.weight, 0.0)
+    final = c.position_weight if c.position_weight_final < 0 else c.position_weight_final
+    decay = optax.linear_schedule(
+        c.position_weight, final, max(config.num_steps - c.start_step, 1), c.start_step
+    )
+    return Schedules(ramp, decay)
+
+
+class Totals(NamedTuple):
+    """What belongs to a whole batch when only a part of its rows is at hand (accumulation).
+
+    num_tokens, num_examples, num_ctc_tokens: what the sums of cross-entropy, OTReg and CTC are
+      divided by. center: what OTReg removes from its embeddings.
+    """
+
+    num_tokens: jax.Array | None = None
+    num_examples: jax.Array | None = None
+    num_ctc_tokens: jax.Array | None = None
+    center: otreg.Centering | str | None = None
+
+
+def batch_totals(slm: slm_lib.SLM, params, batch, config) -> Totals:
+    """The totals of a batch; with them the losses of its micro-batches add up to its own."""
+    c = config.otreg
+    length_B = jnp.where(batch["index"] >= 0, batch["token_length"], 0)
+    text_mask_BT = length_mask(length_B, batch["tokens"].shape[1])
+    speech_length_B = slm_lib.speech_length(slm, batch["mel_length"])
+    center = c.center
+    if c.weight and center != "none":
+        text_BTD = slm_lib.text_embeddings(slm, params, batch["tokens"], c.layer)
+        center = otreg.text_centering(text_BTD, text_mask_BT, center)
+    fits_B = ctc_feasible(speech_length_B, batch["tokens"], text_mask_BT)
+    return Totals(
+        num_tokens=count_tokens(batch),
+        num_examples=jnp.sum((length_B > 0) & (speech_length_B > 0)),
+        num_ctc_tokens=jnp.sum(length_B, where=fits_B),
+        center=center,
+    )
+
+
+def count_tokens(batch) -> jax.Array:
+    """What cross-entropy predicts in a batch: transcript tokens and one end of sequence each."""
+    return jnp.sum(batch["token_length"] + 1, where=batch["index"] >= 0)
+
+
+def loss_fn(
+    slm: slm_lib.SLM, params, batch, step, *, config, schedules: Schedules,
+    totals: Totals | None = None,
+):  # fmt: skip
+    """The loss of a batch and its metrics.
+
+    Args:
+      batch: as of the data pipeline; rows whose `index` is negative are filler and count nowhere.
+      step: int32 scalar, for the schedules.
+      totals: of the batch that these rows are a part of; they are a whole one without it.
+
+    Returns:
+      loss: float32 scalar. metrics: float32 scalars `loss`, `ce`, `token_accuracy`, and where the
+      term is on `otreg`, `marginal_error`, `entropy`, `nearest_cosine`, `ctc`, `ctc_infeasible`,
+      `infonce`; all of them sums over utterances divided by totals.
+    """
+    totals = totals or Totals()
+    rngs = None
+    if config.adapter.dropout:
+        # The first row's index: micro-batches of a step draw apart, and apart from SpecAugment.
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        rngs = {"dropout": jax.random.fold_in(key, batch["index"][0])}
+    out = slm_lib.forward(slm, params, batch, config.otreg.layer, rngs)
+    real_B = batch["index"] >= 0
+    ce, accuracy = transcript_cross_entropy(slm, params, out.hidden_BTD, batch, totals.num_tokens)
+    loss = ce
+    metrics = {"ce": ce, "token_accuracy": accuracy}
+
+    text_mask_BT = length_mask(batch["token_length"], batch["tokens"].shape[1]) & real_B[:, None]
+    speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
+    if config.otreg.weight:
+        options = config_lib.otreg_options(config)
+        batch_sharding = None if slm.mesh is None else sharding.batch_sharding(slm.mesh)
+        if totals.center is not None:
+            options["center"] = totals.center
+        ot = otreg.regularizer(
+            out.speech_BSD, out.text_BTD, speech_mask_BS, text_mask_BT,
+            token_ids_BT=batch["tokens"], position_weight=schedules.position_weight(step),
+            num_examples=totals.num_examples, batch_sharding=batch_sharding, **options,
+        )  # fmt: skip
+        loss = loss + schedules.otreg_weight(step) * ot.loss
+        metrics |= {"otreg": ot.loss}
+        metrics |= {key: ot.metrics[key] for key in ("marginal_error", "entropy", "nearest_cosine")}
+    if config.ctc.weight:
+        ctc, infeasible = ctc_loss(
+            out.adapted_BSD, out.speech_length_B, batch["tokens"], text_mask_BT,
+            params["llm"]["embed"]["embedding"], params["ctc"], totals.num_ctc_tokens,
+        )  # fmt: skip
+        loss = loss + config.ctc.weight * ctc
+        metrics |= {"ctc": ctc, "ctc_infeasible": infeasible}
+    if config.infonce.weight:
+        infonce = infonce_loss(
+            out.speech_BSD, speech_mask_BS, out.text_BTD, text_mask_BT, config.infonce.temperature
+        )
+        loss = loss + config.infonce.weight * infonce
+        metrics["infonce"] = infonce
+    metrics = {"loss": loss, **metrics}
+    return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+
+
+def transcript_cross_entropy(slm: slm_lib.SLM, params, hidden_BTD, batch, num_tokens=None):
+    """`cross_entropy` of the states of `slm_lib.forward` over a batch of the data pipeline."""
+    return cross_entropy(
+        hidden_BTD, functools.partial(slm_lib.logits, slm, params), batch["tokens"],
+        batch["token_length"], batch["index"] >= 0, slm.prompt.eos, num_tokens,
+    )  # fmt: skip
