@@ -1,4 +1,4 @@
-"""otreg.py is a file to copy: it needs jax alone, and its other solvers only when asked for them."""
+"""otreg.py is a file to copy: it needs jax alone, other solvers only when asked for them."""
 
 import pathlib
 import re

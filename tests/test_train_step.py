@@ -26,7 +26,8 @@ def make(axes=None, freeze="", **changes):
     """(state, frozen, jitted step) of the toy model, over a mesh of the sizes `axes` or on one
     device."""
     config = toy_config(**changes)
-    slm, params = toy_slm(ctc=bool(config.ctc.weight))
+    mesh = axes and make_mesh(config, axes)
+    slm, params = toy_slm(ctc=bool(config.ctc.weight), mesh=mesh)
     params, frozen = optim.split(params, freeze)
     optimizer = optim.make_optimizer(config)
     step = functools.partial(
@@ -36,7 +37,6 @@ def make(axes=None, freeze="", **changes):
     state = train_step.init_state(params, optimizer)
     if axes is None:
         return state, frozen, jax.jit(step)
-    mesh = make_mesh(config, axes)
     placed = sharding.tree_shardings(state, mesh)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     return jax.device_put(state, placed), frozen, jax.jit(step, out_shardings=(placed, None))
@@ -55,13 +55,17 @@ def test_golden_metrics_of_one_step():
 
 
 @pytest.mark.parametrize(
-    "axes, accumulation",
-    [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), (None, 4), ((2, 1, 1), 4), ((1, 2, 2), 2)],
-)
-def test_any_mesh_and_micro_batches_give_what_one_device_gives(axes, accumulation):
+    "axes, accumulation, backend",
+    [
+        ((8, 1, 1), 1, "auto"), ((1, 8, 1), 1, "auto"), ((2, 2, 2), 1, "pallas"),
+        (None, 4, "auto"), ((2, 1, 1), 4, "pallas"), ((1, 2, 2), 2, "ott"),
+    ],
+)  # fmt: skip
+def test_any_mesh_micro_batches_and_solver_give_what_one_device_gives(axes, accumulation, backend):
     """Also where rows have different numbers of tokens, none of them, or are filler."""
     one_state, frozen, one_step = make(**OTREG)
-    state, mesh_frozen, step = make(axes, accumulation=accumulation, **OTREG)
+    changes = OTREG | {"otreg__backend": backend}
+    state, mesh_frozen, step = make(axes, accumulation=accumulation, **changes)
     mesh = axes and make_mesh(toy_config(accumulation=accumulation), axes)
     for i in range(20):
         batch = toy_batch(8, seed=i)

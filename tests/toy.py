@@ -15,8 +15,8 @@ from otreg_jax.models.speech_encoder import SpeechEncoderConfig
 VOCAB = 24
 
 
-def toy_slm(width: int = 16, ctc: bool = False):
-    """(SLM, params) with random weights from a fixed seed."""
+def toy_slm(width: int = 16, ctc: bool = False, mesh=None):
+    """(SLM, params) with random weights from a fixed seed; the SLM computes on `mesh`."""
     encoder = SpeechEncoderConfig(
         embed_dim=width, num_layers=1, num_heads=2, mlp_dim=2 * width, num_mels=8,
         max_positions=64, strides=(1, 2),
@@ -26,7 +26,7 @@ def toy_slm(width: int = 16, ctc: bool = False):
         vocab_size=VOCAB, embed_dim=width, num_layers=2, num_heads=2, num_kv_heads=1,
         head_dim=width // 2, mlp_dim=2 * width,
     )  # fmt: skip
-    slm = slm_lib.make(encoder, adapter, llm, Prompt(prefix=(1,), suffix=(3, 4), eos=2))
+    slm = slm_lib.make(encoder, adapter, llm, Prompt(prefix=(1,), suffix=(3, 4), eos=2), mesh)
     key = jax.random.key(0)
 
     @jax.jit  # op by op, initialisation compiles hundreds of programs
