@@ -60,10 +60,7 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
     abstract_state = train_step.abstract_state(params, optim.make_optimizer(config), mesh)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     made_of = checkpoint.provenance(config, tokenizer, frozen)
-    with checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpointer:
-        state = checkpoint.restore(
-            checkpointer, abstract_state, made_of, params_only=True, which=which
-        )
+    state = checkpoint.restore(workdir, abstract_state, made_of, params_only=True, which=which)
     if state is None:
         raise FileNotFoundError(f"{workdir}: no checkpoint yet; let training reach one")
     weights = optim.averaged(state.params, state.opt_state)

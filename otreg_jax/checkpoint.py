@@ -1,19 +1,25 @@
 """Checkpoints (Orbax) and run directories. The only file that imports orbax.
 
 DIR/config.json        the resolved configuration
-DIR/checkpoints/STEP   trainable parameters, optimizer state, step; what they were made with
+DIR/checkpoints/STEP   trainable parameters, optimizer state, step; what they were made with, and
+                       a fingerprint of every array
 Frozen weights are not copied: they come from where the configuration says, or from the seed. Their
 fingerprints are kept, so that a checkpoint is never put on top of other weights.
 
 DIR may be local or remote (gs://...).
 """
 
+import functools
+import json
 import logging
+import zlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -24,21 +30,116 @@ DEV_LOSS = "dev_ce"  # the metric of a checkpoint by which the best one is kept
 NEWEST, BEST = "newest", "best"
 
 
-def open_checkpoints(workdir, keep: int = 2) -> ocp.training.Checkpointer:
-    """The checkpoints of a run directory; leftovers of interrupted saves are removed.
+class Checkpoints:
+    """Saves checkpoints to a run directory and decides which stay.
 
-    The newest `keep` stay, and the one with the lowest dev loss.
+    Kept are the newest `keep`, the one with the lowest dev loss, and every one whose step is a
+    multiple of `keep_every` (0: none). Leftovers of interrupted saves are removed. A save that
+    fails (the disk is full, say) is reported, and the next one goes ahead.
+
+    As a context manager it waits at the end for the save under way.
     """
-    policies = ocp.training.preservation_policies
-    best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics[DEV_LOSS], reverse=True, n=1,
-        keep_checkpoints_without_metrics=False,
-    )  # fmt: skip
-    return ocp.training.Checkpointer(
-        checkpoint_dir(workdir),
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        cleanup_tmp_directories=True,
-    )
+
+    def __init__(self, workdir, keep: int = 2, keep_every: int = 0):
+        self.path = checkpoint_dir(workdir)
+        self.failure = ""  # of the last save
+        self._saving: int | None = None  # the step of the save under way
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[DEV_LOSS], reverse=True, n=1,
+            keep_checkpoints_without_metrics=False,
+        )  # fmt: skip
+        durable = [policies.EveryNSteps(keep_every)] if keep_every else []
+        self._kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best, *durable])
+        self._open()
+
+    def _open(self) -> None:
+        self._orbax = ocp.training.Checkpointer(
+            self.path, preservation_policy=self._kept, step_name_format=_Steps(),
+            cleanup_tmp_directories=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.close(after_error=kind is not None)
+
+    def save(self, state, step: int, made_of: dict, metrics: dict | None = None) -> None:
+        """Saves asynchronously; returns once the state is copied from the devices, so that the next
+        step may donate its buffers. `look` and the next call tell whether it succeeded.
+
+        made_of: see `provenance`. metrics: {"dev_ce": value}, if the dev set was evaluated.
+        """
+        about = _sealed(made_of | {"state": fingerprints(state)}, metrics)
+        self._settle()
+        if self.failure:  # opened anew, it removes what the failed save left
+            self._orbax.close()
+            self._open()
+        try:
+            # Overwrite: a step that is there already could not be read, and training came back.
+            self._orbax.save_async(
+                step, state, force=True, overwrite=True, custom_metadata=about, metrics=metrics
+            )
+            self._saving = step
+        except Exception as error:  # whatever a file system makes the writer raise
+            self._failed(step, error)
+
+    def look(self) -> None:
+        """Says so, once, if the save under way has failed; does not wait for it."""
+        if self._saving is not None and not self._orbax.is_saving_in_progress():
+            self._settle()
+
+    def close(self, after_error: bool = False) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          OSError: the last save failed; not `after_error`, which is what should be heard of.
+        """
+        self._settle()
+        self._orbax.close()
+        if self.failure and not after_error:
+            raise OSError(f"{self.failure}; make room, and start the run again to go on")
+
+    def _settle(self) -> None:
+        step, self._saving = self._saving, None
+        if step is None:
+            return
+        try:
+            self._orbax.wait()
+            self.failure = ""
+        except Exception as error:  # as above
+            self._failed(step, error)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self.failure = f"the checkpoint {self.path}/{step} could not be saved: {_reason(error)}"
+        logging.error("%s. Training goes on; the next one is saved when it is due", self.failure)
+
+
+class _Steps:
+    """Orbax's way to find checkpoints, without those whose description is damaged."""
+
+    def __init__(self):
+        self._all = orbax.checkpoint.path.step.standard_name_format()
+        self.build_name, self.find_step = self._all.build_name, self._all.find_step
+        self.damaged: dict[int, str] = {}  # why
+
+    def find_all(self, path):
+        for found in self._all.find_all(path):
+            try:
+                if found.commit_timestamp_nsecs is None:
+                    raise ValueError("its description is missing, or not JSON")
+                found.commit_timestamp  # noqa: B018 (whether it is a date)
+                metrics = found.path / "metrics" / "metrics"
+                if metrics.exists():
+                    json.loads(metrics.read_text())
+                yield found
+            except Exception as error:  # whatever damaged JSON makes Orbax raise
+                self.damaged[found.step] = _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0][:300]
 
 
 def checkpoint_dir(workdir) -> epath.Path:
@@ -47,90 +148,113 @@ def checkpoint_dir(workdir) -> epath.Path:
     return path if "://" in str(path) else path.absolute()
 
 
-def save(checkpointer, state, step: int, made_of: dict, metrics: dict | None = None) -> None:
-    """Saves asynchronously; returns once the state is copied from the devices, so that the next
-    step may donate its buffers.
-
-    made_of: see `provenance`. metrics: {"dev_ce": value}, if the dev set was evaluated.
-    """
-    # Overwrite: a step that is there already could not be read, and training came back to it.
-    checkpointer.save_async(
-        step, state, force=True, overwrite=True, custom_metadata=made_of, metrics=metrics
-    )
-
-
 def restore(
-    checkpointer, abstract_state, made_of: dict | None = None, params_only: bool = False,
+    workdir, abstract_state, made_of: dict | None = None, params_only: bool = False,
     which: str = NEWEST,
 ):  # fmt: skip
     """A checkpoint in the shardings of `abstract_state`; None if there is none.
 
-    Of the newest, an unreadable one (truncated, say) is skipped with a warning. With `params_only`
-    no more of the optimizer's state is read than an average of the weights. which: as for `choose`.
+    Every array must have the fingerprint that it was saved with (older checkpoints have none). Of
+    the newest, an unreadable or damaged one is skipped with a warning. With `params_only` no more
+    of the optimizer's state is read than an average of the weights. which: as for `choose`.
 
     Raises:
       ValueError: the one asked for does not exist; checkpoints exist, and none can be read; or the
         one that can was made with another tokenizer, prompt or frozen weights than `made_of`;
         every difference is listed.
     """
+    path = checkpoint_dir(workdir)
+    if not exists(workdir):
+        return None
     if params_only:
         average = optim.averaged(None, abstract_state.opt_state)
         nothing = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract_state.opt_state)
         needed = nothing if average is None else optax.tree.set(nothing, ema=average)
         abstract_state = abstract_state._replace(opt_state=needed)
-    problems = []
-    for info in choose(checkpointer, which):
-        try:
-            stored = checkpointer.metadata(info.step).custom_metadata or {}
-            state = checkpointer.load(info.step, abstract_state)
-        except Exception as error:  # whatever a broken file makes the reader raise
-            reason = (str(error).strip().splitlines() or [repr(error)])[0][:300]
-            problems.append(f"step {info.step}: {reason}")
-            next_one = ", trying the one before" if which == NEWEST else ""
-            logging.warning(
-                "the checkpoint of step %d cannot be read%s: %s", info.step, next_one, reason
-            )
-            continue
-        different = _differences(stored, made_of or {})
-        if different:
-            raise ValueError(
-                f"{checkpointer.directory}/{info.step} does not fit what this run has loaded:\n  "
-                + "\n  ".join(different)
-                + "\nbring back what it was trained with, or use another --workdir"
-            )
-        return state
+    steps, problems = _Steps(), []
+    with ocp.training.Checkpointer(path, step_name_format=steps) as orbax:
+        found = {info.step: info.metrics or {} for info in orbax.checkpoints}
+        for step in choose(path, found | dict.fromkeys(steps.damaged, {}), which):
+            try:
+                if step in steps.damaged:
+                    raise ValueError(steps.damaged[step])
+                state, about = _read(orbax, step, found[step], abstract_state)
+            except Exception as error:  # whatever a broken file makes the reader raise
+                problems.append(f"step {step}: {_reason(error)}")
+                logging.warning(
+                    "the checkpoint of step %d cannot be read%s: %s", step,
+                    ", trying the one before" if which == NEWEST else "", _reason(error),
+                )  # fmt: skip
+                continue
+            different = _differences(about, made_of or {})
+            if different:
+                raise ValueError(
+                    f"{path}/{step} does not fit what this run has loaded:\n  "
+                    + "\n  ".join(different)
+                    + "\nbring back what it was trained with, or use another --workdir"
+                )
+            return state
     if problems:
-        raise ValueError(
-            f"{checkpointer.directory}: no checkpoint can be read:\n  " + "\n  ".join(problems)
-        )
+        raise ValueError(f"{path}: no checkpoint can be read:\n  " + "\n  ".join(problems))
     return None
 
 
-def choose(checkpointer, which: str) -> list:
-    """The checkpoints to try, one after the other.
+def _read(orbax, step: int, metrics: dict, abstract_state) -> tuple:
+    """(state, what it was made of) of a checkpoint. Raises ValueError if anything in it has changed
+    since it was saved, and whatever Orbax raises."""
+    about = _unsealed(orbax.metadata(step).custom_metadata or {}, metrics)
+    state = orbax.load(step, abstract_state)
+    if "state" in about:
+        found = fingerprints(state)
+        changed = [path for path in found if found[path] != about["state"].get(path)]
+        if changed:
+            raise ValueError(f"damaged since it was saved: {', '.join(changed)}")
+    return state, about
 
-    which: "newest" (all, from the newest on), "best" (the lowest dev loss), or a step.
+
+def choose(path, found: Mapping[int, dict], which: str) -> list[int]:
+    """The steps to try, one after the other.
+
+    Args:
+      path: for messages. found: {step: metrics} of the checkpoints that are there.
+      which: "newest" (all, from the newest on), "best" (the lowest dev loss), or a step.
 
     Raises:
       ValueError: there is no such checkpoint; the message says which there are.
     """
-    found = list(reversed(checkpointer.checkpoints))
     if which == NEWEST or not found:
-        return found
+        return sorted(found, reverse=True)
     if which == BEST:
-        scored = [info for info in found if DEV_LOSS in (info.metrics or {})]
-        chosen = [min(scored, key=lambda info: info.metrics[DEV_LOSS])] if scored else []
+        scored = [step for step in sorted(found, reverse=True) if DEV_LOSS in found[step]]
+        chosen = [min(scored, key=lambda step: found[step][DEV_LOSS])] if scored else []
         hint = "; none has a dev loss, which training with eval_every gives them"
     else:
-        chosen = [info for info in found if str(info.step) == which]
+        chosen = [step for step in found if str(step) == which]
         hint = ""
     if not chosen:
-        steps = ", ".join(str(info.step) for info in reversed(found))
+        steps = ", ".join(map(str, sorted(found)))
         raise ValueError(
-            f"{checkpointer.directory}: no checkpoint {which!r}: choose {NEWEST}, {BEST} or one of "
+            f"{path}: no checkpoint {which!r}: choose {NEWEST}, {BEST} or one of "
             f"the steps {steps}{hint}"
         )
     return chosen
+
+
+def _sealed(about: dict, metrics: dict | None) -> dict:
+    return about | {"seal": _seal(about, metrics)}
+
+
+def _unsealed(about: dict, metrics: dict | None) -> dict:
+    """What `_sealed` was given (older checkpoints were not sealed). Raises ValueError if it has
+    changed since."""
+    seal = about.pop("seal", None)
+    if (seal or "state" in about) and seal != _seal(about, metrics):
+        raise ValueError("its description is damaged")
+    return about
+
+
+def _seal(about: dict, metrics: dict | None) -> int:
+    return zlib.crc32(json.dumps([about, metrics or {}], sort_keys=True).encode())
 
 
 def provenance(config, tokenizer, frozen) -> dict:
@@ -153,7 +277,7 @@ def provenance(config, tokenizer, frozen) -> dict:
     }
 
 
-def fingerprints(params) -> dict[str, str]:
+def fingerprints(tree) -> dict[str, str]:
     """{"llm/embed/embedding": "bfloat16[8,4] 1a2b3c4d", ...}: dtype, shape and, modulo 2**32, the
     sum over all elements of their mixed bits times 2 * index + 1.
 
@@ -161,7 +285,16 @@ def fingerprints(params) -> dict[str, str]:
     element always changes it, since odd numbers have inverses modulo 2**32. Mixed: as they are, one
     and the same change of every element (twice the weights) adds a multiple of 2**32.
     """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    flat = {name(path): x for path, x in leaves if x is not ocp.PLACEHOLDER}
+    sums = jax.device_get(_checksums(flat))
+    shape = lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    return {path: f"{shape(x)} {int(sums[path]):08x}" for path, x in sorted(flat.items())}
 
+
+@jax.jit
+def _checksums(flat: dict) -> dict:
     def mix(bits):  # one to one (Appleby's MurmurHash3, its finalizer)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
@@ -175,10 +308,7 @@ def fingerprints(params) -> dict[str, str]:
         index = sum(i * stride for i, stride in zip(iotas, strides, strict=False))
         return jnp.sum(mix(bits) * (2 * index + 1), dtype=jnp.uint32)
 
-    flat = optim.flat_paths(params)
-    sums = jax.device_get(jax.jit(lambda flat: jax.tree.map(checksum, flat))(flat))
-    shape = lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]"
-    return {path: f"{shape(x)} {int(sums[path]):08x}" for path, x in sorted(flat.items())}
+    return jax.tree.map(checksum, flat)
 
 
 def _differences(stored: dict, made_of: dict) -> list[str]:

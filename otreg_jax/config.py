@@ -22,9 +22,9 @@ from otreg_jax.models import layers
 
 # Keys that may differ when a run is resumed: they change neither the model nor what it is fed.
 RESUMABLE = (
-    "num_steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every",
-    "stall_seconds", "profile", "mesh", "attention", "data.num_workers", "data.cache", "data.dev",
-    "data.test", "max_bad_steps", "otreg.backend",
+    "num_steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every",
+    "eval_every", "stall_seconds", "profile", "mesh", "attention", "data.num_workers",
+    "data.cache", "data.dev", "data.test", "max_bad_steps", "otreg.backend",
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def default() -> ConfigDict:
             "log_every": 10,  # steps between lines of metrics.jsonl
             "checkpoint_every": 500,
             "keep_checkpoints": 2,  # the newest; and the one with the lowest dev loss, if there is
+            "keep_every": 0,  # checkpoints of multiples of so many steps stay for good; 0: none
             "eval_every": 0,  # steps between cross-entropies on the dev set; 0: none
             "stall_seconds": 900,  # a run in which nothing happens for so long ends; 0: never
             "profile": "",  # START:STOP, steps to trace into WORKDIR/profile
@@ -265,6 +266,11 @@ def check(config: ConfigDict) -> None:
         c.eval_every >= 0 and not (c.eval_every and c.checkpoint_every % c.eval_every),
         f"checkpoint_every={c.checkpoint_every} must be a multiple of eval_every={c.eval_every}, "
         "so that each checkpoint has a dev loss",
+    )
+    require(
+        c.keep_every >= 0 and c.keep_every % c.checkpoint_every == 0,
+        f"keep_every={c.keep_every} must be a multiple of checkpoint_every={c.checkpoint_every}, "
+        "or 0",
     )
     require(c.stall_seconds >= 0, f"stall_seconds={c.stall_seconds} must not be negative")
     try:

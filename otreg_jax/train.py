@@ -74,9 +74,8 @@ def train(config, workdir) -> step_lib.TrainState:
     optimizer = optim.make_optimizer(config)
     abstract_state = step_lib.abstract_state(params, optimizer, mesh)
     state_sharding = jax.tree.map(lambda x: x.sharding, abstract_state)
-    checkpointer = checkpoint.open_checkpoints(workdir, config.keep_checkpoints)
     made_of = checkpoint.provenance(config, tokenizer, frozen)
-    state = checkpoint.restore(checkpointer, abstract_state, made_of)
+    state = checkpoint.restore(workdir, abstract_state, made_of)
     if state is None:
         init = functools.partial(step_lib.init_state, optimizer=optimizer)
         state = jax.jit(init, out_shardings=state_sharding)(params)
@@ -109,15 +108,17 @@ def train(config, workdir) -> step_lib.TrainState:
     )
     told_to_stop, stop_listening = listen_for_preemption()
     profile_start, profile_stop = config_lib.profile_window(config)
-    pending, shapes, compiled = None, set(), False
+    pending, shapes, compiled, tracing = None, set(), False, False
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
     progress = tqdm.tqdm(
         zip(range(start, config.num_steps), batches, strict=False), initial=start,
         total=config.num_steps, desc="training", unit="step", mininterval=1.0,
     )  # fmt: skip
     try:
         for step, batch in progress:
-            if step == profile_start:
+            if profile_start <= step < profile_stop and not tracing:
                 jax.profiler.start_trace(workdir / "profile")
+                tracing = True
             placed = sharding.to_global(batch, mesh)
             state, metrics = step_fn(state, frozen, placed)
             # Metrics of the step before are ready now: reading them does not stall the device.
@@ -128,9 +129,11 @@ def train(config, workdir) -> step_lib.TrainState:
             waited, compiled = compiled, batch["tokens"].shape not in shapes
             shapes.add(batch["tokens"].shape)
             watch.lap("compilation" if compiled or waited else "step", step + 1)
-            if step + 1 == profile_stop:
+            if tracing and step + 1 == profile_stop:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
+                tracing = False
+            checkpoints.look()
             stop = told_to_stop(step)
             dev_metrics = None
             if dev and not stop and is_due(step + 1, config.eval_every, config):
@@ -140,7 +143,7 @@ def train(config, workdir) -> step_lib.TrainState:
                 writer.evaluated(step + 1, dev_metrics)
                 watch.lap("evaluation", step + 1)
             if stop or is_due(step + 1, config.checkpoint_every, config):
-                checkpoint.save(checkpointer, state, step + 1, made_of, dev_metrics)
+                checkpoints.save(state, step + 1, made_of, dev_metrics)
                 writer.publish()
                 watch.lap("checkpoint", step + 1)
             if stop:
@@ -149,13 +152,19 @@ def train(config, workdir) -> step_lib.TrainState:
         if pending:
             read_metrics(*pending, writer, progress, utterances, config)
     finally:
-        # Waits for saves under way; after an error other processes would not come to finish theirs.
-        if jax.process_count() == 1 or sys.exc_info()[0] is None:
-            checkpointer.close()
-        watch.close()
-        writer.close()
-        progress.close()
-        stop_listening()
+        if tracing:
+            jax.profiler.stop_trace()
+        failed = sys.exc_info()[0] is not None
+        try:
+            # Waits for the save under way; after an error other processes would not come to finish
+            # theirs.
+            if jax.process_count() == 1 or not failed:
+                checkpoints.close(after_error=failed)
+        finally:
+            watch.close()
+            writer.close()
+            progress.close()
+            stop_listening()
     return state
 
 

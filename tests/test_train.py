@@ -114,6 +114,16 @@ def test_a_broken_newest_checkpoint_falls_back(manifest, tmp_path, finished, cap
     assert metrics_of(workdir) == metrics_of(finished)
 
 
+def test_a_run_that_resumes_inside_its_profile_window_traces_the_rest(
+    manifest, tmp_path, uninterrupted, finished
+):
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    train_lib.train(tone_config(manifest, profile="6:10"), workdir)
+    assert metrics_of(workdir) == uninterrupted
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+
+
 def test_sigterm_saves_and_the_next_start_goes_on(manifest, tmp_path, uninterrupted):
     terminate = threading.Timer(0, os.kill, (os.getpid(), signal.SIGTERM))
     read_metrics = train_lib.read_metrics

@@ -50,8 +50,8 @@ def make_run(workdir, *, dev="", test="", seed=0, **changes):
     optimizer = optim.make_optimizer(config)
     state = train_step.init_state(params, optimizer)._replace(step=jax.numpy.int32(3))
     shardings = sharding.tree_shardings(state, sharding.data_mesh())
-    with checkpoint.open_checkpoints(workdir) as checkpointer:
-        checkpoint.save(checkpointer, jax.device_put(state, shardings), 3, {})
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(jax.device_put(state, shardings), 3, {})
     config_lib.save(config, workdir / "config.json")
     lines = [{"step": step, "ce": 3.0 / step, "grad_norm": 1.0} for step in (1, 2, 3)]
     (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
