@@ -30,6 +30,7 @@ setup(
         "scipy>=1.14",
         "soundfile>=0.13",
         "soxr>=1.0",
+        "jinja2>=3.1.6",
         "jiwer>=4.0",
         "whisper-normalizer>=0.1.15",
         "matplotlib>=3.10",

@@ -19,7 +19,6 @@ weights come from experiments on tiny models; expect to tune them.
 """
 
 from otreg_jax import config as config_lib
-from otreg_jax.data import text
 
 ARMS = ("otreg", "baseline", "runlocal")
 
@@ -49,7 +48,7 @@ def get_config(arm: str = "otreg"):
     c.data.augment.freq_masks = 2
     c.encoder.path = "openai/whisper-large-v3"
     c.llm.path = "Qwen/Qwen2.5-1.5B-Instruct"
-    c.prompt = text.chat("chatml", "Transcribe: {speech}")
+    c.prompt = "chat:Transcribe: {speech}"
     c.adapter.stack = 4  # 12.5 positions a second
     c.adapter.hidden_dim = 2048
     c.lora.pattern = "llm/layers/attn/(q|k|v|o)/kernel"

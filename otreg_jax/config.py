@@ -88,8 +88,11 @@ def default() -> ConfigDict:
                 "path": "",  # tokenizer.json, *.model or a directory; "": llm.path, else trained
                 "vocab_size": 256,  # of a tokenizer trained on the training transcripts
                 "model_type": "unigram",  # SentencePiece: unigram | bpe | word | char
+                "max_unknown": 0.05,  # largest share of <unk> among the transcripts' tokens
             },
-            "prompt": "{speech}\n",  # what surrounds the speech; the transcript follows
+            # What surrounds the speech; the transcript follows. "chat:Transcribe: {speech}": a turn
+            # of the model's own chat template.
+            "prompt": "{speech}\n",
             "encoder": {
                 "path": "",  # Hugging Face directory or hub id of a Whisper model; "": from scratch
                 "revision": "",

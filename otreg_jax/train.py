@@ -63,9 +63,12 @@ def train(config, workdir) -> step_lib.TrainState:
         utterances = sets.load_train(config, workdir, None if process else skipped_path)
         dev = sets.load_dev(config, workdir) if config.eval_every else []
         tokenizer = make_tokenizer(config, workdir, utterances)
+        texts = [u.text for u in utterances]
+        report = text.check_transcripts(tokenizer, texts, config.tokenizer.max_unknown)
         llm_dir = prepare_llm(config, workdir, tokenizer, utterances)
     slm, params = build.build(config, tokenizer, llm_dir, mesh)
     if process == 0:
+        print(*report, sep="\n")
         config_lib.save(config, workdir / "config.json")
 
     # ---- state, sharded over the mesh ------------------------------------------------------------

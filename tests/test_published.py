@@ -62,9 +62,16 @@ def test_config_json_is_read_as_transformers_reads_it(name, tmp_path):
         assert ours.sliding_window == theirs.sliding_window
 
 
-@pytest.mark.parametrize("name", published.CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SmolLM2-135M-Instruct", "Llama-3.2-1B-Instruct, fine-tuned",
+        "Ministral-8B-Instruct-2410, own class", "gemma-2-2b-it", "gemma-3-270m", "gemma-3-4b-it",
+    ],
+)  # fmt: skip
 def test_shrunk_models_compute_the_same(name, tmp_path):
-    """From the published keys, not from those that transformers would save."""
+    """From the published keys, not from those that transformers would save. (All of them agreed;
+    these cover every key.)"""
     raw = shrunk(published.CONFIGS[name])
     (tmp_path / "config.json").write_text(json.dumps(raw))
     config = transformers.AutoConfig.from_pretrained(tmp_path)

@@ -95,6 +95,26 @@ def test_prompts_that_cannot_be_written_are_refused(piece_tokenizer, template, m
         text.build_prompt(piece_tokenizer, template)
 
 
+def test_how_transcripts_are_written_is_reported_and_refused(piece_tokenizer, hf_directory):
+    (line,) = text.check_transcripts(piece_tokenizer, TEXTS)
+    assert "characters a token, 0.0% of the tokens unknown" in line
+    other = ["你好吗", "turn on"]
+    share = [i for t in other for i in piece_tokenizer.encode(t)].count(piece_tokenizer.unk_id)
+    share /= sum(len(piece_tokenizer.encode(t)) for t in other)
+    assert f"{share:.1%} of the tokens unknown" in text.check_transcripts(piece_tokenizer, other)[0]
+    with pytest.raises(ValueError, match=f"cannot write {share:.1%} .*'你好吗'.*max_unknown"):
+        text.check_transcripts(piece_tokenizer, other, max_unknown=0.05)
+    # Upper case is written letter by letter by a tokenizer that learned lower case.
+    cased = text.load_tokenizer(hf_directory)
+    upper = [line.upper() for line in TEXTS * 1000]
+    counts = [sum(len(cased.encode(t)) for t in texts[::3]) for texts in (upper, TEXTS * 1000)]
+    warning = text.check_transcripts(cased, upper)[-1]
+    assert f"{counts[0]:,} instead of {counts[1]:,} in 2,000 of them" in warning
+    assert f"{counts[0] / counts[1]:.1f} times the tokens" in warning
+    for fine in (TEXTS, ["你好"] * 3, [], ["", ""]):
+        assert len(text.check_transcripts(cased, fine)) <= 1
+
+
 def test_unusable_tokenizer_files_are_named(tmp_path, hf_directory):
     with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor a \*.model"):
         (tmp_path / "empty").mkdir()

@@ -19,10 +19,14 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-SPEECH = "{speech}"  # where a prompt template puts the speech embeddings
+from otreg_jax.data import chat as chat_lib
 
-# A user turn and the start of the answer, for instruction-tuned models. The begin token is not part
-# of it: `build_prompt` adds the tokenizer's own.
+SPEECH = "{speech}"  # where a prompt template puts the speech embeddings
+SAMPLE = 2000  # transcripts that are looked at to see how the tokenizer writes them
+CHAT = "chat:"  # what begins a prompt that goes through the model's own chat template
+
+# A user turn and the start of the answer, for models whose own chat template is not at hand. The
+# begin token is not part of it: `build_prompt` adds the tokenizer's own.
 CHATS = {
     "chatml": "<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n",  # Qwen
     "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{turn}<|eot_id|>"
@@ -38,11 +42,19 @@ class Tokenizer(Protocol):
     vocab_size: int
     eos_id: int
     bos_id: int | None
+    unk_id: int | None  # what stands for text that it cannot write
+    adds_bos: bool  # whether the model expects `bos_id` before any text
+    chat_template: str | None  # Jinja, as the model was taught to converse
+    special_tokens: dict[str, str]  # {"eos_token": "</s>", ...}: what a chat template may name
+    control: dict[str, int]  # tokens that no text may hold, and their ids
     fingerprint: str
     files: dict[str, bytes]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text alone: no begin or end token."""
+        """Token ids of the text alone: no begin or end token, and no control token."""
+
+    def encode_prompt(self, text: str) -> list[int | None]:
+        """Token ids of a prompt: control tokens are made out, {speech} is None."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens and ids outside the vocabulary are left out."""
@@ -67,11 +79,18 @@ class SentencePieceTokenizer:
         self.bos_id = None if self._processor.bos_id() < 0 else self._processor.bos_id()
         if self.eos_id < 0:
             raise ValueError(f"{where}: has no end token; train it with eos_id ≥ 0")
+        self.unk_id = self._processor.unk_id()
+        self.adds_bos = self.bos_id is not None
+        self.chat_template, self.special_tokens, self.control = None, {}, {}
         self.files = {"tokenizer.model": model}
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int | None]:
+        first, *rest = text.split(SPEECH)
+        return self.encode(first) + [i for part in rest for i in [None, *self.encode(part)]]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
@@ -85,9 +104,19 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, with the begin and end tokens its `tokenizer_config.json` names."""
+    """A `tokenizer.json`, with the special tokens and the chat template of the files beside it.
 
-    def __init__(self, tokenizer_json: bytes, config_json: bytes, where: str = "tokenizer.json"):
+    Text is read as text: control tokens that stand in it, such as "<|im_end|>", are characters like
+    all others. Only `encode_prompt` makes them out.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        config_json: bytes,
+        where: str = "tokenizer.json",
+        chat_template: bytes = b"",
+    ):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except Exception as error:  # the Rust library raises a bare Exception
@@ -95,28 +124,53 @@ class HuggingFaceTokenizer:
         # A saved tokenizer may pad or cut; here lengths belong to the data pipeline.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        config = json.loads(config_json)
+        self._tokenizer.encode_special_tokens = True  # as the text they are, not as control tokens
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.control = {token.content: i for i, token in added.items() if token.special}
+        self._control_ids = frozenset(self.control.values())
+        self._tokenizer.add_special_tokens([SPEECH])  # no text has it, but prompts do
         self.files = {"tokenizer.json": tokenizer_json, "tokenizer_config.json": config_json}
-        self.fingerprint = hashlib.sha256(tokenizer_json + config_json).hexdigest()
-        self.eos_id = self._special(config, "eos_token", where)
-        self.bos_id = self._special(config, "bos_token", where)
-        if config.get("add_bos_token") is False:
-            self.bos_id = None
-        if self.eos_id is None:
-            raise ValueError(f"{where}: tokenizer_config.json beside it names no eos_token")
+        if chat_template:
+            self.files[chat_lib.FILE] = chat_template
+        self.fingerprint = hashlib.sha256(b"".join(self.files.values())).hexdigest()
+        config_path = epath.Path(where).with_name("tokenizer_config.json")
+        config = _object(config_json, config_path)
+        self.special_tokens = _special_tokens(config)
+        self.chat_template = chat_lib.template(config, chat_template, config_path)
+        if "eos_token" not in self.special_tokens:
+            raise ValueError(f"{config_path}: names no eos_token")
+        self.eos_id = self._special("eos_token", where)
+        self.bos_id = self._special("bos_token", where)
+        unknown = getattr(self._tokenizer.model, "unk_token", None) or "<unk>"
+        self.unk_id = self.token_id(unknown)
+        adds_bos = config.get("add_bos_token")
+        if adds_bos is None:
+            adds_bos = self.bos_id in self._tokenizer.encode("", add_special_tokens=True).ids
+        self.adds_bos = bool(adds_bos) and self.bos_id is not None
 
-    def _special(self, config: dict, key: str, where: str) -> int | None:
-        token = config.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is None:
-            return None
-        if self.token_id(token) is None:
+    def _special(self, key: str, where: str) -> int | None:
+        token = self.special_tokens.get(key)
+        if token is not None and self.token_id(token) is None:
             raise ValueError(f"{where}: {key} {token!r} is not in its vocabulary")
-        return self.token_id(token)
+        return None if token is None else self.token_id(token)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if met := self._control_ids.intersection(ids):  # not so in any BPE we know
+            written = [token for token, i in self.control.items() if i in met and token in text]
+            if written:
+                raise ValueError(
+                    f"the tokenizer writes {', '.join(written)} as a control token even in text: "
+                    f"leave it out of {text[:80]!r}"
+                )
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int | None]:
+        self._tokenizer.encode_special_tokens = False
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        self._tokenizer.encode_special_tokens = True
+        return [None if i == self.token_id(SPEECH) else i for i in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
@@ -127,6 +181,23 @@ class HuggingFaceTokenizer:
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         return [self._tokenizer.id_to_token(int(i)) for i in ids]
+
+
+def _object(contents: bytes, where) -> dict:
+    try:
+        config = json.loads(contents)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: not an object of keys and values")
+    return config
+
+
+def _special_tokens(config: dict) -> dict[str, str]:
+    """{"eos_token": "</s>", ...}, as tokenizer_config.json names them."""
+    values = {key: value for key, value in config.items() if key.endswith("_token")}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in values.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
@@ -148,7 +219,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():
         raise FileNotFoundError(f"{config}: missing; it names the begin and end tokens of {path}")
-    return HuggingFaceTokenizer(path.read_bytes(), config.read_bytes(), str(path))
+    template = path.with_name(chat_lib.FILE)
+    template = template.read_bytes() if template.is_file() else b""
+    return HuggingFaceTokenizer(path.read_bytes(), config.read_bytes(), str(path), template)
 
 
 def save_tokenizer(directory: str | pathlib.Path, tokenizer: Tokenizer) -> None:
@@ -211,29 +284,93 @@ def chat(family: str, turn: str) -> str:
 def build_prompt(tokenizer: Tokenizer, template: str = "{speech}\n") -> Prompt:
     """The prompt of a template such as "Transcribe: {speech}\\n".
 
-    The begin token is put first when the tokenizer has one. Raises ValueError when the template
-    does not hold {speech} exactly once, names a special token the tokenizer does not have, or has
-    characters it cannot write.
+    "chat:Transcribe: {speech}" puts what follows the colon into a user's turn of the model's own
+    chat template; the answer then ends with what ends a turn there. Otherwise the begin token is
+    put first if the model expects one and the template does not begin with it, and the end token
+    ends the answer.
+
+    Raises ValueError when the template does not hold {speech} exactly once, has characters that the
+    tokenizer cannot write, or names special tokens it does not have; "chat:", when there is no chat
+    template, it cannot be rendered, or the turn holds a control token.
     """
-    parts = template.split(SPEECH)
-    if len(parts) != 2:
-        raise ValueError(f"prompt template {template!r} must contain {SPEECH} exactly once")
-    special = re.findall(r"<[^<>\s]+>", template)
-    if absent := [token for token in special if tokenizer.token_id(token) is None]:
-        raise ValueError(
-            f"prompt template {template!r}: {', '.join(absent)} is no token of this tokenizer; is "
-            "the template that of another model?"
-        )
-    prefix, suffix = (tuple(tokenizer.encode(part)) for part in parts)
-    unknown = tokenizer.token_id("<unk>")
-    for part, ids in zip(parts, (prefix, suffix), strict=True):
-        if unknown is not None and unknown in ids:
+    text, said = template, f"prompt {template!r}"
+    if template.count(SPEECH) != 1:
+        raise ValueError(f"{said} must contain {SPEECH} exactly once")
+    if template.startswith(CHAT):
+        text, end = _chat(tokenizer, template.removeprefix(CHAT), said)
+        control = set(tokenizer.control.values())
+        ends = (i for i in tokenizer.encode_prompt(end) if i in control)
+        ids, eos = tokenizer.encode_prompt(text), next(ends, tokenizer.eos_id)
+    else:
+        special = re.findall(r"<[^<>\s]+>|\[/?[A-Z_]+\]", template)
+        if absent := [token for token in special if tokenizer.token_id(token) is None]:
             raise ValueError(
-                f"prompt template {template!r}: the tokenizer cannot write {part!r}; change the "
-                "template or train the tokenizer with its characters"
+                f"{said}: {', '.join(absent)} is no token of this tokenizer; is the template that "
+                'of another model? "chat:..." takes the model\'s own'
             )
-    bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    return Prompt(bos + prefix, suffix, tokenizer.eos_id)
+        ids, eos = tokenizer.encode_prompt(template), tokenizer.eos_id
+        if tokenizer.adds_bos and ids[0] != tokenizer.bos_id:
+            ids = [tokenizer.bos_id, *ids]
+    at = ids.index(None)
+    prefix, suffix = tuple(ids[:at]), tuple(ids[at + 1 :])
+    for part, written in zip(text.split(SPEECH), (prefix, suffix), strict=True):
+        if tokenizer.unk_id in written:
+            raise ValueError(
+                f"{said}: the tokenizer cannot write {part!r}; change it, or train the tokenizer "
+                "with its characters"
+            )
+    return Prompt(prefix, suffix, eos)
+
+
+def _chat(tokenizer: Tokenizer, turn: str, said: str) -> tuple[str, str]:
+    """The turn in the model's chat template, up to the answer; and what follows an answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{said}: the tokenizer has no chat template (chat_template.jinja, or a key of "
+            "tokenizer_config.json); is the model instruction-tuned? A prompt without chat: is a "
+            "template of your own"
+        )
+    if control := [token for token in tokenizer.control if token in turn]:
+        raise ValueError(f"{said}: {', '.join(control)}: a control token is no text of a turn")
+    text, end = chat_lib.turn(tokenizer.chat_template, tokenizer.special_tokens, turn)
+    if text.count(SPEECH) != 1:
+        raise ValueError(f"{said}: the chat template gives {SPEECH} {text.count(SPEECH)} times")
+    return text, end
+
+
+def check_transcripts(
+    tokenizer: Tokenizer, texts: Sequence[str], max_unknown: float = 1.0
+) -> list[str]:
+    """Lines on how the tokenizer writes transcripts, from at most SAMPLE of them, evenly spaced.
+
+    Raises ValueError when more than `max_unknown` of the tokens stand for text it cannot write.
+    """
+    sample = texts[:: max(1, -(-len(texts) // SAMPLE))]
+    ids = [tokenizer.encode(text) for text in sample]
+    total = sum(map(len, ids))
+    if not total:
+        return []
+    unknown = sum(row.count(tokenizer.unk_id) for row in ids) / total
+    lines = [
+        f"tokenizer: {sum(map(len, sample)) / total:.2f} characters a token, {unknown:.1%} of the "
+        "tokens unknown"
+    ]
+    if unknown > max_unknown:
+        worst = max(zip(ids, sample, strict=True), key=lambda row: row[0].count(tokenizer.unk_id))
+        raise ValueError(
+            f"the tokenizer cannot write {unknown:.1%} of the transcripts' tokens, for instance "
+            f"{worst[1][:60]!r}: is it of another language? Take another, or raise "
+            f"tokenizer.max_unknown={max_unknown:g}"
+        )
+    cased = [text for text in sample if text.lower() != text.upper()]
+    if cased and sum(text == text.upper() for text in cased) >= 0.9 * len(cased):
+        lower = sum(len(tokenizer.encode(text.lower())) for text in sample)
+        if total >= 1.2 * lower:
+            lines.append(
+                f"tokenizer: upper-case transcripts take {total / lower:.1f} times the tokens of "
+                f"lower case ({total:,} instead of {lower:,} in {len(sample):,} of them)"
+            )
+    return lines
 
 
 class Position(NamedTuple):
