@@ -82,8 +82,8 @@ def devices_of(topology: str, slices: int = 1) -> list:
     except Exception as error:  # whatever libtpu, or its absence, makes jax raise
         raise ValueError(
             f"topology {topology!r} ({slices} slice(s)) cannot be described: {error}\n"
-            "It reads like v4:2x2x2, v5e:4x4, v5p:4x4x4, v6e:8x8 or cpu:8; TPU topologies need "
-            "libtpu: pip install 'jax[tpu]'"
+            "It reads like v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1 (in chips of two devices) or "
+            "cpu:8; TPU topologies need libtpu: pip install 'jax[tpu]'"
         ) from error
 
 
@@ -369,7 +369,7 @@ def main(argv):
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Recipe, a file of configs/.")
-    flags.DEFINE_string("topology", None, "v4:2x2x2, v5e:4x4, v5p:4x4x4, v6e:8x8, cpu:8, ...")
+    flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, cpu:8, ...")
     flags.DEFINE_integer("slices", 1, "How many such slices, joined by the data centre's network.")
     flags.DEFINE_float("seconds", 0, "Of audio in every utterance; 0: data.max_duration.")
     flags.DEFINE_integer("tokens", 0, "In every transcript; 0: data.max_tokens, or 8 a second.")

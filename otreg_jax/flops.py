@@ -24,16 +24,21 @@ class Chip(NamedTuple):
     bandwidth: float
 
 
-# The first regex found in `device_kind` decides.
+# The first regex found in `device_kind` decides. JAX counts each half of a TPU7x (Ironwood: two
+# chiplets, 2307 TFLOP/s, 192 GiB, 7.38 TB/s) as a device.
 CHIPS = (
     (r"TPU v4", Chip(275e12, 32 * 2**30, 1.2e12)),
     (r"TPU v5 lite|TPU v5e", Chip(197e12, 16 * 2**30, 0.82e12)),
     (r"TPU v5", Chip(459e12, 95 * 2**30, 2.77e12)),
     (r"TPU v6", Chip(918e12, 32 * 2**30, 1.64e12)),
+    (r"TPU ?v?7", Chip(2307e12 / 2, 96 * 2**30, 7.38e12 / 2)),
     (r"A100.*80GB", Chip(312e12, 80 * 2**30, 2.0e12)),
     (r"A100", Chip(312e12, 40 * 2**30, 1.6e12)),
     (r"H200", Chip(989e12, 141e9, 4.8e12)),
     (r"H100", Chip(989e12, 80 * 2**30, 3.35e12)),
+    (r"GB200", Chip(2500e12, 186e9, 8.0e12)),
+    (r"B200", Chip(2250e12, 180e9, 8.0e12)),
+    (r"L40S", Chip(362e12, 48e9, 0.864e12)),
 )
 
 

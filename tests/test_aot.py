@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -164,3 +165,25 @@ def test_what_does_not_fit_is_read_from_either_message_of_the_compiler():
 def test_unknown_topologies_say_what_they_look_like():
     with pytest.raises(ValueError, match="'v9:1x1'.*cannot be described(.|\n)*libtpu"):
         aot.devices_of("v9:1x1")
+
+
+@pytest.mark.parametrize(
+    "kind, terabytes_per_second, gigabytes",
+    [
+        ("TPU v5 lite", 0.82, 17.2), ("TPU v5p", 2.77, 102), ("TPU7x", 3.69, 103),
+        ("NVIDIA H200", 4.8, 141), ("NVIDIA H100 80GB HBM3", 3.35, 85.9), ("NVIDIA B200", 8, 180),
+        ("NVIDIA GB200", 8, 186), ("NVIDIA L40S", 0.864, 48),
+    ],
+)  # fmt: skip
+def test_chips_are_told_apart(kind, terabytes_per_second, gigabytes):
+    chip = flops.chip(types.SimpleNamespace(device_kind=kind))
+    assert chip.bandwidth == pytest.approx(1e12 * terabytes_per_second)
+    assert chip.memory == pytest.approx(1e9 * gigabytes, rel=0.01)
+    # Everything made since 2020 needs some hundred products to pay for reading a byte.
+    assert 100 < chip.flops / chip.bandwidth < 600
+
+
+def test_ironwood_is_two_devices_a_chip(tpu_devices):
+    del tpu_devices  # libtpu is there
+    devices = aot.devices_of("tpu7x:2x2x1")
+    assert len(devices) == 8 and flops.chip(devices[0]).memory == 96 * aot.GIB
