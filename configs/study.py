@@ -116,7 +116,8 @@ RESTART = {"optim.restart_step": STEPS // 2}
 CTC = {"ctc.weight": 0.3}
 
 ARMS = {
-    "untrained": {"num_steps": 1},  # step 0, whose learning rate is 0: what the others start from
+    # Step 0, whose learning rate is 0: what the others start from.
+    "untrained": {"num_steps": 1, "optim.warmup_steps": 1},
     "ce": {},
     # Rivals.
     "dropout": {"adapter.dropout": 0.1},

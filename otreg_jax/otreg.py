@@ -58,7 +58,7 @@ def regularizer(
     center: str | Centering = "none",
     cost: str = "cosine",
     position_weight: float | jax.Array = 0.0,
-    epsilon: float | jax.Array = 0.1,
+    epsilon: float | jax.Array = 0.05,
     num_iters: int = 50,
     speech_tau: float = 1.0,
     plan: str = "ot",
@@ -376,22 +376,29 @@ def _nearest_cosine(cosine_BST, speech_mask_BS, text_mask_BT):
     return jnp.sum(nearest_BS, axis=1, where=speech_mask_BS) / count_B
 
 
+# The choices that `regularizer` gives by name.
+CHOICES = {
+    "text_set": ("sequence", "unique"),
+    "text_mass": ("uniform", "count"),
+    "center": ("none", "mean", "pcs"),
+    "cost": ("cosine", "sqeuclidean"),
+    "plan": ("ot", "position"),
+    "backend": ("auto", *BACKENDS),
+}
+
+
 def check_options(
     *, text_set, text_mass, center, cost, plan, backend, epsilon, num_iters, speech_tau,
     token_ids_BT, position_weight,
 ) -> None:  # fmt: skip
     """Raises one ValueError that lists every argument of `regularizer` that cannot be meant."""
     problems = []
-    for name, value, known in (
-        ("text_set", text_set, ("sequence", "unique")),
-        ("text_mass", text_mass, ("uniform", "count")),
-        ("center", center, ("none", "mean", "pcs")),
-        ("cost", cost, ("cosine", "sqeuclidean")),
-        ("plan", plan, ("ot", "position")),
-        ("backend", backend, ("auto", *BACKENDS)),
-    ):
-        if not isinstance(value, Centering) and value not in known:
-            problems.append(f"{name}={value!r} is not one of {', '.join(known)}")
+    given = dict(
+        text_set=text_set, text_mass=text_mass, center=center, cost=cost, plan=plan, backend=backend
+    )
+    for name, value in given.items():
+        if not isinstance(value, Centering) and value not in CHOICES[name]:
+            problems.append(f"{name}={value!r} is not one of {', '.join(CHOICES[name])}")
     if isinstance(epsilon, (int, float)) and epsilon <= 0:
         problems.append(f"epsilon={epsilon} must be above 0")
     if num_iters < 1:

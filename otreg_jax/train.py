@@ -4,9 +4,10 @@
     python -m otreg_jax.train --config=configs/manifest.py --workdir=runs/mine \\
         --config.data.train=train.jsonl --config.data.dev=dev.jsonl --config.otreg.weight=1
 
-Every key of otreg_jax/config.py can be set as --config.KEY=VALUE. If the work directory holds a
-checkpoint of the same configuration, training resumes from it. On SIGTERM (preemption) the run
-saves and exits with code 75: start it again to go on.
+Every setting can be given as --config.KEY=VALUE: `python -m otreg_jax.config` lists them, and so
+does docs/configuration.md. If the work directory holds a checkpoint of the same configuration,
+training resumes from it. On SIGTERM (preemption) the run saves and exits with code 75: start it
+again to go on.
 
 The work directory may be remote (gs://...). Several processes train one run if they are started as
 docs/launch.md says; they share the work directory, and process 0 alone writes to it, except for its
@@ -30,7 +31,17 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from otreg_jax import build, checkpoint, cluster, flops, optim, pretrain_llm, pretrained, sharding
+from otreg_jax import (
+    build,
+    checkpoint,
+    cluster,
+    flops,
+    optim,
+    preflight,
+    pretrain_llm,
+    pretrained,
+    sharding,
+)
 from otreg_jax import config as config_lib
 from otreg_jax import train_step as step_lib
 from otreg_jax.data import features, pipeline, sets, text
@@ -48,12 +59,13 @@ def train(config, workdir) -> step_lib.TrainState:
       ValueError, FileNotFoundError: the configuration, the data or the work directory is unusable.
       FloatingPointError: `max_bad_steps` steps in a row were not finite.
     """
-    config_lib.check(config)
+    preflight.check(config)
     mesh = sharding.make_mesh(config)
     share = cluster.batch_share(mesh)
     workdir = epath.Path(workdir)
     checkpoint.check_workdir(workdir, config)
     check_remote(workdir, config)
+    preflight.check_model(config, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
 
     # ---- data, tokenizer, model ------------------------------------------------------------------

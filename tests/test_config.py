@@ -1,5 +1,6 @@
 """Configurations: every recipe parses, flags work, every mistake is one clear line."""
 
+import json
 import pathlib
 import runpy
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 from toy import toy_config
+from toy_run import write_recipe
 
 from otreg_jax import config as config_lib
 
@@ -87,3 +89,69 @@ def test_what_may_change_on_resume():
     assert config_lib.differences(stored, now) == [
         "data.train: '' -> 'other.jsonl'", "otreg.weight: 0.0 -> 1.0",
     ]  # fmt: skip
+
+
+def test_a_recipe_that_cannot_be_loaded_is_one_line(tmp_path):
+    """The user's own file: its line, not a trace."""
+    (tmp_path / "sibling.py").write_text("")
+    for name, content, messages in (
+        ("relative", "from . import sibling\n", ("line 1", "ImportError", "runpy.run_path(")),
+        ("beside", "import os\nimport sibling\n", ("line 2", "'sibling'", "runpy.run_path(")),
+        ("absent", "import nothing_like_it\n", ("line 1", "'nothing_like_it'")),
+        ("typo", "def get_config():\n    return c\n", ("line 2", "NameError")),
+        ("syntax", "def get_config(:\n", ("SyntaxError", "line 1")),
+        ("empty", "", ("KeyError", "get_config")),
+    ):
+        path = tmp_path / f"{name}.py"
+        path.write_text(content)
+        code, output = run_train(f"--config={path}", f"--workdir={tmp_path}")
+        assert code != 0 and "Traceback" not in output
+        lines = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and str(path) in lines[0]
+        assert all(message in lines[0] for message in messages), output
+
+
+def test_a_prompt_typed_in_a_shell_has_line_ends(tmp_path):
+    recipe = write_recipe(tmp_path, toy_config())
+    command = (
+        "import sys\nfrom absl import flags\nfrom ml_collections import config_flags\n"
+        "from otreg_jax import config\nconfig_flags.DEFINE_config_file('config', None, '')\n"
+        "config.run(lambda argv: print(repr(flags.FLAGS.config.prompt)))\n"
+    )
+    args = [f"--config={recipe}", r"--config.prompt=a {speech}\nb"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *args], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "'a {speech}\\nb'\n", done.stderr
+
+
+def test_a_stored_configuration_is_whole_or_named(tmp_path):
+    path = tmp_path / "config.json"
+    config_lib.save(toy_config(), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    whole = path.read_text()
+    for content in ("", whole[:100], "[]", "1", '{"seed": 0', "\x00" * 20):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="config.json is damaged"):
+            config_lib.load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        config_lib.load(path)
+    stored = json.loads(whole)
+    del stored["ctc"], stored["remat"], stored["synthetic"]  # of a version before there were these
+    path.write_text(json.dumps(stored))
+    assert config_lib.load(path).to_dict() == toy_config().to_dict()
+    stored |= {"sead": 1, "num_steps": "many", "otreg": {"weight": [1]}}
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError) as error:
+        config_lib.load(path)
+    assert "sead: unknown to this version of otreg_jax (did you mean 'seed'?)" in str(error.value)
+    assert "num_steps='many': must be an integer" in str(error.value)
+    assert "otreg.weight=[1]: must be a number" in str(error.value)
+
+
+def test_the_configuration_loads_neither_solvers_nor_checkpoints():
+    heavy = "ott", "orbax", "grain", "tensorflow", "matplotlib", "transformers"
+    command = f"import sys, otreg_jax.config; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

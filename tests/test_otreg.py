@@ -249,8 +249,8 @@ def test_relaxed_speech_side_drops_outlier_frames():
     speech_BSD = text_BTD[:, nearest_BS] + 0.1 * speech_BSD
     speech_BSD[:, -3:] = -text_BTD.sum(axis=1, keepdims=True)  # silence: like no token
     batch = speech_BSD, text_BTD, np.ones((B, S), bool), np.ones((B, T), bool)
-    kept, _ = loss_and_grad(*batch)
-    relaxed, _ = loss_and_grad(*batch, speech_tau=0.5)
+    kept, _ = loss_and_grad(*batch, epsilon=0.1)
+    relaxed, _ = loss_and_grad(*batch, epsilon=0.1, speech_tau=0.5)
     np.testing.assert_allclose(kept.plan.sum(axis=2), 1 / S, atol=1e-5)
     assert relaxed.plan.sum(axis=2)[:, -3:].max() < 0.05 / S
     assert relaxed.loss < 0.5 * kept.loss

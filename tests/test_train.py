@@ -288,7 +288,7 @@ def test_weights_that_are_not_the_checkpoints_are_named(manifest, tmp_path):
 
 
 def test_unusable_data_is_one_clear_message(manifest, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+    with pytest.raises(ValueError, match="data.train='nowhere.jsonl': no such manifest"):
         train_lib.train(tone_config("nowhere.jsonl"), tmp_path)
     with pytest.raises(ValueError, match="no utterance is left"):
         train_lib.train(tone_config(manifest, data__max_duration=0.01), tmp_path)
@@ -304,8 +304,8 @@ def test_unusable_data_is_one_clear_message(manifest, tmp_path):
     [
         (dict(mesh__tensor=3), "data=2, fsdp=1, tensor=3 needs 6 devices, 8 are there"),
         (dict(batch_size=6), "batch_size=6 does not divide over 8 devices.*multiple of 8"),
-        (dict(eval_every=2), "eval_every=2 needs a dev set"),
-        (dict(profile="9:3"), "profile='9:3' is not START:STOP"),
+        (dict(eval_every=2), "eval_every=2: it needs a dev set"),
+        (dict(profile="9:3"), "profile='9:3', num_steps=12: it must be START:STOP"),
     ],
 )
 def test_impossible_settings_end_before_anything_is_made(manifest, tmp_path, changes, message):

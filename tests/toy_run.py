@@ -90,7 +90,7 @@ def tone_config(manifest, **changes):
     config.llm.mlp_dim = 32
     config.otreg.weight, config.otreg.start_step, config.otreg.ramp_steps = 1.0, 2, 4
     config.optim.warmup_steps = 2
-    config.data.augment.freq_masks = 1
+    config.data.augment.update(freq_masks=1, freq_width=8)
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config
 

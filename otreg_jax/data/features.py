@@ -15,6 +15,7 @@ import numpy as np
 import scipy.fft
 import scipy.sparse
 
+PLACES = ("host", "step")  # where log-mel is computed: on the host, or inside the jitted step
 SAMPLE_RATE = 16000
 WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms

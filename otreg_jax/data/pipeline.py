@@ -254,14 +254,10 @@ def choose_buckets(
 
 def _groups(utterances: Sequence[Utterance], mixture: str) -> list[tuple[str, np.ndarray]]:
     """[(name, rows), ...]: the utterances of each language or manifest, or all of them."""
-    kinds = {
-        "": lambda u: "all",
-        "lang": lambda u: u.lang or "unknown",
-        "corpus": lambda u: u.where.rpartition(":")[0],
-    }
-    if mixture not in kinds:
-        raise ValueError(f"data.mixture={mixture!r} is not one of {', '.join(map(repr, kinds))}")
-    names = np.array([kinds[mixture](u) for u in utterances])
+    if mixture not in sources.MIXTURES:
+        known = ", ".join(map(repr, sources.MIXTURES))
+        raise ValueError(f"data.mixture={mixture!r} is not one of {known}")
+    names = np.array([sources.MIXTURES[mixture](u) for u in utterances])
     return [(str(name), np.flatnonzero(names == name)) for name in np.unique(names)]
 
 

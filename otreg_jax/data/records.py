@@ -68,16 +68,21 @@ def schema(folder: str) -> Schema:
 def _source(folder: str, split: str):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+    return ArrayRecordDataSource([os.fspath(path) for path in shards(folder, split)])
+
+
+def shards(folder: str | os.PathLike, split: str) -> list[Path]:
+    """The files of a split, in order. Raises FileNotFoundError if there is none, or not all."""
     paths = sorted(Path(folder).glob(f"*-{split}.array_record-?????-of-?????"))
     promised = {int(path.name.rpartition("-of-")[2]) for path in paths}
     if promised != {len(paths)}:
-        shards = (re.match(r"[^.]*-(\w+)\.array_record", name) for name in os.listdir(folder))
-        splits = ", ".join(sorted({shard[1] for shard in shards if shard})) or "none"
+        there = (re.match(r"[^.]*-(\w+)\.array_record", name) for name in os.listdir(folder))
+        splits = ", ".join(sorted({shard[1] for shard in there if shard})) or "none"
         wrong = f"{len(paths)} of {max(promised)} shards" if paths else f"splits here: {splits}"
         raise FileNotFoundError(
             f"{folder}: no whole split {split!r} in ArrayRecord files ({wrong})"
         )
-    return ArrayRecordDataSource([os.fspath(path) for path in paths])
+    return paths
 
 
 def _example(folder: str, split: str, index: int):

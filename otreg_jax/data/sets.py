@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 from otreg_jax.data import sources, synthetic
@@ -121,9 +122,12 @@ def named_manifests(text: str) -> dict[str, str]:
     """The string name=manifest,name=manifest as {name: manifest}."""
     pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
     wrong = ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]
+    names = Counter(name for name, _, _ in pairs)
+    wrong += [f"{name}=" for name, count in names.items() if count > 1]
     if wrong:
         raise ValueError(
-            f"data.test: {', '.join(map(repr, wrong))}: write name=manifest, separated by commas"
+            f"data.test: {', '.join(map(repr, wrong))}: write name=manifest, separated by commas, "
+            "each name once"
         )
     return {name: path for name, _, path in pairs}
 

@@ -26,6 +26,8 @@ from otreg_jax.data import records
 
 SAMPLE_RATE = 16000
 THREADS = 16  # of readers that wait for files
+ON_BAD_AUDIO = ("raise", "skip")
+LONG_AUDIO = ("reject", "chunk")
 
 
 class Utterance(NamedTuple):
@@ -40,6 +42,14 @@ class Utterance(NamedTuple):
     speaker: str = ""
     where: str = ""  # "train.jsonl:12", for messages
     words: tuple = ()  # ((word, start, end), ...) in seconds from the utterance's start
+
+
+# Which group an utterance belongs to, where groups are sampled by temperature.
+MIXTURES = {
+    "": lambda utterance: "all",
+    "lang": lambda utterance: utterance.lang or "unknown",
+    "corpus": lambda utterance: utterance.where.rpartition(":")[0],
+}
 
 
 class Problem(NamedTuple):
@@ -80,11 +90,17 @@ def scan(
 ) -> tuple[list[Utterance], list[Problem]]:
     """Reads a data set in ArrayRecord files (FOLDER, of which "train", or FOLDER:SPLIT) or else a
     manifest. Arguments, result and errors as for `scan_manifest` and `scan_records`."""
+    split = split_of(path)
+    return scan_records(*split) if split else scan_manifest(path, data_root, require_text)
+
+
+def split_of(path: str) -> tuple[str, str] | None:
+    """(folder, split) of a data set in ArrayRecord files, if `path` names one."""
     folder, _, split = path.rpartition(":")
     for place, part in ((path, "train"), (folder, split)):
         if os.path.exists(os.path.join(place, "dataset_info.json")):
-            return scan_records(place, part)
-    return scan_manifest(path, data_root, require_text)
+            return place, part
+    return None
 
 
 def scan_manifest(
@@ -356,8 +372,8 @@ def handle(
     problems: Iterable[Problem], on_bad_audio: str, skipped_path: str | os.PathLike | None
 ) -> None:
     """Raises a ValueError that lists the problems, or records them, as `on_bad_audio` asks."""
-    if on_bad_audio not in ("raise", "skip"):
-        raise ValueError(f"data.on_bad_audio={on_bad_audio!r} is neither 'raise' nor 'skip'")
+    if on_bad_audio not in ON_BAD_AUDIO:
+        raise ValueError(f"data.on_bad_audio={on_bad_audio!r}: {' or '.join(ON_BAD_AUDIO)}")
     if on_bad_audio == "raise":
         raise_problems(list(problems))
     else:
@@ -421,8 +437,8 @@ def load_utterances(
     """
     scans = [scan(path.strip(), data_config.data_root) for path in manifests.split(",")]
     handle([p for _, problems in scans for p in problems], data_config.on_bad_audio, skipped_path)
-    if data_config.long_audio not in ("reject", "chunk"):
-        raise ValueError(f"data.long_audio={data_config.long_audio!r} is not 'reject' or 'chunk'")
+    if data_config.long_audio not in LONG_AUDIO:
+        raise ValueError(f"data.long_audio={data_config.long_audio!r}: {' or '.join(LONG_AUDIO)}")
     kept, segments, refused = [], [], []
     for utterance in (u for utterances, _ in scans for u in utterances):
         if utterance.duration <= max_duration:

@@ -23,6 +23,7 @@ from otreg_jax.data import chat as chat_lib
 
 SPEECH = "{speech}"  # where a prompt template puts the speech embeddings
 SAMPLE = 2000  # transcripts that are looked at to see how the tokenizer writes them
+MODEL_TYPES = ("unigram", "bpe", "word", "char")  # of a SentencePiece model that is trained
 CHAT = "chat:"  # what begins a prompt that goes through the model's own chat template
 
 # A user turn and the start of the answer, for models whose own chat template is not at hand. The
@@ -241,7 +242,7 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Trains a SentencePiece model (1808.06226), writes `path_prefix`.model and returns it.
 
-    vocab_size: an upper bound; a small text yields fewer pieces. model_type: unigram, bpe or word.
+    vocab_size: an upper bound; a small text yields fewer pieces. model_type: of MODEL_TYPES.
     byte_fallback: 256 byte pieces, so that any text can be written. symbols: always one token each;
     by default the line end that closes a prompt. The text is taken as it is, not normalised.
     """
@@ -279,6 +280,11 @@ def chat(family: str, turn: str) -> str:
     if family not in CHATS:
         raise ValueError(f"no chat layout {family!r}; there are {', '.join(CHATS)}")
     return CHATS[family].replace("{turn}", turn)
+
+
+def from_shell(template: str) -> str:
+    """A prompt template as it was typed in a shell, which passes \\n as two characters."""
+    return template.replace("\\n", "\n")
 
 
 def build_prompt(tokenizer: Tokenizer, template: str = "{speech}\n") -> Prompt:
@@ -404,8 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--speech", type=int, default=3, help="number of speech positions")
     args = parser.parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
-    # A shell passes \n as two characters.
-    prompt = build_prompt(tokenizer, args.prompt.replace("\\n", "\n"))
+    prompt = build_prompt(tokenizer, from_shell(args.prompt))
 
     def name(i: int | None) -> str:
         return "-" if i is None else f"{i} {tokenizer.tokens([i])[0]!r}"

@@ -27,6 +27,7 @@ from otreg_jax.pretrained import configs, tables
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")  # never pickles, never code
 
 Shardings = Callable[[dict], dict]
@@ -102,13 +103,9 @@ def resolve(
     directory = pathlib.Path(source)
     if directory.is_dir():
         return directory
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise FileNotFoundError(f"{source}: no such directory, and not a hub id (owner/name)")
-    if revision is None:
-        raise ValueError(
-            f"{source}: no such directory; to fetch it from the hub give the commit to pin as its "
-            "revision"
-        )
+    if problem := source_problem(source, revision):
+        kind = ValueError if HUB_ID.fullmatch(str(source)) else FileNotFoundError
+        raise kind(f"{source}: {problem}")
     import huggingface_hub  # only here: nothing else needs the network
 
     return pathlib.Path(
@@ -116,6 +113,18 @@ def resolve(
             str(source), revision=revision, allow_patterns=list(patterns)
         )
     )
+
+
+def source_problem(source: str | pathlib.Path, revision: str | None) -> str:
+    """Why `source` is neither a directory nor a hub id with its revision, "" if it is; the hub is
+    not asked."""
+    if pathlib.Path(source).is_dir():
+        return ""
+    if not HUB_ID.fullmatch(str(source)):
+        return "no such directory, and not a hub id (owner/name)"
+    if revision is None:
+        return "no such directory; to fetch it from the hub give the commit to pin as its revision"
+    return ""
 
 
 def _config_json(directory: pathlib.Path) -> tuple[dict[str, Any], str]:

@@ -1,0 +1,123 @@
+"""What can be known to be wrong with a run before its data are read or anything is compiled."""
+
+import os
+import re
+
+import jax
+from ml_collections import ConfigDict
+
+from otreg_jax import allowed, build, optim, rules, settings
+from otreg_jax import config as config_lib
+from otreg_jax.data import records, sets, sources, text
+from otreg_jax.models import lora
+from otreg_jax.pretrained import load
+
+
+def check(config: ConfigDict) -> None:
+    """Raises one ValueError that lists everything wrong with the values, and every file or
+    directory that they name and that is not there. What is remote is left alone."""
+    config_lib.raise_problems(config_lib.problems(config) + missing_files(config))
+
+
+def missing_files(config: ConfigDict) -> list[str]:
+    """A line, with the key, for everything that settings name and that is not there."""
+    lines, values = [], config_lib.flatten(config)
+    for key, row in settings.TABLE.items():
+        value, look = values.get(key), LOOKS.get(row.allowed)
+        # With synthetic speech no other is read.
+        unread = key in ("data.train", "data.dev", "data.test") and config.synthetic.num_train
+        if not (value and look) or unread or not row.allowed.accepts(value):
+            continue
+        revision = values.get(key.removesuffix("path") + "revision") or None
+        for shown, path in _named(row.allowed, value):
+            problem = "" if "://" in path else look(path, revision)
+            lines += [f"{key}={shown!r}: {problem}"] if problem else []
+    return lines
+
+
+def _named(kind: allowed.Allowed, value: str) -> list[tuple[str, str]]:
+    """(as it is written, path) of everything that a value of this kind names."""
+    if kind is allowed.NAMED_MANIFESTS:
+        return [(f"{name}={path}", path) for name, path in sets.named_manifests(value).items()]
+    paths = value.split(",") if kind is allowed.MANIFESTS else [value]
+    return [(path.strip(), path.strip()) for path in paths]
+
+
+def _look_for_data(path: str, revision) -> str:
+    split = sources.split_of(path)
+    if split is None:
+        return "" if os.path.isfile(path) else "no such manifest, and no data set"
+    try:
+        records.shards(*split)
+    except FileNotFoundError as error:
+        return str(error)
+    return ""
+
+
+def _look_for_model(path: str, revision) -> str:
+    return load.source_problem(path, revision)
+
+
+def _look_for_tokenizer(path: str, revision) -> str:
+    return "" if os.path.exists(path) else "no such file or directory"
+
+
+def _look_for_folder(path: str, revision) -> str:
+    return "" if os.path.isdir(path) else "no such directory"
+
+
+LOOKS = {
+    allowed.MANIFEST: _look_for_data,
+    allowed.MANIFESTS: _look_for_data,
+    allowed.NAMED_MANIFESTS: _look_for_data,
+    allowed.MODEL: _look_for_model,
+    allowed.TOKENIZER: _look_for_tokenizer,
+    allowed.FOLDER: _look_for_folder,
+}
+
+
+def check_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises one ValueError that lists what is wrong with settings that speak of the model: regexes
+    that match none of its parameters, or all, `otreg.layer`. Nothing is computed; of pretrained
+    models config.json is read."""
+    prompt = text.Prompt((), (), 0)  # no parameter depends on it, nor a path on the vocabulary
+    vocab_size = 0 if config.llm.path else config.tokenizer.vocab_size
+    slm = build.modules(config, vocab_size, prompt, config.llm.path, mesh)
+    without_lora = config.copy_and_resolve_references()
+    without_lora.lora.pattern = ""
+    params = jax.eval_shape(lambda: build.init_params(slm, without_lora))
+    layer = rules.layer_problem(config.otreg.layer, slm.llm.config.num_layers)
+    lines = [f"otreg.layer={config.otreg.layer}: {layer}"] if layer else []
+    config_lib.raise_problems(lines + pattern_problems(config, params))
+
+
+def pattern_problems(config: ConfigDict, params) -> list[str]:
+    """Lines about `freeze`, `lora.pattern` and `optim.multipliers` that match nothing, everything
+    or each other; `params`: shapes of all parameters, without low-rank pairs."""
+    lines, key = [], jax.random.key(0)
+    freeze, pattern = config.freeze, config.lora.pattern
+    if pattern:
+        try:
+            params = jax.eval_shape(lambda p: lora.add(p, pattern, config.lora.rank, key), params)
+        except ValueError as error:
+            lines.append(f"lora.pattern={pattern!r}: {error}")
+    paths = optim.flat_paths(params)
+    trained = [path for path in paths if not (freeze and re.search(freeze, path))]
+    some = ", ".join([*paths][:: max(len(paths) // 4, 1)])
+    if freeze and len(trained) == len(paths):
+        lines.append(f"freeze={freeze!r}: matches no parameter; there are e.g. {some}")
+    if not trained:
+        lines.append(f"freeze={freeze!r}: matches every parameter, nothing would be trained")
+    stuck = [path for path in paths if path.endswith("lora_b") and path not in trained]
+    if stuck:
+        lines.append(
+            f"freeze={freeze!r}, lora.pattern={pattern!r}: freeze also matches the low-rank pairs, "
+            f"which would stay without effect ({stuck[0]}, ...); leave them out of it: "
+            f"{freeze + '(?!.*/lora_[ab]$)'!r}, say"
+        )
+    lines += [
+        f"optim.multipliers: {regex!r} matches no parameter that is trained"
+        for regex, _ in config.optim.multipliers
+        if not any(re.search(regex, path) for path in trained)
+    ]
+    return lines

@@ -1,0 +1,320 @@
+"""The table of settings: every configuration key, its default, what it may be and what it means.
+
+Checks, `python -m otreg_jax.config`, docs/configuration.md and the rules of resuming follow from
+it; a recipe meets the same keys as an ml_collections ConfigDict (`config.default`). Choices are
+listed where the thing they choose is defined.
+"""
+
+import fnmatch
+from typing import Any, NamedTuple
+
+from otreg_jax import otreg
+from otreg_jax.allowed import (
+    FLAG,
+    FOLDER,
+    MANIFEST,
+    MANIFESTS,
+    MODEL,
+    MULTIPLIERS,
+    NAMED_MANIFESTS,
+    PROMPT,
+    REGEX,
+    TEXT,
+    TOKENIZER,
+    VOICES,
+    Allowed,
+    integer,
+    mapping,
+    number,
+    one_of,
+    record,
+    rising,
+    series,
+)
+from otreg_jax.data import features, sources, text
+from otreg_jax.models import adapter, attention, layers
+
+# What happens when a run is resumed with another value.
+FIXED = ""  # refused: it would be another run
+FREE = "may change"
+
+
+class Setting(NamedTuple):
+    """A row of the table; `on_resume`: FIXED, or what a change does when a run is resumed."""
+
+    key: str
+    default: Any
+    allowed: Allowed
+    meaning: str
+    on_resume: str = FIXED
+
+
+SIZE = integer(1)
+COUNT = integer(0)
+SHARE = number(0, 1)
+WEIGHT = number(0)
+POSITIVE = number(above=0)
+DEVICES = integer(1, also=(-1,))
+OT = otreg.regularizer.__kwdefaults__  # its own defaults, but for text_set, are the recipes' too
+
+_ROWS = (
+    ("seed", 0, integer(0, 2**31 - 1), "decides everything that is drawn at random"),
+    (
+        "num_steps",
+        1000,
+        SIZE,
+        "optimizer steps of the whole run",
+        "may change; the learning rate and otreg.position_weight follow the new length",
+    ),
+    ("batch_size", 16, SIZE, "utterances a step, over all devices and hosts"),
+    ("accumulation", 1, SIZE, "micro-batches a step, one after the other: less memory", FREE),
+    ("log_every", 10, SIZE, "steps between lines of metrics.jsonl", FREE),
+    ("checkpoint_every", 500, SIZE, "steps between checkpoints", FREE),
+    ("keep_checkpoints", 2, SIZE, "the newest; and the one of the lowest dev loss, if any", FREE),
+    ("keep_every", 0, COUNT, "checkpoints of multiples of it stay for good; 0: none", FREE),
+    ("eval_every", 0, COUNT, "steps between cross-entropies on the dev set; 0: none", FREE),
+    ("stall_seconds", 900, COUNT, "a run where nothing happens so long ends; 0: never", FREE),
+    ("profile", "", TEXT, "START:STOP, steps to trace into WORKDIR/profile", FREE),
+    ("max_bad_steps", 10, SIZE, "non-finite steps in a row before training stops", FREE),
+    (
+        "compute_dtype",
+        "float32",
+        one_of("float32", "bfloat16"),
+        "of activations and frozen weights",
+    ),
+    ("frozen_int8", False, FLAG, "frozen kernels in int8: half the memory of bfloat16"),
+    ("attention", "auto", one_of(*attention.KERNELS), "cudnn: GPU; splash: TPU", FREE),
+    (
+        "remat",
+        "none",
+        one_of("none", *layers.REMAT),
+        "activations computed again in the backward pass, for less memory: dots, all but products "
+        "with weights; full, all but the input of each layer",
+    ),
+    ("freeze", "^encoder/positions/", REGEX, "paths of parameters that are not trained"),
+    ("mesh.data", -1, DEVICES, "devices along this axis; -1: all that the others leave", FREE),
+    ("mesh.fsdp", 1, DEVICES, "likewise; parameters are split over it", FREE),
+    ("mesh.tensor", 1, DEVICES, "likewise; kernels are split over it", FREE),
+    ("data.train", "", MANIFESTS, "training data"),
+    ("data.dev", "", MANIFEST, "in-domain evaluation", FREE),
+    ("data.test", "", NAMED_MANIFESTS, "further evaluation sets", FREE),
+    ("data.cache", "", TEXT, 'where synthetic speech is kept; "": WORKDIR/data', FREE),
+    ("data.max_utterances", 0, COUNT, "use only the first so many for training; 0: all"),
+    ("data.num_mels", 80, integer(1, 200), "mel bins; Whisper has 80, from large-v3 on 128"),
+    ("data.max_duration", 30.0, POSITIVE, "seconds; longer audio is refused, never cut"),
+    ("data.num_buckets", 2, SIZE, "batch shapes (frames, tokens), derived from the data"),
+    ("data.num_workers", 0, COUNT, "loader processes; 0: threads of this process", FREE),
+    (
+        "data.on_bad_audio",
+        "raise",
+        one_of(*sources.ON_BAD_AUDIO),
+        "skip: left out, counted, listed in WORKDIR/skipped.jsonl",
+    ),
+    (
+        "data.long_audio",
+        "reject",
+        one_of(*sources.LONG_AUDIO),
+        "chunk: divided between words that the manifest times",
+    ),
+    ("data.max_tokens", 0, COUNT, "longer transcripts are unusable; 0: no limit"),
+    ("data.data_root", "", FOLDER, 'where relative audio paths start; "": the manifest\'s folder'),
+    (
+        "data.mixture",
+        "",
+        one_of(*sources.MIXTURES),
+        "groups that temperature samples; corpus: file",
+    ),
+    ("data.temperature", 1.0, number(0.1), "share of a group ~ size^(1 / temperature)"),
+    ("data.features", "host", one_of(*features.PLACES), "where log-mel is computed"),
+    (
+        "data.augment.speeds",
+        (1.0,),
+        series(number(0.25, 4), 1),
+        "one is drawn for each utterance: (0.9, 1.0, 1.1)",
+    ),
+    ("data.augment.noise", "", MANIFEST, "recordings of noise"),
+    ("data.augment.noise_prob", 0.5, SHARE, "of utterances with added noise"),
+    ("data.augment.noise_snr", (0.0, 20.0), rising(number(-100, 100)), "dB, drawn uniformly"),
+    ("data.augment.rir", "", MANIFEST, "room impulse responses"),
+    ("data.augment.rir_prob", 0.5, SHARE, "of utterances put into a room"),
+    ("data.augment.time_masks", 0, COUNT, "SpecAugment, inside the step"),
+    ("data.augment.time_width", 50, COUNT, "frames at most, and a fifth of the utterance"),
+    ("data.augment.freq_masks", 0, COUNT, "SpecAugment, inside the step"),
+    ("data.augment.freq_width", 20, COUNT, "mel bins at most"),
+    (
+        "synthetic.num_train",
+        0,
+        COUNT,
+        "sentences that eSpeak NG speaks for training; 0: data.train is used",
+    ),
+    ("tokenizer.path", "", TOKENIZER, '"": that of llm.path, else one is trained'),
+    (
+        "tokenizer.vocab_size",
+        256,
+        integer(8, 2**16),
+        "at most, of a tokenizer trained on the training transcripts",
+    ),
+    ("tokenizer.model_type", "unigram", one_of(*text.MODEL_TYPES), "of a trained SentencePiece"),
+    ("tokenizer.max_unknown", 0.05, SHARE, "of <unk> among the transcripts' tokens, at most"),
+    (
+        "prompt",
+        "{speech}\n",
+        PROMPT,
+        "what surrounds the speech; the transcript follows. chat:Transcribe: {speech} is a turn of "
+        "the model's own chat template",
+    ),
+    ("encoder.path", "", MODEL, 'a Whisper model; "": from scratch'),
+    ("encoder.revision", "", TEXT, "the commit of a hub id"),
+    ("encoder.embed_dim", 96, integer(4, multiple_of=2), "width"),
+    ("encoder.num_layers", 2, SIZE, "Transformer blocks"),
+    ("encoder.num_heads", 4, SIZE, "of attention; they divide the width"),
+    ("encoder.mlp_dim", 384, SIZE, "width inside a block's MLP"),
+    ("encoder.max_positions", 1500, SIZE, "at most, counted after the strides"),
+    (
+        "encoder.strides",
+        (1, 2),
+        series(integer(1, 16), 1),
+        "of the convolutions over 100 mel frames a second",
+    ),
+    ("adapter.kind", "mlp", one_of(*adapter.KINDS), "see otreg_jax/models/adapter.py"),
+    ("adapter.stack", 1, SIZE, "encoder positions to one speech embedding"),
+    ("adapter.hidden_dim", 192, SIZE, "width between encoder and LLM"),
+    ("adapter.num_layers", 2, SIZE, "of transformer, conformer and qformer"),
+    ("adapter.num_heads", 8, SIZE, "likewise"),
+    ("adapter.num_queries", 1, SIZE, "qformer: embeddings a window"),
+    ("adapter.dropout", 0.0, number(0, below=1), "of its last hidden layer"),
+    ("llm.path", "", MODEL, '"": from scratch'),
+    ("llm.revision", "", TEXT, "the commit of a hub id"),
+    ("llm.embed_dim", 96, SIZE, "width"),
+    ("llm.num_layers", 2, SIZE, "Transformer blocks"),
+    ("llm.num_heads", 4, SIZE, "of attention: queries"),
+    ("llm.num_kv_heads", 4, SIZE, "of keys and values; they divide num_heads"),
+    ("llm.head_dim", 24, integer(2, multiple_of=2), "even: rotary embeddings turn pairs"),
+    ("llm.mlp_dim", 288, SIZE, "width inside a block's MLP"),
+    ("llm.tie_embeddings", True, FLAG, "the output layer is the embedding table"),
+    (
+        "llm.pretrain.num_steps",
+        0,
+        COUNT,
+        "before the speech, teach a from-scratch LLM the transcripts' language and to copy "
+        "embeddings into text; kept in WORKDIR/llm",
+    ),
+    ("llm.pretrain.batch_size", 32, SIZE, "sentences a step"),
+    ("llm.pretrain.learning_rate", 3e-3, POSITIVE, "at its peak"),
+    ("llm.pretrain.num_sentences", 4000, COUNT, "drawn from the synthetic grammar, if any"),
+    ("llm.pretrain.copy_fraction", 0.75, SHARE, "of the examples; the rest is plain text"),
+    ("llm.pretrain.max_repeat", 6, SIZE, "copying: each token stands 1 to max_repeat times"),
+    ("llm.pretrain.noise", 0.5, WEIGHT, "copying: relative to the norm of the embeddings"),
+    (
+        "lora.pattern",
+        "",
+        REGEX,
+        'whole paths of kernels to adapt: "llm/layers/attn/[qv]/kernel"; "": none',
+    ),
+    ("lora.rank", 8, SIZE, "of the update of a kernel"),
+    ("lora.scale", 1.0, POSITIVE, "of the update; what other libraries call alpha / rank"),
+    ("otreg.weight", 0.0, WEIGHT, "lambda at its full value; 0: cross-entropy alone"),
+    ("otreg.start_step", 0, COUNT, "stage 1 (SFT, lambda = 0) lasts until here"),
+    ("otreg.ramp_steps", 0, COUNT, "lambda rises linearly over these steps"),
+    (
+        "otreg.layer",
+        0,
+        COUNT,
+        "0: input embeddings; k: hidden states after k LLM layers, all but the last",
+    ),
+    # The paper's reading. `otreg.regularizer` cannot start from it: it needs the token ids.
+    ("otreg.text_set", "unique", one_of(*otreg.CHOICES["text_set"]), "tokens that take part"),
+    (
+        "otreg.text_mass",
+        OT["text_mass"],
+        one_of(*otreg.CHOICES["text_mass"]),
+        "count: unique tokens weigh as often as they occur",
+    ),
+    (
+        "otreg.center",
+        OT["center"],
+        one_of(*otreg.CHOICES["center"]),
+        "what is removed from the embeddings: the mean; pcs, also principal directions",
+    ),
+    ("otreg.cost", OT["cost"], one_of(*otreg.CHOICES["cost"]), "of a speech-text pair"),
+    ("otreg.position_weight", OT["position_weight"], WEIGHT, "gamma, from start_step on"),
+    (
+        "otreg.position_weight_final",
+        -1.0,
+        number(0, also=(-1,)),
+        "gamma at the last step (linear); -1: constant",
+    ),
+    ("otreg.epsilon", OT["epsilon"], POSITIVE, "entropic regularization, in units of the cost"),
+    ("otreg.num_iters", OT["num_iters"], SIZE, "Sinkhorn iterations; watch marginal_error"),
+    (
+        "otreg.speech_tau",
+        OT["speech_tau"],
+        number(above=0, high=1),
+        "rho: below 1 speech positions may give up mass",
+    ),
+    (
+        "otreg.plan",
+        OT["plan"],
+        one_of(*otreg.CHOICES["plan"]),
+        "position: the control, no similarity in the plan",
+    ),
+    ("otreg.backend", OT["backend"], one_of(*otreg.CHOICES["backend"]), "what solves for it", FREE),
+    ("ctc.weight", 0.0, WEIGHT, "CTC over the LLM's vocabulary on the adapter's outputs; 0: none"),
+    ("ctc.scale", 10.0, POSITIVE, "initial (learned) scale of its cosine logits"),
+    ("infonce.weight", 0.0, WEIGHT, "contrastive loss of pooled speech and text; 0: none"),
+    ("infonce.temperature", 0.1, POSITIVE, "its cosines are divided by it"),
+    ("optim.learning_rate", 1e-3, POSITIVE, "at the end of the warm-up"),
+    ("optim.warmup_steps", 50, COUNT, "the learning rate rises linearly over these"),
+    ("optim.final_fraction", 0.1, SHARE, "of the learning rate, at the end of the cosine"),
+    ("optim.restart_step", 0, COUNT, "warm-up and cosine begin anew here (stage 2); 0: never"),
+    ("optim.weight_decay", 0.0, WEIGHT, "on matrices only"),
+    ("optim.b1", 0.9, number(0, below=1), "AdamW"),
+    ("optim.b2", 0.98, number(0, below=1), "AdamW"),
+    ("optim.clip_norm", 1.0, POSITIVE, "largest global norm of a gradient"),
+    ("optim.ema_decay", 0.0, number(0, below=1), "evaluate averaged weights (0.999, say); 0: no"),
+    ("optim.multipliers", (), MULTIPLIERS, "of the learning rate by path, first match wins"),
+    (
+        "decode.max_tokens",
+        0,
+        COUNT,
+        "of a hypothesis; 0: from the longest evaluation transcript",
+        FREE,
+    ),
+)
+TABLE = {row[0]: Setting(*row) for row in _ROWS}
+
+# Speech made on the spot by eSpeak NG, instead of manifests: what a recipe may put into
+# `synthetic`; * stands for any name. See configs/quickstart.py and `data.sets.synthetic_sets`.
+_SENTENCES = series(TEXT, 1)
+_CONDITIONS = mapping(
+    record(
+        voices=TEXT,
+        templates=TEXT,
+        rate=number(0.1, 10),
+        reverb=WEIGHT,
+        snr=number(-100, 100),
+        silence=rising(WEIGHT),
+    )
+)
+_SYNTHETIC = (
+    ("num_test", SIZE, "sentences of every test set"),
+    ("seed", COUNT, "of the sentences"),
+    ("lang", TEXT, "what the manifests say"),
+    ("rate", integer(40, 500), "words a minute"),
+    ("templates", _SENTENCES, 'sentences: "call {person}"'),
+    ("slots", mapping(_SENTENCES), "the words that fill the templates"),
+    ("train_voices", VOICES, "who speaks the training and the dev set"),
+    ("conditions", _CONDITIONS, "test sets beside dev"),
+    ("*_templates", _SENTENCES, "templates of conditions that name them"),
+    ("*_voices", VOICES, "voices of conditions that name them"),
+    ("train_conditions", _CONDITIONS, "met in turn by the training utterances"),
+    ("silence", rising(WEIGHT), "seconds at both ends of an utterance"),
+)
+SYNTHETIC = tuple(Setting(f"synthetic.{key}", None, *row) for key, *row in _SYNTHETIC)
+NEEDED = tuple(row.key for row in SYNTHETIC[:8])  # with num_train; the others may be missing
+
+
+def find(key: str) -> Setting | None:
+    """The row of a key."""
+    patterns = (row for row in SYNTHETIC if fnmatch.fnmatchcase(key, row.key))
+    return TABLE.get(key) or next(patterns, None)
