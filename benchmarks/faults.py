@@ -41,7 +41,7 @@ def get_config():
     c.data.train = {manifest!r}
     c.num_steps, c.checkpoint_every, c.log_every, c.batch_size = {num_steps}, {every}, 1, 4
     c.data.num_mels, c.data.num_buckets = 16, 1
-    c.data.augment.freq_masks = 1
+    c.data.augment.update(freq_masks=1, freq_width=8)
     c.tokenizer.model_type = "word"
     c.encoder.update(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32, strides=(2, 2))
     c.encoder.max_positions = 64

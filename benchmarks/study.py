@@ -274,6 +274,7 @@ def course(name: str, folder: Path) -> list[dict]:
     with tempfile.TemporaryDirectory(prefix="study-") as workdir:
         start = configure(name, folder)
         start.num_steps, start.otreg.start_step, start.optim.restart_step = 1, 0, 0
+        start.optim.warmup_steps = 1
         # The first step's learning rate is 0: what it leaves is the start.
         runs = {0: train_whole(start, Path(workdir, "start"))}
         train_whole(config, Path(workdir, "run"))

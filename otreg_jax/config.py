@@ -140,7 +140,7 @@ def load(path) -> ConfigDict:
     try:
         stored = json.loads(epath.Path(path).read_text())
         flat = flatten(ConfigDict(stored))
-    except (ValueError, TypeError) as error:  # UnicodeDecodeError and JSONDecodeError are such
+    except (ValueError, TypeError, AttributeError) as error:  # not JSON, or not of keys
         raise ValueError(f"{path} is damaged, it is no configuration in JSON: {error}") from None
     config = default()
     known = flatten(config)

@@ -104,11 +104,15 @@ def test_a_recipe_that_cannot_be_loaded_is_one_line(tmp_path):
     ):
         path = tmp_path / f"{name}.py"
         path.write_text(content)
-        code, output = run_train(f"--config={path}", f"--workdir={tmp_path}")
-        assert code != 0 and "Traceback" not in output
-        lines = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and str(path) in lines[0]
-        assert all(message in lines[0] for message in messages), output
+        with pytest.raises(ValueError) as error:
+            config_lib.load_recipe(str(path))
+        line = str(error.value)
+        assert line.startswith(str(path)) and "\n" not in line
+        assert all(message in line for message in messages), line
+    path = tmp_path / "relative.py"
+    code, output = run_train(f"--config={path}", f"--workdir={tmp_path}")
+    assert code == 1 and output.startswith(f"error: {path}, line 1: ImportError")
+    assert "Traceback" not in output
 
 
 def test_a_prompt_typed_in_a_shell_has_line_ends(tmp_path):

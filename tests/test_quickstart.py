@@ -16,6 +16,7 @@ RECIPE = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 def toy_quickstart(arm: str):
     config = runpy.run_path(str(RECIPE))["get_config"](arm)
     config.num_steps, config.batch_size, config.log_every = 3, 8, 1
+    config.optim.warmup_steps = 1
     config.synthetic.num_train, config.synthetic.num_test = 16, 4
     config.synthetic.conditions = {"fast": {"rate": 1.3}}
     config.encoder.update({"embed_dim": 16, "num_heads": 2, "mlp_dim": 32, "num_layers": 1})
