@@ -1,4 +1,4 @@
-"""Word and character error rates, text normalisation and bootstrap intervals.
+"""Word and character error rates and their bootstrap intervals.
 
 An error rate is pooled over a set: with S substitutions, D deletions and I insertions of the
 minimum edit alignment and N reference units (words or characters),
@@ -7,22 +7,19 @@ minimum edit alignment and N reference units (words or characters),
 
 the errors of all utterances over the units of all references. An empty reference adds nothing to N
 and its hypothesis adds insertions only, so silence answered with words counts against a model. The
-alignment is jiwer's.
+alignment is jiwer's; in the style "open_asr" kaldialign's, for which words apart and together are
+the same.
 """
 
-import unicodedata
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import jiwer
+import kaldialign
 import numpy as np
-from whisper_normalizer.basic import BasicTextNormalizer
-from whisper_normalizer.english import EnglishTextNormalizer
 
-# ISO 639 codes of languages written without spaces: a word there is one grapheme cluster, the
-# practice of the Whisper paper (appendix C), so that word and character errors agree.
-UNSPACED = frozenset({"bo", "cmn", "dz", "ja", "km", "lo", "my", "th", "wuu", "yue", "zh"})
+from otreg_jax import languages, open_asr
+from otreg_jax.normalize import normalize
 
 
 class Counts(NamedTuple):
@@ -45,32 +42,6 @@ class Counts(NamedTuple):
     @property
     def rate(self) -> float:
         return float(self.errors.sum() / max(self.lengths.sum(), 1))
-
-
-def language_code(lang: str | None) -> str:
-    """`"en-US"`, `"en_GB"` and `"EN"` are all `"en"`; None is `""`."""
-    return (lang or "").replace("_", "-").split("-")[0].lower()
-
-
-@cache
-def _normalizer(code: str):
-    if code in ("en", "eng"):
-        return EnglishTextNormalizer()
-    # Without preserve_marks the basic normaliser cuts Hindi and Thai words at every vowel sign.
-    return BasicTextNormalizer(preserve_marks=True, split_letters=code in UNSPACED)
-
-
-def normalize(text: str, lang: str | None = None) -> str:
-    """Text as it is scored: lower case, no punctuation, no bracketed remarks, single spaces.
-
-    English goes through Whisper's English normaliser (spelling variants, contractions, numbers as
-    digits). Everywhere else letters, combining marks and vowel signs all survive; invisible format
-    characters (zero-width joiners, direction marks, soft hyphens) do not. Languages in `UNSPACED`
-    come back with a space between grapheme clusters.
-    """
-    visible = "".join(c for c in text if unicodedata.category(c) != "Cf")
-    normal = _normalizer(language_code(lang))(visible)
-    return " ".join(unicodedata.normalize("NFC", normal).split())
 
 
 def _counts(alignments: Sequence[Sequence[Any]]) -> Counts:
@@ -159,19 +130,33 @@ def score(
     references: Sequence[str],
     hypotheses: Sequence[str],
     langs: Sequence[str | None] | None = None,
+    style: str = "whisper",
+    unfinished: Sequence[bool] | None = None,
 ) -> dict[str, Any]:
     """All figures of one evaluation set, ready for JSON.
 
-    Returns `wer`, `cer`, the edit counts, `words` (N) and the 95 % `interval` of `wer` on
-    normalised text; `wer_raw` and `cer_raw` on the text as it stands; `n` utterances;
-    `insertion_rate` (I / N); `empty_references` and `empty_answered`, how many of those got words;
-    with two or more languages, `languages` holds `n`, `wer` and `cer` of each.
+    Args:
+      references, hypotheses: texts, one of each an utterance.
+      langs: names of their languages, as `languages.find` knows them.
+      style: how texts are normalised, one of `normalize.STYLES`.
+      unfinished: whether a hypothesis ended at the limit of tokens, not by itself.
+
+    Returns:
+      `wer`, `cer`, the edit counts, `words` (N) and the 95 % `interval` of `wer` on normalised
+      text; `wer_raw` and `cer_raw` on the text as it stands; `n` utterances; `insertion_rate`
+      (I / N) and `deletion_rate` (D / N); `empty_references`, and of those `empty_answered`, which
+      got words, and `empty_words`, how many; `empty_hypotheses` where the reference has words;
+      `unfinished` hypotheses; with two or more languages, `languages` holds `n`, `wer` and `cer` of
+      each.
     """
     langs = list(langs) if langs is not None else [None] * len(references)
+    unfinished = list(unfinished) if unfinished is not None else [False] * len(references)
     _same_length(references, hypotheses)
     _same_length(references, langs)
-    words, characters = normalized_counts(references, hypotheses, langs)
+    _same_length(references, unfinished)
+    words, characters = normalized_counts(references, hypotheses, langs, style)
     empty = words.lengths == 0
+    silent = words.hits + words.substitutions + words.insertions == 0
     result = {
         "wer": words.rate,
         "cer": characters.rate,
@@ -184,10 +169,14 @@ def score(
         "words": int(words.lengths.sum()),
         "n": len(references),
         "insertion_rate": float(words.insertions.sum() / max(words.lengths.sum(), 1)),
+        "deletion_rate": float(words.deletions.sum() / max(words.lengths.sum(), 1)),
         "empty_references": int(empty.sum()),
-        "empty_answered": int((empty & (words.insertions > 0)).sum()),
+        "empty_answered": int((empty & ~silent).sum()),
+        "empty_words": int(words.insertions[empty].sum()),
+        "empty_hypotheses": int((silent & ~empty).sum()),
+        "unfinished": sum(map(bool, unfinished)),
     }
-    codes = np.array([language_code(lang) for lang in langs])
+    codes = np.array([languages.find(lang).code for lang in langs])
     if len(set(codes)) > 1:
         result["languages"] = {
             code or "unknown": {
@@ -201,18 +190,40 @@ def score(
 
 
 def normalized_counts(
-    references: Sequence[str], hypotheses: Sequence[str], langs: Sequence[str | None]
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    langs: Sequence[str | None],
+    style: str = "whisper",
 ) -> tuple[Counts, Counts]:
     """Word and character edits of every utterance after `normalize` by its language."""
-    references = [normalize(text, lang) for text, lang in zip(references, langs, strict=True)]
-    hypotheses = [normalize(text, lang) for text, lang in zip(hypotheses, langs, strict=True)]
-    words = count_words(references, hypotheses)
+    _same_length(references, hypotheses)
+    normal = lambda texts: [
+        normalize(text, lang, style) for text, lang in zip(texts, langs, strict=True)
+    ]
+    references, hypotheses = normal(references), normal(hypotheses)
+    if style == "open_asr":
+        words = _count_words_or_compounds(references, hypotheses, langs)
+    else:
+        words = count_words(references, hypotheses)
 
     def spelled(texts):
         pairs = zip(texts, langs, strict=True)
-        return [t.replace(" ", "") if language_code(lang) in UNSPACED else t for t, lang in pairs]
+        return [t.replace(" ", "") if languages.find(lang).unspaced else t for t, lang in pairs]
 
     return words, count_characters(spelled(references), spelled(hypotheses))
+
+
+def _count_words_or_compounds(references, hypotheses, langs) -> Counts:
+    """Word edits where words that differ in spaces alone are the same."""
+    rows = []
+    for reference, hypothesis, lang in zip(references, hypotheses, langs, strict=True):
+        if languages.find(lang).code != "en":
+            reference, hypothesis = open_asr.join_compounds(reference, hypothesis)
+        reference, hypothesis = reference.split(), hypothesis.split()
+        edits = kaldialign.edit_distance(reference, hypothesis, merge_compounds=True)
+        hits = len(reference) - edits["sub"] - edits["del"]
+        rows.append((hits, edits["sub"], edits["del"], edits["ins"]))
+    return Counts(*np.array(rows, np.int64).reshape(-1, 4).T)
 
 
 def _same_length(first: Sequence[Any], second: Sequence[Any]) -> None:
