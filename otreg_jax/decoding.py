@@ -23,11 +23,13 @@ class Decoded(NamedTuple):
     length: int32 [...].
     score: float32 [...], log probability of the tokens, the end of sequence included where it was
       reached; beam_search divides it by (number of tokens, that one included) ** length_penalty.
+    finished: bool [...], whether the hypothesis reached the end of sequence, not the limit.
     """
 
     tokens: jax.Array
     length: jax.Array
     score: jax.Array
+    finished: jax.Array
 
 
 class Settings(NamedTuple):
@@ -96,7 +98,7 @@ def greedy(
     start = emit(0, logits_BV, tokens_BN, zeros_B, jnp.zeros(batch), zeros_B.astype(bool))
     running = lambda state: (state[0] < max_tokens) & ~state[-1].all()
     state = jax.lax.while_loop(running, step, (1, cache, *start))
-    return Decoded(*state[2:5])
+    return Decoded(*state[2:])
 
 
 @functools.partial(jax.jit, static_argnames=("llm", "eos", "settings"))
@@ -132,7 +134,7 @@ def beam_search(
         final_BC = ended_BC | (n + 1 == max_tokens)
         tokens_BCN = jnp.take_along_axis(beams.tokens, parent_BC[..., None], axis=1)
         tokens_BCN = tokens_BCN.at[:, :, n].set(jnp.where(ended_BC, 0, token_BC))
-        candidates = Decoded(tokens_BCN, n + 1 - ended_BC, score_BC)
+        candidates = Decoded(tokens_BCN, n + 1 - ended_BC, score_BC, ended_BC)
 
         on_score_BC = score_BC + jnp.where(final_BC, NEVER, 0.0)
         beams, chosen_BW = _best(candidates._replace(score=on_score_BC), width)
@@ -160,6 +162,7 @@ def beam_search(
         jnp.zeros((batch, width, max_tokens), jnp.int32),
         jnp.zeros((batch, width), jnp.int32),
         jnp.full((batch, width), NEVER),
+        jnp.zeros((batch, width), bool),
     )
     # All beams start equal: only the first may be continued, or every result would come W times.
     beams = empty._replace(score=empty.score.at[:, 0].set(0.0))
@@ -174,7 +177,8 @@ def _best(hypotheses: Decoded, count: int) -> tuple[Decoded, jax.Array]:
     score, index = jax.lax.top_k(hypotheses.score, count)
     tokens = jnp.take_along_axis(hypotheses.tokens, index[..., None], axis=1)
     length = jnp.take_along_axis(hypotheses.length, index, axis=1)
-    return Decoded(tokens, length, score), index
+    finished = jnp.take_along_axis(hypotheses.finished, index, axis=1)
+    return Decoded(tokens, length, score, finished), index
 
 
 def _for_steps(params):

@@ -27,6 +27,7 @@ from otreg_jax import (
     cluster,
     decoding,
     metrics,
+    normalize,
     recognition,
     report,
 )
@@ -44,6 +45,9 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Utterances decoded at once
 _BEAM = flags.DEFINE_integer("beam_width", 1, "Hypotheses kept by beam search; 1: greedy.", 1)
 _PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Exponent of the length in beam scores.")
 _NGRAM = flags.DEFINE_integer("no_repeat_ngram", 0, "Forbid repeated n-grams; 0: allow them.", 0)
+_NORMALIZER = flags.DEFINE_enum(
+    "normalizer", "whisper", list(normalize.STYLES), "What counts as the same text."
+)
 
 
 def evaluate(
@@ -57,6 +61,7 @@ def evaluate(
     beam_width: int = 1,
     length_penalty: float = 1.0,
     no_repeat_ngram: int = 0,
+    normalizer: str = "whisper",
 ) -> dict[str, Any]:
     """Evaluates a run directory, and others beside it, and writes `workdir`/eval.
 
@@ -67,6 +72,7 @@ def evaluate(
       which: the checkpoint of every run: "newest", "best" or a step.
       manifests: "name=manifest,..."; "" for the sets of the run's configuration.
       in_domain: names of the sets that count as in-domain.
+      normalizer: the style in which texts are compared, one of `normalize.STYLES`.
       others: see the flags.
 
     Returns:
@@ -78,6 +84,7 @@ def evaluate(
     run = build.load_run(workdir, which)
     with cluster.process_0_first():
         utterances, problems = sets.load_eval(run.config, workdir, manifests)
+    normalize.check(normalizer, {u.lang for found in utterances.values() for u in found})
     out = Path(workdir) / "eval"
     skipped_path = out / "skipped.jsonl"
     if jax.process_index() == 0:
@@ -96,6 +103,7 @@ def evaluate(
         "decode": decode._asdict(),
         "layer": layer,
         "in_domain": list(in_domain),
+        "normalizer": {"style": normalizer, "version": normalize.STYLES[normalizer].version},
         "utterances": _fingerprint(utterances),
     }
     results, rows, figures = _evaluate_run(run, workdir, utterances, decode, settings, batch_size)
@@ -108,7 +116,7 @@ def evaluate(
             their_run = build.load_run(other, which)
             stored = _evaluate_run(their_run, other, utterances, decode, settings, batch_size)
         their_config = config_lib.load(Path(other) / "config.json")
-        differences = compare_rows(rows, stored[1])
+        differences = compare_rows(rows, stored[1], normalizer)
         results["compare"][str(other)] = differences
         runs.append(_column(other, their_config, *stored)._replace(differences=differences))
 
@@ -126,10 +134,11 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
     Returns (results, rows of hypotheses.jsonl, figures as report wants them).
     """
     out = Path(workdir) / "eval"
+    style = settings["normalizer"]["style"]
     with recognition.Partial(out / "partial.jsonl", settings | {"step": run.step}) as partial:
         rows, samples = recognition.decode_sets(
             run, utterances, decode, settings["layer"], batch_size, out / "skipped.jsonl",
-            f"evaluating {workdir}", partial,
+            f"evaluating {workdir}", partial, style,
         )  # fmt: skip
     if not rows:
         raise ValueError(f"{workdir}: no utterance could be evaluated, see {out}/skipped.jsonl")
@@ -137,7 +146,7 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
         "workdir": str(workdir),
         "step": run.step,
         **settings,
-        "sets": score_rows(rows, settings["in_domain"]),
+        "sets": score_rows(rows, settings["in_domain"], style),
         "versions": _versions(),
     }
     plans = []
@@ -155,7 +164,9 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
     return results, rows, figures
 
 
-def score_rows(rows: Sequence[dict], in_domain: Sequence[str]) -> dict[str, dict[str, Any]]:
+def score_rows(
+    rows: Sequence[dict], in_domain: Sequence[str], style: str = "whisper"
+) -> dict[str, dict[str, Any]]:
     """`metrics.score` of every set, in the order of the rows."""
     scores = {}
     for name in dict.fromkeys(row["set"] for row in rows):
@@ -164,12 +175,16 @@ def score_rows(rows: Sequence[dict], in_domain: Sequence[str]) -> dict[str, dict
             [row["reference"] for row in mine],
             [row["hypothesis"] for row in mine],
             [row["lang"] for row in mine],
+            style,
+            [row["unfinished"] for row in mine],
         )
         scores[name]["in_domain"] = name in in_domain
     return scores
 
 
-def compare_rows(ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, dict[str, Any]]:
+def compare_rows(
+    ours: Sequence[dict], theirs: Sequence[dict], style: str = "whisper"
+) -> dict[str, dict[str, Any]]:
     """`metrics.paired_difference` of every set over the utterances that both have."""
     key = lambda row: (row["set"], row["id"])
     others = {key(row): row for row in theirs}
@@ -183,6 +198,7 @@ def compare_rows(ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, dict
                 [row["reference"] for row in side],
                 [row["hypothesis"] for row in side],
                 [row["lang"] for row in side],
+                style,
             )[0]
             for side in zip(*pairs, strict=True)
         ]
@@ -227,6 +243,7 @@ def _column(workdir, config, results, rows, figures) -> report.Run:
         name=Path(workdir).name, sets=results["sets"], hypotheses=rows,
         curve=[json.loads(line) for line in lines], config=config_lib.flatten(config), plans=plans,
         speech_ND=figures.get("speech"), text_ND=figures.get("text"),
+        style=results["normalizer"]["style"],
     )  # fmt: skip
 
 
@@ -263,8 +280,15 @@ def _notes(results, skipped_path) -> list[str]:
     for name, row in results["sets"].items():
         if row["empty_references"]:
             notes.append(
-                f"{name}: {row['empty_references']} references are empty, "
-                f"{row['empty_answered']} of them were answered with words."
+                f"{name}: {row['empty_references']} references are empty, {row['empty_answered']} "
+                f"of them were answered, with {row['empty_words']} words."
+            )
+        if row["empty_hypotheses"]:
+            notes.append(f"{name}: {row['empty_hypotheses']} hypotheses are empty.")
+        if row["unfinished"]:
+            notes.append(
+                f"{name}: {row['unfinished']} hypotheses are unfinished: they ran into the limit "
+                f"of {results['decode']['max_tokens']} tokens."
             )
     return notes
 
@@ -286,7 +310,7 @@ def _write_json(path: Path, value) -> None:
 def table(results: dict[str, Any]) -> str:
     """The scores as text, one line a set."""
     width = max(len(name) for name in results["sets"])
-    lines = [f"{'set':{width}}  domain    n     WER  (95 %)          CER   raw WER"]
+    lines = [f"{'set':{width}}  domain    n     WER  (95 %)          CER   raw WER   del / ins"]
     for other in results["compare"]:
         lines[0] += f"   - {Path(other).name}"
     for name, row in results["sets"].items():
@@ -295,6 +319,7 @@ def table(results: dict[str, Any]) -> str:
             f"{name:{width}}  {'in ' if row['in_domain'] else 'out'} {row['n']:7d}  "
             f"{100 * row['wer']:6.1f}  ({100 * low:5.1f} … {100 * high:5.1f})  "
             f"{100 * row['cer']:5.1f}  {100 * row['wer_raw']:7.1f}"
+            f"  {100 * row['deletion_rate']:5.1f} /{100 * row['insertion_rate']:5.1f}"
         )
         for other, differences in results["compare"].items():
             if name in differences:
@@ -311,6 +336,7 @@ def main(argv):
             _WORKDIR.value, which=_CHECKPOINT.value, compare=_COMPARE.value, manifests=_SETS.value,
             in_domain=_IN_DOMAIN.value, batch_size=_BATCH_SIZE.value, beam_width=_BEAM.value,
             length_penalty=_PENALTY.value, no_repeat_ngram=_NGRAM.value,
+            normalizer=_NORMALIZER.value,
         )  # fmt: skip
     if jax.process_index() == 0:
         print(table(results))

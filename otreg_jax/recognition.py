@@ -58,12 +58,14 @@ def decode_sets(
     skipped_path: str | os.PathLike,
     label: str,
     partial: Partial,
+    style: str = "whisper",
 ) -> tuple[list[dict[str, Any]], dict[str, list[alignment.Sample]]]:
     """Decodes all sets in one pass over few batch shapes.
 
     Returns:
-      rows: {"set", "id", "reference", "hypothesis", "errors", "words", "score", "lang"} in the
-        order of the sets; utterances whose audio cannot be read are missing.
+      rows: {"set", "id", "reference", "hypothesis", "errors", "words", "score", "unfinished",
+        "lang"} in the order of the sets, errors and words as `style` normalises; utterances whose
+        audio cannot be read are missing.
       samples: the first alignment.NUM_MEASURED utterances of each set.
     """
     everything = [(name, u) for name, found in utterances.items() for u in found]
@@ -80,7 +82,7 @@ def decode_sets(
     selected = [everything[i][1] for i in pending]
     for batch in batches(run, selected, batch_size, label, skipped_path):
         decoded, compared = _recognize_and_embed(run.slm, run.params, batch, settings, layer)
-        tokens_BN, length_B, score_B, index_B = to_host((*decoded, batch["index"]))
+        tokens_BN, length_B, score_B, finished_B, index_B = to_host((*decoded, batch["index"]))
         # Negative: filler, or unreadable audio.
         found = [(b, pending[i]) for b, i in enumerate(index_B.tolist()) if i >= 0]
         if any(i in sampled for _, i in found):
@@ -88,7 +90,10 @@ def decode_sets(
         for b, i in found:
             name, utterance = everything[i]
             hypothesis = run.tokenizer.decode(tokens_BN[b, : length_B[b]].tolist()).strip()
-            rows[i] = _row(name, utterance, hypothesis, float(score_B[b]))
+            rows[i] = _row(name, utterance, hypothesis, style) | {
+                "score": float(score_B[b]),
+                "unfinished": not finished_B[b],
+            }
             if i in sampled:
                 samples[name][i] = alignment.sample_of(utterance, run.tokenizer, batch, compared, b)
         partial.add([rows[i] for _, i in found])
@@ -131,12 +136,12 @@ def _recognize_and_embed(slm, params, batch, settings, layer: int):
     return decoded, (out.speech_BSD, out.speech_length_B, out.text_BTD)
 
 
-def _row(name, utterance, hypothesis: str, score: float) -> dict[str, Any]:
-    words, _ = metrics.normalized_counts([utterance.text], [hypothesis], [utterance.lang])
+def _row(name, utterance, hypothesis: str, style: str) -> dict[str, Any]:
+    words, _ = metrics.normalized_counts([utterance.text], [hypothesis], [utterance.lang], style)
     return {
         "set": name, "id": utterance.id, "reference": utterance.text, "hypothesis": hypothesis,
         "errors": int(words.errors[0]), "words": int(words.lengths[0]),
-        "score": score, "lang": utterance.lang,
+        "lang": utterance.lang,
     }  # fmt: skip
 
 

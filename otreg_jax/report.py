@@ -18,6 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from otreg_jax import metrics
+from otreg_jax.normalize import normalize
 
 RUN_COLORS = ("#1f5f8b", "#c2571a", "#3f8052", "#7b5aa6", "#6b6b6b")
 SPEECH_COLOR, TEXT_COLOR = "#1f5f8b", "#c2571a"
@@ -67,6 +68,7 @@ class Run(NamedTuple):
     sets, hypotheses: as in results.json ("sets") and hypotheses.jsonl. curve: rows of
     metrics.jsonl. config: flat {"data.train": value}. speech_ND, text_ND: embeddings of a few
     utterances for the map, or None. differences: {set: paired_difference of the first run − this}.
+    style: how texts were normalised.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Run(NamedTuple):
     speech_ND: np.ndarray | None = None
     text_ND: np.ndarray | None = None
     differences: dict[str, dict[str, Any]] | None = None
+    style: str = "whisper"
 
 
 def page(runs: Sequence[Run], *, versions: dict[str, str], notes: Sequence[str] = ()) -> str:
@@ -194,7 +197,8 @@ def _error_rates(runs: Sequence[Run]) -> str:
         "interval; bold where that excludes zero."
     )
     return (
-        "<p>Word error rate in percent on normalised text, with its 95 % bootstrap interval."
+        f"<p>Word error rate in percent on text normalised by the style {ours.style}, with its "
+        "95 % bootstrap interval."
         f"{compared if len(runs) > 1 else ''}</p><div class='scroll'><table><thead><tr><th>set</th>"
         f"<th class='num'>n</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f"{_forest(runs)}{_details_table(runs)}"
@@ -266,7 +270,8 @@ def _details_table(runs: Sequence[Run]) -> str:
                 continue
             counts = (row["substitutions"], row["deletions"], row["insertions"], row["words"])
             rates = (row["cer"], row["wer_raw"], row["cer_raw"])
-            values = [*map(_percent, rates), *counts]
+            odd = (row["empty_hypotheses"], row["unfinished"], row["empty_words"])
+            values = [*map(_percent, rates), *counts, *odd]
             cells = "".join(f"<td class='num'>{cell}</td>" for cell in values)
             label = f"<i style='background:{_color(i)}'></i>" if len(runs) > 1 else ""
             rows.append(f"<tr><th>{label}{_e(name)}</th>{cells}</tr>")
@@ -274,7 +279,9 @@ def _details_table(runs: Sequence[Run]) -> str:
         "<details><summary>Characters, raw text and kinds of error</summary><div class='scroll'>"
         "<table><thead><tr><th>set</th><th class='num'>CER</th><th class='num'>raw WER</th>"
         "<th class='num'>raw CER</th><th class='num'>substituted</th><th class='num'>deleted</th>"
-        "<th class='num'>inserted</th><th class='num'>words</th></tr></thead>"
+        "<th class='num'>inserted</th><th class='num'>words</th>"
+        "<th class='num'>empty hypotheses</th><th class='num'>unfinished</th>"
+        "<th class='num'>words on silence</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
@@ -473,8 +480,8 @@ def _worst(run: Run) -> str:
                 "substitute": f"<del>{_e(said)}</del> <ins>{_e(heard)}</ins> ",
             }[operation]
             for operation, said, heard in metrics.word_diff(
-                metrics.normalize(row["reference"], row.get("lang")),
-                metrics.normalize(row["hypothesis"], row.get("lang")),
+                normalize(row["reference"], row.get("lang"), run.style),
+                normalize(row["hypothesis"], row.get("lang"), run.style),
             )
         )
         count = f"{row['errors']} error{'s' if row['errors'] > 1 else ''}"

@@ -78,7 +78,7 @@ def _recognize(run, pieces, settings, batch_size) -> Iterator[tuple[sources.Utte
         decoded = decoding.recognize(
             run.slm, run.params, batch["mel"], batch["mel_length"], settings
         )
-        tokens_BN, length_B, score_B, index_B = recognition.to_host((*decoded, batch["index"]))
+        tokens_BN, length_B, score_B, _, index_B = recognition.to_host((*decoded, batch["index"]))
         for tokens_N, length, score, i in zip(tokens_BN, length_B, score_B, index_B, strict=True):
             if i >= 0:
                 text = run.tokenizer.decode(tokens_N[:length].tolist()).strip()

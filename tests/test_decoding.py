@@ -60,6 +60,7 @@ def test_greedy_takes_the_best_token_at_every_step(model):
     out = decoding.greedy(*model, x, length, EOS, decoding.Settings(9))
     ended = out.length < 9
     assert 0 < ended.sum() < 8  # both ways of ending took place
+    np.testing.assert_array_equal(out.finished, ended)
     with_eos = jnp.where(jnp.arange(9) == out.length[:, None], EOS, out.tokens)
     log_prob = next_token_log_probs(*model, x, length, with_eos)
     counts = out.length + ended
@@ -95,6 +96,7 @@ def test_beam_of_one_is_greedy(model):
     np.testing.assert_array_equal(beam.tokens[:, 0], greedy.tokens)
     np.testing.assert_array_equal(beam.length[:, 0], greedy.length)
     np.testing.assert_allclose(beam.score[:, 0], greedy.score, atol=1e-4)
+    np.testing.assert_array_equal(beam.finished[:, 0], greedy.finished)
 
 
 def test_wider_beams_find_more_probable_hypotheses(model):
@@ -122,6 +124,7 @@ def test_widest_beam_is_exhaustive_search(model):
     order = np.argsort(-scores)[:5]
     found = [list(map(int, out.tokens[0, w, : out.length[0, w]])) for w in range(5)]
     assert found == [[t for t in candidates[i] if t != EOS] for i in order]
+    assert out.finished[0, :5].tolist() == [EOS in candidates[i] for i in order]
     np.testing.assert_allclose(out.score[0, :5], scores[order], atol=1e-4)
 
 

@@ -38,11 +38,13 @@ def results(runs):
 
 def test_every_set_is_scored_and_marked(runs, results):
     stored = json.loads((runs / "ours" / "eval" / "results.json").read_text())
+    assert stored["normalizer"] == {"style": "whisper", "version": 2}
     assert stored["step"] == 3 and list(stored["sets"]) == ["dev", "other voices"]
     dev, other = stored["sets"].values()
     assert (dev["n"], dev["in_domain"], other["n"], other["in_domain"]) == (9, True, 4, False)
     for row in (dev, other):
         assert row["wer"] > 0 and row["interval"][0] <= row["wer"] <= row["interval"][1]
+        assert row["unfinished"] + row["empty_hypotheses"] > 0  # the model has learned nothing
         assert set(row["alignment"]) == {
             "transport_cost", "marginal_error", "entropy", "nearest_cosine",
             "retrieval_accuracy", "monotonicity", "centroid_distance",
@@ -151,6 +153,13 @@ def test_other_sets_can_be_named(runs, tmp_path):
     )
     row = results["sets"]["silence"]
     assert row["in_domain"] and row["empty_references"] == 3 and "alignment" not in row
+    assert row["empty_words"] == row["insertions"] and row["empty_hypotheses"] == 0
+    named = {"manifests": f"silence={silence}", "batch_size": 8, "normalizer": "open_asr"}
+    again = evaluate.evaluate(runs / "ours", in_domain=["silence"], **named)
+    assert again["normalizer"]["style"] == "open_asr"
+    thai = write_set(tmp_path / "thai", 1, seed=5, lang="Thai")
+    with pytest.raises(ValueError, match="open_asr has rules for en, .* the sets are in th"):
+        evaluate.evaluate(runs / "ours", **named | {"manifests": f"thai={thai}"})
     with pytest.raises(ValueError, match="no set speech; there are silence"):
         evaluate.evaluate(runs / "ours", manifests=f"silence={silence}", in_domain=["speech"])
 

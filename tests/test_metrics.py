@@ -39,7 +39,16 @@ def test_empty_references_are_defined():
     silence = metrics.score(["", "", "stop"], ["", "you you", "stop"])
     assert silence["wer"] == 2.0
     assert (silence["empty_references"], silence["empty_answered"]) == (2, 1)
+    assert silence["empty_words"] == 2
     assert metrics.score([], [])["n"] == 0
+
+
+def test_what_error_rates_do_not_show_is_counted():
+    row = metrics.score(
+        ["a b c d", "a b", "", "x"], ["a b a b", "...", "", "x"], unfinished=[True, False, False, 0]
+    )
+    assert (row["empty_hypotheses"], row["unfinished"], row["empty_answered"]) == (1, 1, 0)
+    assert (row["deletion_rate"], row["insertion_rate"]) == (2 / 7, 0.0)
 
 
 def test_lists_of_different_length_are_refused():
