@@ -23,7 +23,6 @@ import orbax.checkpoint
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from otreg_jax import config as config_lib
 from otreg_jax import optim
 
 DEV_LOSS = "dev_ce"  # the metric of a checkpoint by which the best one is kept
@@ -332,21 +331,3 @@ def exists(workdir) -> bool:
     """Whether a run directory holds a checkpoint, readable or not."""
     path = checkpoint_dir(workdir)
     return path.exists() and any(p.name.isdigit() for p in path.iterdir())
-
-
-def check_workdir(workdir, config) -> None:
-    """Refuses a run directory that holds checkpoints of another configuration.
-
-    Raises:
-      ValueError: naming every key that differs and may not.
-    """
-    path = epath.Path(workdir) / "config.json"
-    if not (path.exists() and exists(workdir)):
-        return
-    different = config_lib.differences(config_lib.load(path), config)
-    if different:
-        raise ValueError(
-            f"{workdir} holds checkpoints of another configuration (stored -> now):\n  "
-            + "\n  ".join(different)
-            + "\nuse another --workdir, or remove this one"
-        )

@@ -4,9 +4,10 @@ import os
 import re
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
-from otreg_jax import allowed, build, optim, rules, settings
+from otreg_jax import allowed, build, checkpoint, losses, optim, rules, settings
 from otreg_jax import config as config_lib
 from otreg_jax.data import records, sets, sources, text
 from otreg_jax.models import lora
@@ -121,3 +122,44 @@ def pattern_problems(config: ConfigDict, params) -> list[str]:
         if not any(re.search(regex, path) for path in trained)
     ]
     return lines
+
+
+def stored_config(workdir, config: ConfigDict) -> ConfigDict | None:
+    """The configuration of the run that `workdir` holds checkpoints of, None if there is none.
+
+    Raises:
+      ValueError: it is another run's, naming every key that differs and may not; or damaged.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not (path.exists() and checkpoint.exists(workdir)):
+        return None
+    stored = config_lib.load(path)
+    different = config_lib.differences(stored, config)
+    if different:
+        raise ValueError(
+            f"{workdir} holds checkpoints of another configuration (stored -> now):\n  "
+            + "\n  ".join(different)
+            + "\nuse another --workdir, or remove this one"
+        )
+    return stored
+
+
+def resume_notes(stored: ConfigDict, config: ConfigDict, step: int) -> list[str]:
+    """Lines about what goes on otherwise from `step` than it would have with the stored
+    configuration: schedules are stretched over `num_steps`."""
+    before, now = stored.num_steps, config.num_steps
+    if before == now:
+        return []
+    if step >= now:
+        return [f"num_steps={now}: the run is at step {step} already, nothing is left to train"]
+    schedules = {"the learning rate": optim.learning_rate}
+    if config.otreg.weight:
+        schedules["otreg's position_weight"] = lambda c: losses.make_schedules(c).position_weight
+    values = {
+        name: [float(schedule(c)(step)) for c in (stored, config)]
+        for name, schedule in schedules.items()
+    }
+    moved = [f"{name} {b:.3g} instead of {a:.3g}" for name, (a, b) in values.items() if a != b]
+    return (
+        [f"num_steps: {before} -> {now}: from step {step} on {', '.join(moved)}"] if moved else []
+    )

@@ -111,11 +111,9 @@ def batches(
 
     Audio that cannot be read is left out and listed in `skipped_path`.
     """
-    data_config = run.config.data.copy_and_resolve_references()
-    with data_config.unlocked():
-        data_config.update(on_bad_audio="skip", max_tokens=0, features="host")
-        # A batch shape must be worth its compilation.
-        data_config.num_buckets = min(data_config.num_buckets, 1 + len(utterances) // 512)
+    # A batch shape must be worth its compilation.
+    num_buckets = min(run.config.data.num_buckets, 1 + len(utterances) // 512)
+    data_config = pipeline.for_evaluation(run.config.data, num_buckets=num_buckets)
     batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     host_index, host_count = cluster.batch_share(run.mesh)
     host_batches = pipeline.eval_batches(

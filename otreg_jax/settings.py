@@ -64,7 +64,8 @@ _ROWS = (
         1000,
         SIZE,
         "optimizer steps of the whole run",
-        "may change; the learning rate and otreg.position_weight follow the new length",
+        "may change; the learning rate and otreg.position_weight follow the new length at once, "
+        "which is said",
     ),
     ("batch_size", 16, SIZE, "utterances a step, over all devices and hosts"),
     ("accumulation", 1, SIZE, "micro-batches a step, one after the other: less memory", FREE),

@@ -63,7 +63,7 @@ def train(config, workdir) -> step_lib.TrainState:
     mesh = sharding.make_mesh(config)
     share = cluster.batch_share(mesh)
     workdir = epath.Path(workdir)
-    checkpoint.check_workdir(workdir, config)
+    stored = preflight.stored_config(workdir, config)
     check_remote(workdir, config)
     preflight.check_model(config, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -109,6 +109,8 @@ def train(config, workdir) -> step_lib.TrainState:
             f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s); "
             + (f"resuming at step {start}" if start else "starting at step 0")
         )
+        if stored and start:
+            print(*preflight.resume_notes(stored, config, start), sep="\n")
     del params
 
     # ---- the loop --------------------------------------------------------------------------------
@@ -245,9 +247,7 @@ def prepare_llm(config, workdir, tokenizer, utterances) -> str:
 
 def dev_loss(eval_fn, params, frozen, utterances, tokenizer, config, mesh, share) -> float:
     """Mean cross-entropy a token over the utterances (nats); unreadable audio is left out."""
-    data_config = config.data.copy_and_resolve_references()
-    with data_config.unlocked():
-        data_config.update(on_bad_audio="skip", max_tokens=0, features="host", num_workers=0)
+    data_config = pipeline.for_evaluation(config.data, num_workers=0)
     batches = pipeline.eval_batches(
         utterances, tokenizer, data_config, batch_size=config.batch_size,
         host_index=share[0], host_count=share[1],

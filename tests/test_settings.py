@@ -4,13 +4,14 @@ what belongs together is checked together; the document follows from the table."
 import inspect
 import math
 import pathlib
+import re
 
 import jax
 import pytest
 from toy_run import tone_config, write_tones
 
 from otreg_jax import config as config_lib
-from otreg_jax import otreg, preflight, rules, settings, sharding
+from otreg_jax import optim, otreg, preflight, rules, settings, sharding
 from otreg_jax import train as train_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -255,3 +256,24 @@ def test_a_device_count_is_no_part_of_the_values():
     before = jax.config.jax_platforms
     config_lib.check(usable())
     assert jax.config.jax_platforms == before
+
+
+def test_what_a_longer_run_does_to_its_schedules_is_said():
+    stored = config_lib.default()
+    stored.num_steps, stored.optim.warmup_steps = 20, 2
+    config = config_lib.ConfigDict(stored.to_dict())
+    assert preflight.resume_notes(stored, config, 18) == []
+    config.num_steps = 40
+    (line,) = preflight.resume_notes(stored, config, 18)
+    rates = re.fullmatch(
+        r"num_steps: 20 -> 40: from step 18 on the learning rate (\S+) instead of (\S+)", line
+    )
+    now, before = (float(optim.learning_rate(c)(18)) for c in (config, stored))
+    assert float(rates[1]) == pytest.approx(now, rel=5e-3)
+    assert float(rates[2]) == pytest.approx(before, rel=5e-3)
+    assert now > 4 * before
+    for c in (stored, config):
+        c.otreg.update(weight=1.0, position_weight=3.0, position_weight_final=0.0)
+    assert "position_weight 1.65 instead of 0.3" in preflight.resume_notes(stored, config, 18)[0]
+    config.num_steps = 10
+    assert "nothing is left to train" in preflight.resume_notes(stored, config, 18)[0]

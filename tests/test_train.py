@@ -207,12 +207,13 @@ def test_fingerprints_tell_weights_apart_and_not_how_they_are_split(dtype):
     assert checkpoint.fingerprints({"x": split})["x"] == found["x"]
 
 
-def test_goodput_goes_on_over_restarts(manifest, tmp_path):
+def test_goodput_goes_on_over_restarts(manifest, tmp_path, capsys):
     train_lib.train(tone_config(manifest, num_steps=8), tmp_path)
     last = lambda: json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     first = last()
     time.sleep(1)
     train_lib.train(tone_config(manifest), tmp_path)
+    assert "num_steps: 8 -> 12: from step 8 on the learning rate" in capsys.readouterr().out
     second = last()
     assert second["elapsed"] >= first["elapsed"] + 1
     assert second["time"] - second["elapsed"] == pytest.approx(first["time"] - first["elapsed"])
