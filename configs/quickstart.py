@@ -51,7 +51,7 @@ def get_config(arm: str = "otreg"):
     c.num_steps = 500
     c.checkpoint_every = 250
     c.freeze = "^encoder/positions/|^llm/"
-    c.synthetic = {
+    c.synthetic.update({
         "num_train": 800,
         "num_test": 100,
         "seed": 0,
@@ -74,7 +74,7 @@ def get_config(arm: str = "otreg"):
         },
         "templates": TEMPLATES,
         "slots": {name: tuple(words) for name, words in SLOTS.items()},
-    }  # fmt: skip
+    })  # fmt: skip
     c.tokenizer.model_type = "word"
     c.tokenizer.vocab_size = 120
     c.encoder.strides = (2, 2, 2)  # 12.5 positions a second

@@ -184,13 +184,13 @@ def get_config(name: str = "trimmed,ce,0"):
         c.data.train = f"{FOLDER}/human/train.jsonl"
         c.data.dev = f"{FOLDER}/human/dev.jsonl"
     else:
-        c.synthetic = synthetic(
+        c.synthetic.update(synthetic(
             DOMAINS[split], VOICES[split]["train"], num_train=400, num_test=48,
             seed=1000 if split == "screen" else 0,
             new_templates=DOMAINS[f"{split}-new"], conditions=CONDITIONS,
             other_voices=VOICES[split]["other"], unheard_voices=VOICES[split]["unheard"],
             silence=SILENCE if world == "untrimmed" else (0.0, 0.0),
-        )  # fmt: skip
+        ))  # fmt: skip
     c.freeze = r"^(encoder|llm)/"
     if "lora" in options:
         c.lora.pattern = "llm/layers/attn/(q|k|v|o)/kernel"
@@ -239,14 +239,14 @@ def encoder():
     c.optim.warmup_steps = 100
     c.data.cache = f"{FOLDER}/data"
     voices = [v for split in VOICES.values() for v in (*split["train"], *split["other"])]
-    c.synthetic = synthetic(
+    c.synthetic.update(synthetic(
         RANDOM_ORDER, (*voices, ("en-gb+m1", 45)), num_train=2600, num_test=32, seed=77,
         conditions={},
         train_conditions={
             "plain": {}, "fast": {"rate": 1.25}, "slow": {"rate": 0.85}, "reverb": {"reverb": 0.3},
             "noise": {"snr": 12.0}, "silence": {"silence": SILENCE},
         },
-    )  # fmt: skip
+    ))  # fmt: skip
     return c
 
 
@@ -256,7 +256,9 @@ def llm():
     c = base()
     c.llm.pretrain.update(num_steps=2000, batch_size=16, num_sentences=12000)
     templates = [template for domain in DOMAINS.values() for template in domain]
-    c.synthetic = synthetic((*templates, *RANDOM_ORDER[:-1]), (), num_train=1, num_test=1, seed=77)
+    c.synthetic.update(
+        synthetic((*templates, *RANDOM_ORDER[:-1]), (), num_train=1, num_test=1, seed=77)
+    )
     return c
 
 

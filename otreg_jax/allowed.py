@@ -156,6 +156,7 @@ NAMED_MANIFESTS = Allowed(
     _is_named_sets,
     ("a", "a=1,b", "a=1,a=2", 1, None),
 )
+SENTENCES = TEXT._replace(words="a text file, or language=file, separated by commas")
 MODEL = TEXT._replace(words="a Hugging Face directory or hub id")
 TOKENIZER = TEXT._replace(words="tokenizer.json, *.model or a directory with one of them")
 FOLDER = TEXT._replace(words="a directory")

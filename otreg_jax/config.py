@@ -78,7 +78,8 @@ def problems(config: ConfigDict) -> list[str]:
         elif not row.allowed.accepts(value):
             bad.add(key)
             lines.append(f"{key}={value!r}: must be {row.allowed.words}")
-    needed = settings.NEEDED if values.get("synthetic.num_train") else ()
+    templates = values.get("synthetic.num_train") and not values.get("synthetic.sentences")
+    needed = settings.NEEDED if templates else ()
     missing = collections.defaultdict(list)
     for key in (*settings.TABLE, *needed):
         if key not in values:
@@ -155,8 +156,10 @@ def load(path) -> ConfigDict:
         for key in flat
         if key not in known and not key.startswith("synthetic.")
     ]
-    with config.unlocked():
-        config.synthetic = tuples(stored.get("synthetic", config.synthetic.to_dict()))
+    synthetic = stored.get("synthetic")
+    for key, value in synthetic.items() if isinstance(synthetic, dict) else ():
+        if f"synthetic.{key}" not in known:
+            config.synthetic[key] = tuples(value)
     for key in known.keys() & flat.keys():
         try:
             config.update_from_flattened_dict({key: tuples(flat[key])})

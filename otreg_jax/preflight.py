@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from otreg_jax import allowed, build, checkpoint, losses, optim, rules, settings
 from otreg_jax import config as config_lib
-from otreg_jax.data import records, sets, sources, text
+from otreg_jax.data import records, sets, sources, spoken, text
 from otreg_jax.models import lora
 from otreg_jax.pretrained import load
 
@@ -25,9 +25,7 @@ def missing_files(config: ConfigDict) -> list[str]:
     lines, values = [], config_lib.flatten(config)
     for key, row in settings.TABLE.items():
         value, look = values.get(key), LOOKS.get(row.allowed)
-        # With synthetic speech no other is read.
-        unread = key in ("data.train", "data.dev", "data.test") and config.synthetic.num_train
-        if not (value and look) or unread or not row.allowed.accepts(value):
+        if not (value and look) or not row.allowed.accepts(value):
             continue
         revision = values.get(key.removesuffix("path") + "revision") or None
         for shown, path in _named(row.allowed, value):
@@ -40,6 +38,8 @@ def _named(kind: allowed.Allowed, value: str) -> list[tuple[str, str]]:
     """(as it is written, path) of everything that a value of this kind names."""
     if kind is allowed.NAMED_MANIFESTS:
         return [(f"{name}={path}", path) for name, path in sets.named_manifests(value).items()]
+    if kind is allowed.SENTENCES:
+        return [(path, path) for _, path in spoken.files(value)]
     paths = value.split(",") if kind is allowed.MANIFESTS else [value]
     return [(path.strip(), path.strip()) for path in paths]
 
@@ -63,6 +63,10 @@ def _look_for_tokenizer(path: str, revision) -> str:
     return "" if os.path.exists(path) else "no such file or directory"
 
 
+def _look_for_file(path: str, revision) -> str:
+    return "" if os.path.isfile(path) else "no such file"
+
+
 def _look_for_folder(path: str, revision) -> str:
     return "" if os.path.isdir(path) else "no such directory"
 
@@ -73,6 +77,7 @@ LOOKS = {
     allowed.NAMED_MANIFESTS: _look_for_data,
     allowed.MODEL: _look_for_model,
     allowed.TOKENIZER: _look_for_tokenizer,
+    allowed.SENTENCES: _look_for_file,
     allowed.FOLDER: _look_for_folder,
 }
 

@@ -28,16 +28,25 @@ def rule(*keys: str):
     return add
 
 
-@rule("data.train", "synthetic.num_train")
-def _training_data(train, num_train):
-    if not train and not num_train:
+@rule("data.train", "synthetic.num_train", "synthetic.sentences")
+def _training_data(train, num_train, sentences):
+    if not train and not num_train and not sentences:
         return "no training data: set data.train to a manifest (see README, 'Your own data')"
     return ""
 
 
-@rule("eval_every", "data.dev", "synthetic.num_train")
-def _dev_set(eval_every, dev, num_train):
-    return "it needs a dev set: set data.dev" if eval_every and not dev and not num_train else ""
+@rule("eval_every", "data.dev", "synthetic.num_train", "synthetic.sentences")
+def _dev_set(eval_every, dev, num_train, sentences):
+    if eval_every and not dev and not num_train and not sentences:
+        return "it needs a dev set: set data.dev"
+    return ""
+
+
+@rule("data.weights", "data.mixture", "data.temperature")
+def _shares(weights, mixture, temperature):
+    if weights and (mixture or temperature != 1):
+        return "the weights are the shares of the manifests; leave the others at their defaults"
+    return ""
 
 
 @rule("checkpoint_every", "eval_every")

@@ -19,6 +19,7 @@ from otreg_jax.allowed import (
     NAMED_MANIFESTS,
     PROMPT,
     REGEX,
+    SENTENCES,
     TEXT,
     TOKENIZER,
     VOICES,
@@ -125,6 +126,12 @@ _ROWS = (
         one_of(*sources.MIXTURES),
         "groups that temperature samples; corpus: file",
     ),
+    (
+        "data.weights",
+        (),
+        series(POSITIVE),
+        "shares of an epoch: of each manifest, then of synthetic speech; (): data.mixture decides",
+    ),
     ("data.temperature", 1.0, number(0.1), "share of a group ~ size^(1 / temperature)"),
     ("data.features", "host", one_of(*features.PLACES), "where log-mel is computed"),
     (
@@ -143,11 +150,23 @@ _ROWS = (
     ("data.augment.freq_masks", 0, COUNT, "SpecAugment, inside the step"),
     ("data.augment.freq_width", 20, COUNT, "mel bins at most"),
     (
+        "synthetic.sentences",
+        "",
+        SENTENCES,
+        "that eSpeak NG speaks, one a line, for training and for test sets; beside data.train if "
+        'that is given. "": the templates of the recipe, if any',
+    ),
+    (
         "synthetic.num_train",
         0,
         COUNT,
-        "sentences that eSpeak NG speaks for training; 0: data.train is used",
+        "utterances to train on; 0: each of the sentences once, or, without, no synthetic speech",
     ),
+    ("synthetic.num_test", 100, SIZE, "sentences of each language for every test set"),
+    ("synthetic.rates", (120, 220), rising(integer(40, 500)), "words a minute, drawn uniformly"),
+    ("synthetic.silence", (0.0, 0.0), rising(WEIGHT), "seconds at both ends, drawn uniformly"),
+    ("synthetic.lang", "en", TEXT, "of templates, and of files of sentences that name none"),
+    ("synthetic.seed", 0, COUNT, "of the sentences and who speaks them"),
     ("tokenizer.path", "", TOKENIZER, '"": that of llm.path, else one is trained'),
     (
         "tokenizer.vocab_size",
@@ -284,9 +303,10 @@ _ROWS = (
 )
 TABLE = {row[0]: Setting(*row) for row in _ROWS}
 
-# Speech made on the spot by eSpeak NG, instead of manifests: what a recipe may put into
-# `synthetic`; * stands for any name. See configs/quickstart.py and `data.sets.synthetic_sets`.
-_SENTENCES = series(TEXT, 1)
+# Speech from templates, in the place of files of sentences: what a recipe may put into `synthetic`
+# beside the keys above; * stands for any name. See configs/quickstart.py and
+# `data.sets.synthetic_sets`.
+_WORDS = series(TEXT, 1)
 _CONDITIONS = mapping(
     record(
         voices=TEXT,
@@ -298,21 +318,17 @@ _CONDITIONS = mapping(
     )
 )
 _SYNTHETIC = (
-    ("num_test", SIZE, "sentences of every test set"),
-    ("seed", COUNT, "of the sentences"),
-    ("lang", TEXT, "what the manifests say"),
     ("rate", integer(40, 500), "words a minute"),
-    ("templates", _SENTENCES, 'sentences: "call {person}"'),
-    ("slots", mapping(_SENTENCES), "the words that fill the templates"),
+    ("templates", _WORDS, 'sentences: "call {person}"'),
+    ("slots", mapping(_WORDS), "the words that fill the templates"),
     ("train_voices", VOICES, "who speaks the training and the dev set"),
     ("conditions", _CONDITIONS, "test sets beside dev"),
-    ("*_templates", _SENTENCES, "templates of conditions that name them"),
+    ("*_templates", _WORDS, "templates of conditions that name them"),
     ("*_voices", VOICES, "voices of conditions that name them"),
     ("train_conditions", _CONDITIONS, "met in turn by the training utterances"),
-    ("silence", rising(WEIGHT), "seconds at both ends of an utterance"),
 )
 SYNTHETIC = tuple(Setting(f"synthetic.{key}", None, *row) for key, *row in _SYNTHETIC)
-NEEDED = tuple(row.key for row in SYNTHETIC[:8])  # with num_train; the others may be missing
+NEEDED = tuple(row.key for row in SYNTHETIC[:5])  # with num_train and no sentences
 
 
 def find(key: str) -> Setting | None:

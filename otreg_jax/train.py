@@ -207,7 +207,7 @@ def check_remote(workdir, config) -> None:
     if "://" not in str(workdir):
         return
     problems = []
-    if config.synthetic.num_train and not config.data.cache:
+    if sets.is_spoken(config) and not config.data.cache:
         problems.append("set data.cache to a local directory for the synthetic speech")
     if config.llm.pretrain.num_steps and not config.llm.path:
         problems.append("pretrain the LLM in a local run and set llm.path to its WORKDIR/llm")
@@ -239,7 +239,7 @@ def prepare_llm(config, workdir, tokenizer, utterances) -> str:
     path = build.llm_path(config, workdir)
     if path and not config.llm.path:
         sentences = [u.text for u in utterances]
-        if config.synthetic.num_train:
+        if sets.is_spoken(config):
             sentences = sets.text_corpus(config.synthetic, config.llm.pretrain.num_sentences)
         pretrain_llm.ensure_llm(config, tokenizer, sentences, path)
     return path

@@ -267,6 +267,24 @@ def test_temperature_draws_small_languages_more_often(tmp_path, capsys):
         train(big, data_config(mixture="language"), 1)
 
 
+def test_weights_are_the_shares_of_manifests_in_the_order_they_come(tmp_path, capsys):
+    # "zz" comes first, though it is not the first by name.
+    first = sources.read_manifest(write_corpus(tmp_path, 8, lang="zz"))
+    second = sources.read_manifest(write_corpus(tmp_path, 32, seed=1, lang="aa"))
+    config = data_config(weights=(3, 1))
+    batches = list(train(first + second, config, 20, batch_size=4))
+    index = np.concatenate([b["index"] for b in batches]).reshape(2, 40)
+    assert ((index < 8).sum(axis=1) == 30).all()  # of 40 three quarters
+    assert "75.0% of an epoch from" in capsys.readouterr().out
+    seen = Counter(index[index >= 8].tolist())
+    assert len(seen) == 20 and set(seen.values()) == {1}  # in turn, over epochs
+    again = list(train(first + second, config, 20, batch_size=4, start_step=13))
+    np.testing.assert_array_equal(again[0]["index"], batches[13]["index"])
+    for weights in ((1,), (1, 2, 3), (1, 0)):
+        with pytest.raises(ValueError, match=r"one number above 0 .*zz.jsonl, .*aa.jsonl"):
+            train(first + second, data_config(weights=weights), 1)
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 

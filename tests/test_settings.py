@@ -164,10 +164,12 @@ def test_a_group_without_its_keys_and_a_key_that_is_none_are_named():
 
 def test_synthetic_speech_needs_its_keys():
     config = config_lib.default()
-    config.synthetic = {"num_train": 5, "voices": 1}
+    config.synthetic.update({"num_train": 5, "voices": 1})
     lines = config_lib.problems(config)
     assert any(line.startswith("synthetic.voices=1: no such setting") for line in lines)
-    assert any(line.startswith("synthetic lacks synthetic.num_test,") for line in lines)
+    assert any(line.startswith("synthetic lacks synthetic.rate,") for line in lines)
+    config.synthetic.sentences = "sentences.txt"  # and these need no templates
+    assert len(config_lib.problems(config)) == 1
 
 
 def test_files_are_looked_for_where_they_are_read(tmp_path, manifest):
@@ -184,8 +186,11 @@ def test_files_are_looked_for_where_they_are_read(tmp_path, manifest):
     train, test = preflight.missing_files(config)
     assert train.startswith(f"data.train={str(folder)!r}: ") and "no whole split 'train'" in train
     assert test == f"data.test='b={tmp_path}/none.jsonl': no such manifest, and no data set"
-    config.synthetic.num_train = 3  # now they are not read
-    assert preflight.missing_files(config) == []
+    config.data.train, config.data.test = "", ""
+    config.synthetic.sentences = f"de={manifest}, {tmp_path / 'none.txt'}"
+    assert preflight.missing_files(config) == [
+        f"synthetic.sentences='{tmp_path}/none.txt': no such file"
+    ]
 
 
 ALL_KERNELS = "llm/layers/attn/[qv]/kernel"

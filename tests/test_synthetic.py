@@ -32,6 +32,7 @@ def spoken(tmp_path_factory):
         Speech(TEXT, snr=10.0),
         Speech(TEXT, silence=(0.5, 0.25)),
         Speech("schalte das Licht ein", voice="de", lang="de", speaker="anna"),
+        Speech("it is no longer on the shelf"),
     ]
     cache = tmp_path_factory.mktemp("cache")
     return items, cache, synthetic.synthesize({"all": items}, cache)["all"]
@@ -46,13 +47,14 @@ def test_manifest_is_one_the_sources_read(spoken):
         assert len(sources.load_audio(utterance)) == round(utterance.duration * 16000)
         words = utterance.words
         assert " ".join(word for word, _, _ in words) == utterance.text
+        assert all(word in f" {utterance.text} " for word in (f" {w} " for w, _, _ in words))
         assert len(words) >= 4 and words[-1][2] <= utterance.duration + 1e-3
         assert all(0 <= start < end for _, start, end in words)
         assert all(before[2] <= after[1] for before, after in itertools.pairwise(words))
 
 
 def test_conditions_are_heard(spoken):
-    plain, voice, fast, reverb, noise, silence, _ = [audio for _, audio in read(spoken[2])]
+    plain, voice, fast, reverb, noise, silence, *_ = [audio for _, audio in read(spoken[2])]
     assert 1.0 < len(plain) / 16000 < 3.0
     assert len(voice) != len(plain)
     assert len(fast) < 0.75 * len(plain)

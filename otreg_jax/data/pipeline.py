@@ -95,11 +95,11 @@ def train_batches(
         np.tile(corpus.token_length[rows_N], len(speeds)),
         data_config.num_buckets,
     )
-    groups = _groups([utterances[row] for row in rows_N], data_config.mixture)
+    groups = _groups([utterances[row] for row in rows_N], data_config)
 
     def plan_epoch(epoch: int) -> Plan:
         rng = _rng(_ORDER, seed, epoch)
-        draws_N = rows_N[_draw(groups, data_config.temperature, seed, epoch)]
+        draws_N = rows_N[_draw(groups, seed, epoch)]
         draws_N = rng.permutation(draws_N)
         speed_N = rng.choice(speeds, size=len(draws_N))
         plan = deal(corpus, draws_N, speed_N, buckets, batch_size)
@@ -107,7 +107,7 @@ def train_batches(
         return Plan(*(part[order_S] for part in plan))
 
     if host_index == 0:
-        _print_plan(corpus, buckets, plan_epoch(0), [(name, rows_N[r]) for name, r in groups])
+        _print_plan(corpus, buckets, plan_epoch(0), [(g.name, rows_N[g.rows]) for g in groups])
     steps_per_epoch = -(-len(rows_N) // batch_size)
     plans = {}  # of the epoch in use and of the next, which workers read ahead
 
@@ -262,28 +262,53 @@ def choose_buckets(
     return tuple((edge, max(1, int(tokens_N[frames_N <= edge].max()))) for edge in edges[::-1])
 
 
-def _groups(utterances: Sequence[Utterance], mixture: str) -> list[tuple[str, np.ndarray]]:
-    """[(name, rows), ...]: the utterances of each language or manifest, or all of them."""
+class _Group(NamedTuple):
+    """Utterances that are drawn alike; `share` of the draws, but for a factor."""
+
+    name: str
+    rows: np.ndarray
+    share: float
+
+
+def _groups(utterances: Sequence[Utterance], data_config) -> list[_Group]:
+    """The utterances of each language or manifest, or all of them: `data.mixture`, in proportion to
+    size^(1 / data.temperature); or, with `data.weights`, of each manifest in the order they come.
+
+    (Conneau et al. 2020, XLM-R, section 3, sample languages by temperature.)
+    """
+    weights = tuple(data_config.weights)
+    mixture = "corpus" if weights else data_config.mixture
     if mixture not in sources.MIXTURES:
         known = ", ".join(map(repr, sources.MIXTURES))
         raise ValueError(f"data.mixture={mixture!r} is not one of {known}")
-    names = np.array([sources.MIXTURES[mixture](u) for u in utterances])
-    return [(str(name), np.flatnonzero(names == name)) for name in np.unique(names)]
+    of_N = np.array([sources.MIXTURES[mixture](u) for u in utterances])
+    names, first = np.unique(of_N, return_index=True)
+    rows = [np.flatnonzero(of_N == name) for name in names]
+    shares = [len(r) ** (1 / data_config.temperature) for r in rows]
+    if weights:
+        if len(weights) != len(names) or min(weights) <= 0:
+            came = [str(name) for name in names[np.argsort(first)]]
+            raise ValueError(
+                f"data.weights={weights}: give one number above 0 for each of, in this order, "
+                + ", ".join(came)
+            )
+        shares = np.array(weights)[np.argsort(np.argsort(first))]
+    return [_Group(str(n), r, float(s)) for n, r, s in zip(names, rows, shares, strict=True)]
 
 
-def _draw(groups, temperature: float, seed: int, epoch: int) -> np.ndarray:
-    """As many rows as there are utterances, from each group in proportion to size^(1/temperature).
+def _draw(groups: Sequence[_Group], seed: int, epoch: int) -> np.ndarray:
+    """As many rows as there are utterances, from each group its share.
 
     Each group is gone through in a fresh order each time, and goes on in the next epoch where it
-    stopped in this one. (Conneau et al. 2020, XLM-R, section 3, sample languages this way.)
+    stopped in this one.
     """
-    size_G = np.array([len(rows) for _, rows in groups])
-    share_G = size_G ** (1 / temperature)
+    size_G = np.array([len(g.rows) for g in groups])
+    share_G = np.array([g.share for g in groups])
     share_G = share_G / share_G.sum() * size_G.sum()
     count_G = np.floor(share_G).astype(int)
     count_G[np.argsort(count_G - share_G, kind="stable")[: size_G.sum() - count_G.sum()]] += 1
     drawn = []
-    for g, ((_, rows), size, count) in enumerate(zip(groups, size_G, count_G, strict=True)):
+    for g, ((_, rows, _), size, count) in enumerate(zip(groups, size_G, count_G, strict=True)):
         start = epoch * count
         rounds = range(start // size, -(-(start + count) // size))
         stream = [rows[_rng(_GROUP, seed, g, r).permutation(size)] for r in rounds]

@@ -1,4 +1,4 @@
-"""From a configuration to utterances: manifests, or synthetic speech made on the spot."""
+"""From a configuration to utterances: manifests, synthetic speech made on the spot, or both."""
 
 import math
 import random
@@ -6,26 +6,30 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from otreg_jax.data import sources, synthetic
+from otreg_jax.data import sources, spoken, synthetic
 
 Sets = dict[str, list[sources.Utterance]]
 
 
 def load_train(config, workdir, skipped_path=None) -> list[sources.Utterance]:
-    """The training utterances that the model can take; what is set aside is appended to the
-    JSON-lines file `skipped_path`, if one is given.
+    """The training utterances that the model can take, those of manifests in their order, then
+    synthetic speech; what is set aside is appended to the JSON-lines file `skipped_path`, if one is
+    given.
 
     Raises:
       ValueError, FileNotFoundError: a manifest is missing or wrong (all its problems are listed),
         or no utterance is left.
     """
-    if config.synthetic.num_train:
-        utterances = load_synthetic(config, workdir)["train"]
-    else:
-        utterances = sources.load_utterances(
+    utterances = []
+    if config.data.train:
+        utterances += sources.load_utterances(
             config.data.train, config.data, max_duration=max_seconds(config),
             skipped_path=skipped_path,
         )  # fmt: skip
+    if is_spoken(config):
+        found, refused = not_too_long(load_synthetic(config, workdir)["train"], config)
+        sources.handle(refused, config.data.on_bad_audio, skipped_path)
+        utterances += found
     if not utterances:
         raise ValueError(
             f"{config.data.train}: no utterance is left to train on; see skipped.jsonl"
@@ -39,10 +43,10 @@ def load_dev(config, workdir) -> list[sources.Utterance]:
     Raises:
       ValueError, FileNotFoundError: there is no such manifest, or nothing usable in it.
     """
-    if config.synthetic.num_train:
-        found, problems = load_synthetic(config, workdir)["dev"], []
-    else:
+    if config.data.dev:
         found, problems = sources.scan(config.data.dev, config.data.data_root)
+    else:
+        found, problems = load_synthetic(config, workdir)["dev"], []
     found, refused = not_too_long(found, config)
     problems += refused
     sources.record_skipped(problems, None, note=f"data.dev={config.data.dev}: left out")
@@ -62,21 +66,23 @@ def load_eval(config, workdir, manifests: str = "") -> tuple[Sets, list[sources.
     Raises:
       ValueError, FileNotFoundError: a manifest is missing, or nothing usable is in any.
     """
-    if manifests or not config.synthetic.num_train:
-        paths = {"dev": config.data.dev} if config.data.dev else {}
-        paths |= named_manifests(config.data.test)
-        if manifests:
-            paths = named_manifests(manifests)
-        scans = {
-            name: sources.scan(path, config.data.data_root, require_text=False)
-            for name, path in paths.items()
-        }
-        utterances = {name: found for name, (found, _) in scans.items() if found}
-        problems = [problem for _, bad in scans.values() for problem in bad]
-    else:
+    utterances = {}
+    if is_spoken(config) and not manifests:
         utterances = load_synthetic(config, workdir)
         utterances.pop("train")
-        problems = []
+        if config.data.dev:
+            utterances["spoken"] = utterances.pop("dev")
+    paths = {"dev": config.data.dev} if config.data.dev else {}
+    paths |= named_manifests(config.data.test)
+    if manifests:
+        paths = named_manifests(manifests)
+    if both := sorted(paths.keys() & utterances.keys()):
+        raise ValueError(f"data.test: synthetic speech has sets of these names: {', '.join(both)}")
+    problems = []
+    for name, path in paths.items():
+        utterances[name], bad = sources.scan(path, config.data.data_root, require_text=False)
+        problems += bad
+    utterances = dict(sorted(utterances.items(), key=lambda item: item[0] != "dev"))
     for name, found in utterances.items():
         utterances[name], refused = not_too_long(found, config)
         problems += refused
@@ -109,6 +115,11 @@ def max_seconds(config) -> float:
     encoder = config.encoder
     frames = encoder.max_positions * math.prod(encoder.strides)
     return min(config.data.max_duration, 30.0 if encoder.path else frames / 100)
+
+
+def is_spoken(config) -> bool:
+    """Whether synthetic speech is asked for."""
+    return bool(config.synthetic.num_train or config.synthetic.get("sentences"))
 
 
 def load_synthetic(config, workdir) -> Sets:
@@ -166,13 +177,16 @@ def synthetic_sets(config) -> dict[str, list[synthetic.Speech]]:
         name other voices ("voices": "other" for `other_voices`) and templates ("templates": "new"
         for `new_templates`), the rest of it is "rate" (a factor), "reverb", "snr" and "silence"
         (seconds at both ends, drawn between two bounds). `silence` holds for every set without its
-        own; `train_conditions` are met in turn by the training utterances.
+        own; `train_conditions` are met in turn by the training utterances. With "sentences", files
+        of them take the place of templates: see `spoken.sets`.
     """
+    if config.get("sentences"):
+        return spoken.sets(config)
     train = sentences(config, config.num_train, config.seed)
     plain = config.get("silence", (0.0, 0.0))
     rng = random.Random(config.seed + 3)
 
-    def spoken(texts, voices, conditions):
+    def speak(texts, voices, conditions):
         items = zip(
             texts, _cycle(voices, len(texts)), _cycle(conditions, len(texts)), strict=True
         )  # fmt: skip
@@ -184,7 +198,7 @@ def synthetic_sets(config) -> dict[str, list[synthetic.Speech]]:
             yield synthetic.Speech(text, voice=voice, **(condition | fields))
 
     train_conditions = list(config.get("train_conditions", {"plain": {}}).values())
-    sets = {"train": list(spoken(train, config.train_voices, train_conditions))}
+    sets = {"train": list(speak(train, config.train_voices, train_conditions))}
     for name, condition in {"dev": {}, **config.conditions}.items():
         condition = dict(condition)
         voices = config[condition.pop("voices", "train") + "_voices"]
@@ -193,13 +207,15 @@ def synthetic_sets(config) -> dict[str, list[synthetic.Speech]]:
             templates = config[condition.pop("templates") + "_templates"]
             grammar = {"templates": templates, "slots": config.slots}
         texts = sentences(grammar, config.num_test, config.seed + 1, exclude=train)
-        sets[name] = list(spoken(texts, voices, [condition]))
+        sets[name] = list(speak(texts, voices, [condition]))
     return sets
 
 
 def text_corpus(config, count: int) -> list[str]:
     """The training sentences and `count` draws of the same grammar, no test sentence among them:
-    the text that an LLM may have read."""
+    the text that an LLM may have read. Of files of sentences, those that are trained on."""
+    if config.get("sentences"):
+        return [text for _, text in spoken.split(config)[0]]
     train = sentences(config, config.num_train, config.seed)
     test = set(sentences(config, config.num_test, config.seed + 1, exclude=train))
     rng = random.Random(config.seed + 2)

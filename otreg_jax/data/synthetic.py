@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 SAMPLE_RATE = 16000
 CHUNK = 100  # utterances a process; changing it changes the audio
-VERSION = 2  # part of the cache key: raise it when the audio or the manifest changes
+VERSION = 3  # part of the cache key: raise it when the audio or the manifest changes
 
 
 class Speech(NamedTuple):
@@ -222,12 +222,19 @@ def _pronounce(library, item: Speech):
     library.espeak_SetParameter(_PITCH, item.pitch, 0)
     text = item.text.encode() + b"\0"
     library.espeak_Synth(text, len(text), 0, 1, 0, _UTF8, None, None)
-    # eSpeak speaks some pairs ("on the") as one word: a word reaches to where the next begins.
+    # eSpeak speaks some pairs ("on the") as one word: a word reaches to where the next begins. Of
+    # others ("no longer") it says that the second begins one letter into the first.
+    words = [(first, time) for first, time in words if not _inside_word(item.text, first)]
     ends = [*(first for first, _ in words), len(item.text)][1:]
     timed = [
         (item.text[first:end].strip(), time) for (first, time), end in zip(words, ends, strict=True)
     ]
     return np.concatenate(pieces) if pieces else np.zeros(0, np.int16), timed
+
+
+def _inside_word(text: str, i: int) -> bool:
+    """Whether text[i] goes on a word: two letters in a row of a script with cases and spaces."""
+    return i > 0 and all(letter.lower() != letter.upper() for letter in text[i - 1 : i + 1])
 
 
 def _trim(audio, rate):
