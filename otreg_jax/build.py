@@ -38,6 +38,9 @@ class Run(NamedTuple):
 def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
     """A checkpoint of a run directory, on all devices; with `optim.ema_decay` its averaged weights.
 
+    The mesh is the run's as far as the devices at hand allow (`sharding.mesh_at_hand`); weights are
+    read straight into their shards, those of the checkpoint from nowhere else.
+
     which: "newest" (that can be read), "best" (the lowest dev loss) or a step.
 
     Raises:
@@ -54,11 +57,13 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
     config = config_lib.load(workdir / "config.json")
     config.attention = "auto"  # the machine may be another one
     tokenizer = text.load_tokenizer(workdir)
-    mesh = sharding.data_mesh()
-    slm, params = build(config, tokenizer, llm_path(config, workdir), mesh)
-    params, frozen = split(params, config)
-    abstract_state = train_step.abstract_state(params, optim.make_optimizer(config), mesh)
-    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+    prompt, llm_dir = text.build_prompt(tokenizer, config.prompt), llm_path(config, workdir)
+    slm = modules(config, tokenizer.vocab_size, prompt, llm_dir)
+    trained, frozen = abstract_params(slm, config)
+    mesh = sharding.mesh_at_hand(config, optim.merge(trained, frozen))
+    slm = modules(config, tokenizer.vocab_size, prompt, llm_dir, mesh)
+    abstract_state = train_step.abstract_state(trained, optim.make_optimizer(config), mesh)
+    frozen = frozen_params(slm, config, llm_dir)
     made_of = checkpoint.provenance(config, tokenizer, frozen)
     state = checkpoint.restore(workdir, abstract_state, made_of, params_only=True, which=which)
     if state is None:
@@ -109,6 +114,35 @@ def build(config, tokenizer: text.Tokenizer, llm_dir: str = "", mesh=None) -> tu
             llm_dir, config.llm.revision or None, **_placement(config, "llm", mesh)
         )
     return slm, init_params(slm, config, loaded)
+
+
+def frozen_params(slm: SLM, config, llm_dir: str = "") -> dict:
+    """The frozen parameters alone, as `split` gives them, in their shards of the SLM's mesh: read
+    where the configuration names a path, else drawn from the seed."""
+    _, shapes = abstract_params(slm, config)
+    frozen = {}
+    if config.encoder.path and "encoder" in shapes:
+        _, frozen["encoder"] = pretrained.load_speech_encoder(
+            config.encoder.path, config.encoder.revision or None,
+            **_placement(config, "encoder", slm.mesh, keep_trained=False),
+        )  # fmt: skip
+    if llm_dir and "llm" in shapes:
+        _, frozen["llm"] = pretrained.load_llm(
+            llm_dir, config.llm.revision or None,
+            **_placement(config, "llm", slm.mesh, keep_trained=False),
+        )  # fmt: skip
+    found = optim.flat_paths(frozen)
+    missing = {path: x for path, x in optim.flat_paths(shapes).items() if path not in found}
+
+    def draw():  # what is not among the results is not computed
+        drawn = optim.flat_paths(split(init_params(slm, config), config)[1])
+        return traverse_util.unflatten_dict({path: drawn[path] for path in missing}, sep="/")
+
+    if missing:
+        tree = traverse_util.unflatten_dict(missing, sep="/")
+        placed = slm.mesh and sharding.tree_shardings(tree, slm.mesh)
+        frozen = optim.merge(frozen, jax.jit(draw, out_shardings=placed)())
+    return frozen
 
 
 def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mesh=None) -> SLM:
@@ -238,16 +272,20 @@ def plain(slm: SLM) -> SLM:
     return slm_lib.make(encoder, slm.adapter.config, llm, slm.prompt, slm.mesh)
 
 
-def _placement(config, part: str, mesh) -> dict:
+def _placement(config, part: str, mesh, keep_trained: bool = True) -> dict:
     """In which dtype (a frozen part never needs float32) and shards to read a part's weights, and
-    what to make of each that is frozen."""
+    what to make of each that is frozen; others are kept as they are, or let go."""
     is_frozen = lambda path: config.freeze and re.search(config.freeze, f"{part}/{path}")
+    dtype = config.compute_dtype
 
     def read(path, leaf):
-        return quantize.leaf_to_int8(path, leaf) if is_frozen(path) else {path: leaf}
+        if not is_frozen(path):
+            return {path: leaf} if keep_trained else {}
+        parts = quantize.leaf_to_int8(path, leaf) if config.frozen_int8 else {path: leaf}
+        return {p: x if quantize.is_part(p, x) else x.astype(dtype) for p, x in parts.items()}
 
     return {
-        "dtype": config.compute_dtype if is_frozen("weights") else "float32",
+        "dtype": dtype if is_frozen("weights") else "float32",
         "shardings": mesh and (lambda shapes: sharding.tree_shardings({part: shapes}, mesh)[part]),
-        "read": read if config.frozen_int8 else None,
+        "read": read,
     }

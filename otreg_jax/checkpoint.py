@@ -154,8 +154,9 @@ def restore(
     """A checkpoint in the shardings of `abstract_state`; None if there is none.
 
     Every array must have the fingerprint that it was saved with (older checkpoints have none). Of
-    the newest, an unreadable or damaged one is skipped with a warning. With `params_only` no more
-    of the optimizer's state is read than an average of the weights. which: as for `choose`.
+    the newest, an unreadable or damaged one is skipped with a warning. With `params_only` the
+    optimizer's state is not read; where it holds an average of the weights, that is read alone.
+    which: as for `choose`.
 
     Raises:
       ValueError: the one asked for does not exist; checkpoints exist, and none can be read; or the
@@ -167,9 +168,13 @@ def restore(
         return None
     if params_only:
         average = optim.averaged(None, abstract_state.opt_state)
-        nothing = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract_state.opt_state)
-        needed = nothing if average is None else optax.tree.set(nothing, ema=average)
-        abstract_state = abstract_state._replace(opt_state=needed)
+        nothing = lambda tree: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree)
+        abstract_state = abstract_state._replace(opt_state=nothing(abstract_state.opt_state))
+        if average is not None:
+            abstract_state = abstract_state._replace(
+                params=nothing(abstract_state.params),
+                opt_state=optax.tree.set(abstract_state.opt_state, ema=average),
+            )
     steps, problems = _Steps(), []
     with ocp.training.Checkpointer(path, step_name_format=steps) as orbax:
         found = {info.step: info.metrics or {} for info in orbax.checkpoints}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from otreg_jax import sharding
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.llm import LLM, Cache, for_steps, init_cache
 
@@ -194,7 +195,8 @@ def _prefill(llm: LLM, params, x_BPD, length_B, slots: int) -> tuple[jax.Array, 
     batch, prompt_size = x_BPD.shape[:2]
     positions_BP = jnp.broadcast_to(jnp.arange(prompt_size), (batch, prompt_size))
     x_BPD = jnp.where((positions_BP < length_B[:, None])[..., None], x_BPD, 0)
-    cache = init_cache(llm.config, batch, slots)
+    spread = functools.partial(sharding.over_cache, mesh=llm.mesh)
+    cache = jax.tree.map(spread, init_cache(llm.config, batch, slots))
     hidden_BPD, cache = llm.apply({"params": params}, x_BPD, positions_BP, cache, method="hidden")
     last_B1D = jnp.take_along_axis(hidden_BPD, (length_B - 1)[:, None, None], axis=1)
     return llm.apply({"params": params}, last_B1D[:, 0], method="logits"), cache

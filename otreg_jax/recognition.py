@@ -114,7 +114,8 @@ def batches(
     # A batch shape must be worth its compilation.
     num_buckets = min(run.config.data.num_buckets, 1 + len(utterances) // 512)
     data_config = pipeline.for_evaluation(run.config.data, num_buckets=num_buckets)
-    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    shards = sharding.batch_shards(run.mesh.shape)
+    batch_size = -(-batch_size // shards) * shards
     host_index, host_count = cluster.batch_share(run.mesh)
     host_batches = pipeline.eval_batches(
         utterances, run.tokenizer, data_config, batch_size=batch_size,

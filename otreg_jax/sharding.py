@@ -72,13 +72,53 @@ def make_mesh(config, devices=None) -> Mesh:
       ValueError: as `mesh_sizes`, or the slices do not divide the data axis.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(config, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes, slices = mesh_sizes(config, len(devices)), _num_slices(devices)
     if sizes["data"] % slices:
         raise ValueError(
             f"mesh: data={sizes['data']} is not a multiple of the {slices} slices; set mesh.data="
             f"{slices}, so that only gradients cross the slower network between them"
         )
+    return _mesh(sizes, devices)
+
+
+def mesh_at_hand(config, params, devices=None) -> Mesh:
+    """The mesh that `config.mesh` asks for as far as it goes with the devices that are there, to
+    evaluate on any number of them what was trained on another.
+
+    `tensor` and `fsdp` stay, or become their largest common divisor with the devices of a slice;
+    -1 becomes the largest that divides what it splits. The other devices lie along `data`.
+
+    Args:
+      params: all parameters, arrays or ShapeDtypeStructs.
+    """
+    devices = jax.devices() if devices is None else devices
+    each = len(devices) // _num_slices(devices)
+    common = lambda axis, count: math.gcd(config.mesh[axis], count)
+    tensor = 1 if config.mesh.tensor == -1 else common("tensor", each)
+    each //= tensor
+    if config.mesh.fsdp != -1:
+        choices = [common("fsdp", each)]
+    else:
+        each //= common("data", each)
+        choices = [size for size in range(each, 0, -1) if each % size == 0]
+    for fsdp in choices:
+        data = len(devices) // (fsdp * tensor)
+        mesh = _mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)
+        try:
+            tree_shardings(params, mesh)
+            break
+        except ValueError:
+            if fsdp == choices[-1]:
+                raise
+    return mesh
+
+
+def _num_slices(devices) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _mesh(sizes, devices) -> Mesh:
+    slices = _num_slices(devices)
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     # Axes may take a part of a torus axis: 16 devices of an 8x8 slice, say.
     split = {"allow_split_physical_axes": True}
@@ -108,6 +148,16 @@ def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     if mesh is None or x.shape[0] % batch_shards(mesh.shape):
         return x
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def over_cache(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Keys or values [layers, B, slots, K, head_dim] with their rows spread as those of a batch and
+    their heads over `tensor`, where these divide."""
+    if mesh is None or x.shape[1] % batch_shards(mesh.shape):
+        return x
+    heads = "tensor" if x.shape[3] % mesh.shape["tensor"] == 0 else None
+    placed = NamedSharding(mesh, P(None, BATCH[0], None, heads, None))
+    return jax.lax.with_sharding_constraint(x, placed)
 
 
 def gather_vocabulary(params, mesh: Mesh | None):
