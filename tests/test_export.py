@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.numpy import load_file
@@ -14,7 +15,7 @@ from toy_run import make_run
 
 from otreg_jax import build, export, pretrained
 from otreg_jax import config as config_lib
-from otreg_jax.data import text
+from otreg_jax.data import chat, text
 from otreg_jax.models import lora
 
 
@@ -48,6 +49,9 @@ def test_export_opens_and_gives_the_same_outputs(run, tmp_path):
     with torch.no_grad():
         np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits, logits, atol=1e-4)
     assert theirs.config.eos_token_id == run.tokenizer.eos_id
+    assert json.loads((tmp_path / "llm" / export.GENERATION).read_text()) == {
+        "bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id,
+    }  # fmt: skip
     assert text.load_tokenizer(tmp_path / "llm").fingerprint == run.tokenizer.fingerprint
 
     mel_BFM = np.random.default_rng(0).normal(size=(1, 60, run.slm.encoder.config.num_mels))
@@ -68,6 +72,44 @@ def test_export_opens_and_gives_the_same_outputs(run, tmp_path):
     description = json.loads((tmp_path / "config.json").read_text())
     assert description["step"] == 7 and description["adapter"]["kind"] == "mlp"
     assert description["prompt"]["eos"] == run.tokenizer.eos_id
+
+
+def test_a_chat_model_keeps_its_template_and_its_end_of_turn(run, tmp_path, capsys):
+    """What `transformers` needs to converse with the exported LLM as the base does."""
+    base = tmp_path / "base"
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "turn": 1}, "<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<s>", "</s>", "<end>"])
+    base.mkdir()
+    made.save(str(base / "tokenizer.json"))
+    config = {"eos_token": "</s>", "bos_token": "<s>"}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+    (base / chat.FILE).write_text(template)
+    kept = {"bos_token_id": 2, "eos_token_id": [3, 9], "temperature": 0.7}
+    (base / export.GENERATION).write_text(json.dumps(kept))
+
+    c = run.config.copy_and_resolve_references()
+    c.llm.path, c.lora.pattern = str(base), "llm/"
+    tokenizer = text.load_tokenizer(base)
+    slm = run.slm._replace(prompt=text.build_prompt(tokenizer, "chat:{speech}"))
+    half = jax.tree_util.tree_map_with_path(
+        lambda path, x: x if path[-1].key in lora.PAIR else x.astype(jnp.bfloat16), run.params
+    )
+    chatty = run._replace(config=c, tokenizer=tokenizer, slm=slm, params=half)
+    lost = export.export(chatty, tmp_path / "out", "bfloat16")
+    assert lost == pytest.approx(lora.rounded_away(half, "bfloat16")) and 0 < lost < 0.1
+    llm = tmp_path / "out" / "llm"
+    end = tokenizer.token_id("<end>")
+    assert json.loads((llm / export.GENERATION).read_text()) == kept | {"eos_token_id": [end, 3, 9]}
+    theirs = transformers.AutoTokenizer.from_pretrained(llm)
+    assert theirs.chat_template == template
+    assert load_file(llm / "model.safetensors")["model.norm.weight"].dtype == jnp.bfloat16
+    # Without a dtype nothing is lost: the LLM and the encoder have pairs.
+    assert export.export(chatty, tmp_path / "exact") == 0
+    _, params = pretrained.load_llm(tmp_path / "exact" / "llm")
+    jax.tree.map(np.testing.assert_array_equal, params, lora.merge(half["llm"]))
+    assert json.loads((tmp_path / "exact/llm/config.json").read_text())["torch_dtype"] == "float32"
 
 
 def test_export_never_overwrites(run, tmp_path):

@@ -52,13 +52,36 @@ def strip(params: dict) -> dict:
 
 
 def merge(params: dict) -> dict:
-    """Params with every pair folded into its kernel, summed in float32, in the kernel's dtype."""
+    """Params with every pair folded into its kernel; those kernels are float32, for a narrower
+    dtype would round most of a small change away (see `rounded_away`)."""
     flat = traverse_util.flatten_dict(params)
     merged = traverse_util.flatten_dict(strip(params))
-    for *parent, name in flat:
-        if name == "lora_a":
-            a, b = (jnp.asarray(flat[(*parent, leaf)], jnp.float32) for leaf in PAIR)
-            kernel = merged[(*parent, "kernel")]
-            change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-            merged[(*parent, "kernel")] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+    for parent in _pairs(flat):
+        kernel = merged[(*parent, "kernel")].astype(jnp.float32)
+        merged[(*parent, "kernel")] = kernel + _change(flat, parent)
     return traverse_util.unflatten_dict(merged)
+
+
+def rounded_away(params: dict, dtype: str) -> float:
+    """How much of the pairs' change is lost when merged kernels are rounded to `dtype`: the norm of
+    the rounding relative to that of the change, over all kernels; 0 without pairs."""
+    flat = traverse_util.flatten_dict(params)
+    lost, change = 0.0, 0.0
+    for parent in _pairs(flat):
+        delta = _change(flat, parent)
+        kernel = flat[(*parent, "kernel")].astype(jnp.float32) + delta
+        rounding = kernel.astype(dtype).astype(jnp.float32) - kernel
+        lost += float(jnp.square(rounding).sum())
+        change += float(jnp.square(delta).sum())
+    return (lost / change) ** 0.5 if change else 0.0
+
+
+def _pairs(flat: dict) -> list[tuple]:
+    """The paths of the modules that hold a pair."""
+    return [path[:-1] for path in flat if path[-1] == "lora_a"]
+
+
+def _change(flat: dict, parent: tuple) -> jax.Array:
+    """What a pair adds to its kernel, float32."""
+    a, b = (jnp.asarray(flat[(*parent, leaf)], jnp.float32) for leaf in PAIR)
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -4,6 +4,7 @@ from otreg_jax.pretrained.load import (
     llm_config,
     load_llm,
     load_speech_encoder,
+    read_json,
     resolve,
     speech_encoder_config,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "llm_config",
     "load_llm",
     "load_speech_encoder",
+    "read_json",
     "resolve",
     "save_llm",
     "save_speech_encoder",
