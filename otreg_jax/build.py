@@ -13,7 +13,7 @@ from etils import epath
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from otreg_jax import checkpoint, losses, optim, pretrained, sharding, train_step
+from otreg_jax import checkpoint, losses, optim, pretrained, sharding, stages, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import text
 from otreg_jax.models import attention, lora, quantize
@@ -76,8 +76,11 @@ def split(params, config):
     """(trained parameters in float32, frozen ones in the compute dtype or, their largest, int8)."""
     trained, frozen = optim.split(params, config.freeze)
     trained = jax.tree.map(lambda x: x.astype("float32"), trained)
+    is_float = lambda path, x: (
+        jnp.issubdtype(x.dtype, jnp.floating) and not quantize.is_part(path, x)
+    )
     frozen = {
-        path: x if quantize.is_part(path, x) else x.astype(config.compute_dtype)
+        path: x.astype(config.compute_dtype) if is_float(path, x) else x
         for path, x in optim.flat_paths(frozen).items()
     }
     frozen = traverse_util.unflatten_dict(frozen, sep="/")
@@ -91,12 +94,15 @@ def llm_path(config, workdir) -> str:
     return str(Path(workdir) / "llm")
 
 
-def build(config, tokenizer: text.Tokenizer, llm_dir: str = "", mesh=None) -> tuple[SLM, dict]:
+def build(
+    config, tokenizer: text.Tokenizer, llm_dir: str = "", mesh=None, ctc_classes=None
+) -> tuple[SLM, dict]:
     """Modules and weights: pretrained where the configuration names a path, else from the seed.
 
     Args:
       llm_dir: a Hugging Face directory or hub id with the LLM; "" builds one from scratch.
       mesh: pretrained weights are read straight into their shards of it, if given.
+      ctc_classes: see `losses.init_ctc`.
 
     Returns:
       The SLM and {"encoder", "adapter", "llm"} (and "ctc" if that loss is on).
@@ -113,7 +119,7 @@ def build(config, tokenizer: text.Tokenizer, llm_dir: str = "", mesh=None) -> tu
         _, loaded["llm"] = pretrained.load_llm(
             llm_dir, config.llm.revision or None, **_placement(config, "llm", mesh)
         )
-    return slm, init_params(slm, config, loaded)
+    return slm, init_params(slm, config, loaded, ctc_classes)
 
 
 def frozen_params(slm: SLM, config, llm_dir: str = "") -> dict:
@@ -203,9 +209,9 @@ def new_llm_config(config, vocab_size: int) -> LLMConfig:
     )  # fmt: skip
 
 
-def init_params(slm: SLM, config, loaded: dict | None = None) -> dict:
+def init_params(slm: SLM, config, loaded: dict | None = None, ctc_classes=None) -> dict:
     """All parameters: those of `loaded` parts as they are, the others drawn from the seed, low-rank
-    pairs and the CTC head added."""
+    pairs and the CTC head (over `ctc_classes`) added."""
     params = dict(loaded or {})
     key = jax.random.key(config.seed)
     inputs = {
@@ -218,14 +224,18 @@ def init_params(slm: SLM, config, loaded: dict | None = None) -> dict:
             # jit: op by op, initialisation would compile hundreds of small programs.
             init = jax.jit(getattr(slm, part).init)
             params[part] = init(jax.random.fold_in(key, i), *inputs[part])["params"]
+    if config.adapter.norm == "table":
+        norm_V = jnp.linalg.norm(params["llm"]["embed"]["embedding"].astype(jnp.float32), axis=1)
+        params["adapter"]["scale"] = jnp.median(norm_V) * slm.llm.config.embed_scale
     if config.lora.pattern:
         lora_key = jax.random.fold_in(key, 4)
         params = lora.add(
             params, config.lora.pattern, config.lora.rank, lora_key, config.lora.scale
         )
-    if config.ctc.weight:
-        ctc_key = jax.random.fold_in(key, 3)
-        params["ctc"] = losses.init_ctc(ctc_key, slm.llm.config.embed_dim, config.ctc.scale)
+    if stages.is_ever_on(config, "ctc"):
+        params["ctc"] = losses.init_ctc(
+            jax.random.fold_in(key, 3), slm.llm.config.embed_dim, config.ctc.scale, ctc_classes
+        )
     return params
 
 

@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from otreg_jax import rules, settings
+from otreg_jax import rules, settings, stages
 from otreg_jax.data import text
 
 
@@ -36,6 +36,7 @@ def default() -> ConfigDict:
         for group in groups:
             place = place.setdefault(group, {})
         place[name] = setting.default
+    nested["stages"] = {}
     return ConfigDict(nested)
 
 
@@ -78,6 +79,8 @@ def problems(config: ConfigDict) -> list[str]:
         elif not row.allowed.accepts(value):
             bad.add(key)
             lines.append(f"{key}={value!r}: must be {row.allowed.words}")
+    if not any(key.startswith("stages.") for key in bad):
+        lines += stages.problems(config)
     templates = values.get("synthetic.num_train") and not values.get("synthetic.sentences")
     needed = settings.NEEDED if templates else ()
     missing = collections.defaultdict(list)
@@ -85,6 +88,15 @@ def problems(config: ConfigDict) -> list[str]:
         if key not in values:
             missing[key.rpartition(".")[0]].append(key)
     lines += [f"{group or 'it'} lacks {', '.join(keys)}" for group, keys in missing.items()]
+    lines += _broken_rules(values, bad)
+    for stage in () if lines or not config.stages else stages.stages_of(config):
+        broken = _broken_rules(_leaves(stage.config), bad)
+        lines += [f"stages.{stage.name} ({stage.config.num_steps} steps): {x}" for x in broken]
+    return lines
+
+
+def _broken_rules(values: dict, bad: set) -> list[str]:
+    lines = []
     for rule in rules.RULES:
         if bad.isdisjoint(rule.keys) and values.keys() >= set(rule.keys):
             problem = rule.problem(*(values[key] for key in rule.keys))
@@ -154,12 +166,14 @@ def load(path) -> ConfigDict:
     lines = [
         f"{key}: unknown to this version of otreg_jax{suggest(key, known)}"
         for key in flat
-        if key not in known and not key.startswith("synthetic.")
+        if key not in known and not key.startswith(("synthetic.", "stages."))
     ]
     synthetic = stored.get("synthetic")
     for key, value in synthetic.items() if isinstance(synthetic, dict) else ():
         if f"synthetic.{key}" not in known:
             config.synthetic[key] = tuples(value)
+    with config.unlocked():
+        config.stages = tuples(stored.get("stages", {}))
     for key in known.keys() & flat.keys():
         try:
             config.update_from_flattened_dict({key: tuples(flat[key])})
@@ -288,7 +302,7 @@ def _check_flags(argv) -> None:
 def as_text() -> str:
     """The table of settings: a line a key, and under it what it means and may be."""
     lines = []
-    for row in (*settings.TABLE.values(), *settings.SYNTHETIC):
+    for row in settings.ROWS:
         lines.append(f"{row.key} = {row.default!r}" if row.key in settings.TABLE else row.key)
         words = "; ".join(filter(None, (row.meaning, row.allowed.words)))
         lines += textwrap.wrap(words, 96, initial_indent="    ", subsequent_indent="    ")
@@ -299,7 +313,7 @@ def as_markdown() -> str:
     """docs/configuration.md: the table of settings, a section a group."""
     cell = lambda text: text.replace("|", "\\|").replace("\n", "\\n")
     sections = collections.defaultdict(list)
-    for row in (*settings.TABLE.values(), *settings.SYNTHETIC):
+    for row in settings.ROWS:
         default = f"`{row.default!r}`" if row.key in settings.TABLE else ""
         cells = (f"`{row.key}`", default, row.allowed.words, row.meaning, row.on_resume)
         sections[row.key.rpartition(".")[0]].append("| " + " | ".join(map(cell, cells)) + " |")

@@ -14,13 +14,25 @@ def flat_paths(params) -> dict[str, jax.Array]:
 
 
 def split(params, frozen_regex: str):
-    """(trainable, frozen): nested dicts that together are `params`; "" freezes nothing."""
+    """(trainable, frozen): nested dicts that together are `params`; "" freezes nothing but
+    integers, which have no gradient."""
+
+    def is_frozen(path, x):
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        return not is_float or bool(frozen_regex and re.search(frozen_regex, path))
+
     flat = flat_paths(params)
-    is_frozen = lambda path: bool(frozen_regex) and re.search(frozen_regex, path)
     part = lambda wanted: traverse_util.unflatten_dict(
-        {path: x for path, x in flat.items() if bool(is_frozen(path)) == wanted}, sep="/"
+        {path: x for path, x in flat.items() if is_frozen(path, x) == wanted}, sep="/"
     )
     return part(False), part(True)
+
+
+def matching(params, regex: str):
+    """(those whose path matches, the others), nested dicts that together are `params`; "" matches
+    everything."""
+    others, matched = split(params, regex or ".")
+    return matched, others
 
 
 def merge(trainable, frozen):
@@ -44,10 +56,13 @@ def learning_rate(config) -> optax.Schedule:
     return optax.join_schedules([cycle(c.restart_step), second], [c.restart_step])
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
+def make_optimizer(config, train: str = "") -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW; decay on matrices only; `optim.multipliers`, a tuple
     of (regex, factor), scales the update of parameters whose path matches (first match wins); with
-    `optim.ema_decay` the state also holds an average of the weights, for `averaged`."""
+    `optim.ema_decay` the state also holds an average of the weights, for `averaged`.
+
+    train: regex of the parameters that a stage trains; all others stay as they are. "": all.
+    """
     c = config.optim
     is_matrix = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
 
@@ -56,6 +71,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
         scaled = {}
         for path, update in flat_paths(updates).items():
             factor = next((f for regex, f in c.multipliers if re.search(regex, path)), 1.0)
+            factor = factor if re.search(train, path) else 0.0
             scaled[path] = update * factor
         return traverse_util.unflatten_dict(scaled, sep="/")
 
@@ -64,7 +80,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
         optax.adamw(
             learning_rate(config), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=is_matrix
         ),
-        optax.stateless(scale_by_path) if c.multipliers else optax.identity(),
+        optax.stateless(scale_by_path) if c.multipliers or train else optax.identity(),
     ]
     return optax.chain(*steps, *([average_weights(c.ema_decay)] if c.ema_decay else []))
 

@@ -7,7 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from otreg_jax import allowed, build, checkpoint, losses, optim, rules, settings
+from otreg_jax import allowed, build, checkpoint, losses, optim, rules, settings, stages
 from otreg_jax import config as config_lib
 from otreg_jax.data import records, sets, sources, spoken, text
 from otreg_jax.models import lora
@@ -84,22 +84,24 @@ LOOKS = {
 
 def check_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Raises one ValueError that lists what is wrong with settings that speak of the model: regexes
-    that match none of its parameters, or all, `otreg.layer`. Nothing is computed; of pretrained
-    models config.json is read."""
+    that match none of its parameters, or all, `otreg.layer`, `encoder.keep`. Nothing is computed;
+    of pretrained models config.json is read."""
     prompt = text.Prompt((), (), 0)  # no parameter depends on it, nor a path on the vocabulary
     vocab_size = 0 if config.llm.path else config.tokenizer.vocab_size
     slm = build.modules(config, vocab_size, prompt, config.llm.path, mesh)
     without_lora = config.copy_and_resolve_references()
     without_lora.lora.pattern = ""
     params = jax.eval_shape(lambda: build.init_params(slm, without_lora))
-    layer = rules.layer_problem(config.otreg.layer, slm.llm.config.num_layers)
-    lines = [f"otreg.layer={config.otreg.layer}: {layer}"] if layer else []
+    layers = {stage.config.otreg.layer for stage in stages.stages_of(config)}
+    wrong = {layer: rules.layer_problem(layer, slm.llm.config.num_layers) for layer in layers}
+    lines = [f"otreg.layer={layer}: {problem}" for layer, problem in wrong.items() if problem]
     config_lib.raise_problems(lines + pattern_problems(config, params))
 
 
 def pattern_problems(config: ConfigDict, params) -> list[str]:
-    """Lines about `freeze`, `lora.pattern` and `optim.multipliers` that match nothing, everything
-    or each other; `params`: shapes of all parameters, without low-rank pairs."""
+    """Lines about `freeze`, `lora.pattern`, `optim.multipliers` and what stages train, that match
+    nothing, everything or each other, and about `encoder.keep` of an encoder that is trained;
+    `params`: shapes of all parameters, without low-rank pairs."""
     lines, key = [], jax.random.key(0)
     freeze, pattern = config.freeze, config.lora.pattern
     if pattern:
@@ -126,6 +128,14 @@ def pattern_problems(config: ConfigDict, params) -> list[str]:
         for regex, _ in config.optim.multipliers
         if not any(re.search(regex, path) for path in trained)
     ]
+    lines += [
+        f"stages.{stage.name}.train={stage.train!r}: matches no parameter that is trained"
+        for stage in stages.stages_of(config)
+        if not any(re.search(stage.train, path) for path in trained)
+    ]
+    moving = [path for path in trained if path.startswith("encoder/")]
+    if config.encoder.keep and moving:
+        lines.append(f"encoder.keep=True: the encoder is trained ({moving[0]}, ...); freeze it all")
     return lines
 
 

@@ -121,6 +121,21 @@ def layer_problem(layer: int, num_layers: int) -> str:
     return "" if layer < num_layers else f"it must be 0 to {num_layers - 1}, below the last layer"
 
 
+@rule(
+    "encoder.keep",
+    "data.features",
+    "data.augment.speeds",
+    "data.augment.noise",
+    "data.augment.rir",
+    "data.augment.time_masks",
+    "data.augment.freq_masks",
+)
+def _kept_encoder_outputs(keep, features, speeds, *others):
+    if keep and (features != "host" or any(others) or any(speed != 1 for speed in speeds)):
+        return "what is computed once cannot be augmented, nor come from data.features=step"
+    return ""
+
+
 @rule("encoder.embed_dim", "encoder.num_heads", "encoder.path")
 def _encoder_heads(embed_dim, num_heads, path):
     return "" if path or embed_dim % num_heads == 0 else "heads must divide the width"

@@ -8,7 +8,7 @@ listed where the thing they choose is defined.
 import fnmatch
 from typing import Any, NamedTuple
 
-from otreg_jax import otreg
+from otreg_jax import otreg, stages
 from otreg_jax.allowed import (
     FLAG,
     FOLDER,
@@ -185,6 +185,12 @@ _ROWS = (
     ),
     ("encoder.path", "", MODEL, 'a Whisper model; "": from scratch'),
     ("encoder.revision", "", TEXT, "the commit of a hub id"),
+    (
+        "encoder.keep",
+        False,
+        FLAG,
+        "compute what a frozen encoder gives once, and keep it in WORKDIR/encoded",
+    ),
     ("encoder.embed_dim", 96, integer(4, multiple_of=2), "width"),
     ("encoder.num_layers", 2, SIZE, "Transformer blocks"),
     ("encoder.num_heads", 4, SIZE, "of attention; they divide the width"),
@@ -203,6 +209,12 @@ _ROWS = (
     ("adapter.num_heads", 8, SIZE, "likewise"),
     ("adapter.num_queries", 1, SIZE, "qformer: embeddings a window"),
     ("adapter.dropout", 0.0, number(0, below=1), "of its last hidden layer"),
+    (
+        "adapter.norm",
+        "none",
+        one_of(*adapter.NORMS),
+        "table: outputs have one learned norm, which starts as the median of the LLM's table",
+    ),
     ("llm.path", "", MODEL, '"": from scratch'),
     ("llm.revision", "", TEXT, "the commit of a hub id"),
     ("llm.embed_dim", 96, SIZE, "width"),
@@ -279,7 +291,15 @@ _ROWS = (
         "position: the control, no similarity in the plan",
     ),
     ("otreg.backend", OT["backend"], one_of(*otreg.CHOICES["backend"]), "what solves for it", FREE),
+    ("ce.weight", 1.0, WEIGHT, "cross-entropy; 0: the LLM runs only as far as the others need"),
     ("ctc.weight", 0.0, WEIGHT, "CTC over the LLM's vocabulary on the adapter's outputs; 0: none"),
+    (
+        "ctc.classes",
+        "all",
+        one_of(*text.CLASSES),
+        "all rows of the LLM's table, or those of tokens used in the training transcripts: over a "
+        "large table cosine logits learn nothing",
+    ),
     ("ctc.scale", 10.0, POSITIVE, "initial (learned) scale of its cosine logits"),
     ("infonce.weight", 0.0, WEIGHT, "contrastive loss of pooled speech and text; 0: none"),
     ("infonce.temperature", 0.1, POSITIVE, "its cosines are divided by it"),
@@ -329,9 +349,20 @@ _SYNTHETIC = (
 )
 SYNTHETIC = tuple(Setting(f"synthetic.{key}", None, *row) for key, *row in _SYNTHETIC)
 NEEDED = tuple(row.key for row in SYNTHETIC[:5])  # with num_train and no sentences
+# What a stage may name beside the keys of the sections `stages.SECTIONS`; * is its name.
+_STAGES = (
+    ("start", COUNT, "the stage's first step; the first stage starts at 0"),
+    ("train", REGEX, 'paths of parameters that it trains; "": all that are not frozen'),
+)
+STAGES = tuple(Setting(f"stages.*.{key}", None, *row) for key, *row in _STAGES)
+ROWS = (*TABLE.values(), *SYNTHETIC, *STAGES)
 
 
 def find(key: str) -> Setting | None:
-    """The row of a key."""
-    patterns = (row for row in SYNTHETIC if fnmatch.fnmatchcase(key, row.key))
+    """The row of a key; in a stage, the row of the key that it stands in for."""
+    if key.startswith("stages."):
+        _, _, rest = key.removeprefix("stages.").partition(".")
+        if rest.partition(".")[0] in stages.SECTIONS:
+            return TABLE.get(rest)
+    patterns = (row for row in (*SYNTHETIC, *STAGES) if fnmatch.fnmatchcase(key, row.key))
     return TABLE.get(key) or next(patterns, None)

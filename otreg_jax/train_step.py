@@ -35,15 +35,29 @@ def abstract_state(params, optimizer: optax.GradientTransformation, mesh) -> Tra
     )  # fmt: skip
 
 
-def make_step(slm, config, optimizer: optax.GradientTransformation, state: TrainState):
+def make_step(
+    slm, config, optimizer: optax.GradientTransformation, state: TrainState,
+    start: int = 0, train: str = "",
+):  # fmt: skip
     """`train_step` jitted, a function of (state, frozen, batch); the state it is given is donated,
-    and its successor has the shardings of `state` (arrays or ShapeDtypeStructs)."""
+    and its successor has the shardings of `state` (arrays or ShapeDtypeStructs).
+
+    config, start, train: of a `stages.Stage`, or the configuration of a run without stages.
+    """
     step = functools.partial(
         train_step, slm=slm, config=config, optimizer=optimizer,
-        schedules=losses.make_schedules(config),
+        schedules=losses.make_schedules(config, start), train=train,
     )  # fmt: skip
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_restart(optimizer: optax.GradientTransformation, state: TrainState):
+    """A jitted function from the state that one stage leaves to that which the next starts from:
+    the optimizer's state afresh. The state it is given is donated."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    restart = lambda state: state._replace(opt_state=optimizer.init(state.params))
+    return jax.jit(restart, donate_argnums=0, out_shardings=shardings)
 
 
 def make_eval_step(slm):
@@ -66,12 +80,15 @@ def prepare(batch, step, config):
     return batch
 
 
-def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, schedules):
+def train_step(
+    state: TrainState, frozen, batch, *, slm, config, optimizer, schedules, train: str = ""
+):
     """Loss, gradient, update.
 
     Args:
       state: the trainable part. frozen: all other parameters; they get no gradient and have no
-        optimizer state. batch: a global batch of the data pipeline.
+        optimizer state. batch: a global batch of the data pipeline. train: regex of the parameters
+      that get a gradient; the optimizer was made with it too. "": all of the state's.
 
     Returns:
       (state, metrics). A step whose loss or gradient is not finite changes no parameter and no
@@ -80,15 +97,16 @@ def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, sche
     """
     batch = prepare(batch, state.step, config)
     frozen = sharding.gather_vocabulary(frozen, slm.mesh)
+    trained, resting = optim.matching(state.params, train)
 
     def gradient_of(rows, totals=None):
-        def loss_of(params):
+        def loss_of(trained):
+            params = optim.merge(optim.merge(trained, resting), frozen)
             return losses.loss_fn(
-                slm, optim.merge(params, frozen), rows, state.step,
-                config=config, schedules=schedules, totals=totals,
-            )  # fmt: skip
+                slm, params, rows, state.step, config=config, schedules=schedules, totals=totals
+            )
 
-        return jax.grad(loss_of, has_aux=True)(state.params)
+        return jax.grad(loss_of, has_aux=True)(trained)
 
     if config.accumulation == 1:
         gradient, metrics = gradient_of(batch)
@@ -96,6 +114,7 @@ def train_step(state: TrainState, frozen, batch, *, slm, config, optimizer, sche
         totals = losses.batch_totals(slm, optim.merge(state.params, frozen), batch, config)
         gradient_of = functools.partial(gradient_of, totals=totals)
         gradient, metrics = sum_over_micro_batches(gradient_of, batch, config.accumulation)
+    gradient = optim.merge(gradient, jax.tree.map(jnp.zeros_like, resting))
     grad_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

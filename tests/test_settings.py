@@ -15,7 +15,7 @@ from otreg_jax import optim, otreg, preflight, rules, settings, sharding
 from otreg_jax import train as train_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
-ROWS = [*settings.TABLE.values(), *settings.SYNTHETIC]
+ROWS = settings.ROWS
 
 
 def usable():
@@ -29,8 +29,10 @@ def put(config, key, value):
     """Sets a value of any type, which a ConfigDict would refuse."""
     *groups, name = key.split(".")
     for group in groups:
+        with config.unlocked():  # the name of a stage is new
+            config[group] = config.get(group, {})
         config = config[group]
-    with config.ignore_type():
+    with config.unlocked(), config.ignore_type():
         config[name] = value
 
 

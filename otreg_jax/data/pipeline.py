@@ -62,6 +62,7 @@ def train_batches(
     host_index: int = 0,
     host_count: int = 1,
     skipped_path: str | None = None,
+    kept=None,
 ) -> Iterator[Batch]:
     """Yields this host's rows of the batches of steps start_step … num_steps - 1.
 
@@ -75,11 +76,13 @@ def train_batches(
       start_step: first step, when training resumes.
       host_index, host_count: which rows of the global batch: an equal share, in order.
       skipped_path: JSON-lines file that lists what was unusable (on_bad_audio="skip").
+      kept: the encoder's outputs for these utterances (`encoded.Kept`), if they are to be used.
 
     Yields:
       {"mel": float32 [B, F, M], "mel_length": int32 [B], "tokens": int32 [B, T] (transcripts only),
       "token_length": int32 [B], "index": int32 [B], row in `utterances`}. With features="step",
-      "audio": float32 [B, N] and "audio_length": int32 [B] stand in for mel and mel_length. A row
+      "audio": float32 [B, N] and "audio_length": int32 [B] stand in for mel and mel_length; with
+      `kept`, "encoded" [B, positions(F), E] in its dtype stands in for mel. A row
       whose audio turned out unusable is a filler: index -1, token_length 0, silence.
 
     Raises:
@@ -119,7 +122,10 @@ def train_batches(
         return plans[epoch], step % steps_per_epoch
 
     mine = _share(batch_size, host_index, host_count)
-    read = _reader(corpus, rows_N, data_config, data_config.augment, skipped_path, host_index)
+    if kept:
+        read = lambda row, speed, rng: kept.read(row)
+    else:
+        read = _reader(corpus, rows_N, data_config, data_config.augment, skipped_path, host_index)
 
     def batch(step: int) -> Batch:
         plan, s = plan_step(step)
@@ -130,7 +136,8 @@ def train_batches(
                 zip(rows_B, plan.speed_SB[s, mine], strict=True), mine.start
             )
         ]
-        return _assemble(corpus, rows_B, examples, buckets[plan.bucket_S[s]], data_config)
+        bucket = buckets[plan.bucket_S[s]]
+        return _assemble(corpus, rows_B, examples, bucket, data_config, kept)
 
     return _iterate(batch, start_step, num_steps, data_config.num_workers)
 
@@ -431,24 +438,27 @@ def _reader(
     return read
 
 
-def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config) -> Batch:
-    frames, tokens = bucket
-    on_host = data_config.features == "host"
-    speech, *shape = (
-        ("mel", frames, data_config.num_mels) if on_host else ("audio", frames * features.HOP)
-    )
+def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config, kept=None) -> Batch:
+    (frames, tokens), size = bucket, len(rows_B)
+    length, dtype = "mel_length", np.float32
+    if kept:
+        speech, shape, dtype = "encoded", (kept.positions(frames), kept.width), kept.dtype
+    elif data_config.features == "host":
+        speech, shape = "mel", (frames, data_config.num_mels)
+    else:
+        speech, length, shape = "audio", "audio_length", (frames * features.HOP,)
     batch = {
-        speech: np.zeros((len(rows_B), *shape), np.float32),
-        f"{speech}_length": np.full(len(rows_B), shape[0], np.int32),
-        "tokens": np.zeros((len(rows_B), tokens), np.int32),
-        "token_length": np.zeros(len(rows_B), np.int32),
-        "index": np.full(len(rows_B), -1, np.int32),
+        speech: np.zeros((size, *shape), dtype),
+        length: np.full(size, frames if kept else shape[0], np.int32),
+        "tokens": np.zeros((size, tokens), np.int32),
+        "token_length": np.zeros(size, np.int32),
+        "index": np.full(size, -1, np.int32),
     }
     for i, (row, example) in enumerate(zip(rows_B, examples, strict=True)):
         if example is not None:
             transcript = corpus.transcript(row)
             batch[speech][i, : len(example)] = example
-            batch[f"{speech}_length"][i] = len(example)
+            batch[length][i] = kept.frames_N[row] if kept else len(example)
             batch["tokens"][i, : len(transcript)] = transcript
             batch["token_length"][i] = len(transcript)
             batch["index"][i] = row

@@ -24,6 +24,7 @@ from otreg_jax.data import chat as chat_lib
 SPEECH = "{speech}"  # where a prompt template puts the speech embeddings
 SAMPLE = 2000  # transcripts that are looked at to see how the tokenizer writes them
 MODEL_TYPES = ("unigram", "bpe", "word", "char")  # of a SentencePiece model that is trained
+CLASSES = ("all", "used")  # of CTC: every token, or those of the training transcripts
 CHAT = "chat:"  # what begins a prompt that goes through the model's own chat template
 
 # A user turn and the start of the answer, for models whose own chat template is not at hand. The

@@ -28,9 +28,12 @@ class Schedules(NamedTuple):
     position_weight: optax.Schedule
 
 
-def make_schedules(config) -> Schedules:
-    """Two stages as schedules: lambda is 0 until `otreg.start_step` (SFT), then rises over
-    `otreg.ramp_steps`; gamma goes linearly from its first to its final value over stage 2."""
+def make_schedules(config, start: int = 0) -> Schedules:
+    """The paper's two stages as schedules: lambda is 0 until `otreg.start_step` (SFT), then rises
+    over `otreg.ramp_steps`; gamma goes linearly from its first to its final value from there on.
+
+    start: the step that counts as 0, where the configuration is that of a stage.
+    """
     c = config.otreg
     if c.ramp_steps:
         ramp = optax.linear_schedule(0.0, c.weight, c.ramp_steps, transition_begin=c.start_step)
@@ -40,7 +43,7 @@ def make_schedules(config) -> Schedules:
     decay = optax.linear_schedule(
         c.position_weight, final, max(config.num_steps - c.start_step, 1), c.start_step
     )
-    return Schedules(ramp, decay)
+    return Schedules(*(lambda step, f=f: f(step - start) for f in (ramp, decay)))
 
 
 class Totals(NamedTuple):
@@ -66,7 +69,7 @@ def batch_totals(slm: slm_lib.SLM, params, batch, config) -> Totals:
     if c.weight and center != "none":
         text_BTD = slm_lib.text_embeddings(slm, params, batch["tokens"], c.layer)
         center = otreg.text_centering(text_BTD, text_mask_BT, center)
-    fits_B = ctc_feasible(speech_length_B, batch["tokens"], text_mask_BT)
+    fits_B = ctc_feasible(speech_length_B, batch["tokens"], text_mask_BT, params.get("ctc"))
     return Totals(
         num_tokens=count_tokens(batch),
         num_examples=jnp.sum((length_B > 0) & (speech_length_B > 0)),
@@ -92,9 +95,9 @@ def loss_fn(
       totals: of the batch that these rows are a part of; they are a whole one without it.
 
     Returns:
-      loss: float32 scalar. metrics: float32 scalars `loss`, `ce`, `token_accuracy`, and where the
-      term is on `otreg`, `marginal_error`, `entropy`, `nearest_cosine`, `ctc`, `ctc_infeasible`,
-      `infonce`; all of them sums over utterances divided by totals.
+      loss: float32 scalar. metrics: float32 scalars `loss`, and where the term is on `ce`,
+      `token_accuracy`, `otreg`, `marginal_error`, `entropy`, `nearest_cosine`, `ctc`,
+      `ctc_infeasible`, `infonce`; all of them sums over utterances divided by totals.
     """
     totals = totals or Totals()
     rngs = None
@@ -102,11 +105,17 @@ def loss_fn(
         # The first row's index: micro-batches of a step draw apart, and apart from SpecAugment.
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         rngs = {"dropout": jax.random.fold_in(key, batch["index"][0])}
-    out = slm_lib.forward(slm, params, batch, config.otreg.layer, rngs)
+    predict = config.ce.weight > 0
+    layer = config.otreg.layer if config.otreg.weight or config.infonce.weight else 0
+    out = slm_lib.forward(slm, params, batch, layer, rngs, predict)
     real_B = batch["index"] >= 0
-    ce, accuracy = transcript_cross_entropy(slm, params, out.hidden_BTD, batch, totals.num_tokens)
-    loss = ce
-    metrics = {"ce": ce, "token_accuracy": accuracy}
+    loss, metrics = jnp.float32(0), {}
+    if predict:
+        ce, accuracy = transcript_cross_entropy(
+            slm, params, out.hidden_BTD, batch, totals.num_tokens
+        )
+        loss = config.ce.weight * ce
+        metrics |= {"ce": ce, "token_accuracy": accuracy}
 
     text_mask_BT = length_mask(batch["token_length"], batch["tokens"].shape[1]) & real_B[:, None]
     speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])

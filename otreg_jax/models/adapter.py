@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from otreg_jax.models import layers
 
 KINDS = ("mlp", "conv", "transformer", "conformer", "qformer")
+NORMS = ("none", "table")
 CONFORMER_WIDTH = 15  # positions of its convolution: 1.2 s where one is 80 ms, as in the paper
 
 
@@ -29,6 +30,8 @@ class AdapterConfig:
         `num_layers` blocks of cross-attention (window-level Q-Former, SALMONN, 2310.13289).
     in_dim, out_dim: widths of the encoder and of the LLM.
     dropout: of the last hidden layer, where `apply` is given a "dropout" rng (training).
+    norm: "none", or "table": every output has the same norm, a learned scalar that starts at the
+      median norm of the LLM's embedding table, so that the LLM meets speech as loud as text.
     """
 
     in_dim: int
@@ -40,11 +43,14 @@ class AdapterConfig:
     num_heads: int = 8
     num_queries: int = 1
     dropout: float = 0.0
+    norm: str = "none"
     dtype: str = "float32"
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"adapter: unknown kind {self.kind!r}, choose from {', '.join(KINDS)}")
+        if self.norm not in NORMS:
+            raise ValueError(f"adapter: unknown norm {self.norm!r}, choose from {', '.join(NORMS)}")
         if self.kind not in ("mlp", "conv") and self.hidden_dim % self.num_heads:
             raise ValueError(
                 f"adapter: hidden_dim {self.hidden_dim} must be a multiple of num_heads "
@@ -143,6 +149,11 @@ class Adapter(nn.Module):
         y_BSH = body(x_BSE, length_B)
         y_BSH = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(y_BSH)
         speech_BSD = layers.Dense(c.out_dim, True, dtype=c.dtype, name="out")(y_BSH)
+        if c.norm == "table":
+            scale = self.param("scale", nn.initializers.ones, ())
+            square_BS1 = jnp.sum(jnp.square(speech_BSD.astype(jnp.float32)), -1, keepdims=True)
+            factor_BS1 = scale * jax.lax.rsqrt(jnp.maximum(square_BS1, 1e-12))
+            speech_BSD = speech_BSD * factor_BS1.astype(speech_BSD.dtype)
         length_B = output_length(c, length_B)
         return layers.zero_padding(speech_BSD, length_B), length_B
 

@@ -48,13 +48,14 @@ class Outputs(NamedTuple):
 
     hidden_BTD: the T + 1 hidden states that predict: state t predicts transcript token t, the last
       one after a transcript of full length the end of sequence. `logits` turns them into logits.
+      None with `predict=False`.
     speech_BSD, text_BTD: the embeddings OTReg compares; for layer 0 the adapter's outputs and the
       embedding table's rows, for layer k hidden states after k layers.
     speech_length_B: int32, valid speech positions.
     adapted_BSD: the adapter's outputs, whatever the layer.
     """
 
-    hidden_BTD: jax.Array
+    hidden_BTD: jax.Array | None
     speech_BSD: jax.Array
     text_BTD: jax.Array
     speech_length_B: jax.Array
@@ -66,6 +67,11 @@ def speech_embeddings(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-mel frames -> adapter outputs [B, S, D] and their lengths [B]."""
     encoded_BSE, length_B = slm.encoder.apply({"params": params["encoder"]}, mel_BFM, mel_length_B)
+    return adapt(slm, params, encoded_BSE, length_B, rngs)
+
+
+def adapt(slm: SLM, params, encoded_BSE: jax.Array, length_B: jax.Array, rngs=None):
+    """The encoder's outputs and their lengths -> adapter outputs [B, S, D] and theirs [B]."""
     speech_BSD, length_B = slm.adapter.apply(
         {"params": params["adapter"]}, encoded_BSE, length_B, rngs=rngs
     )
@@ -125,28 +131,46 @@ def logits(slm: SLM, params, hidden: jax.Array) -> jax.Array:
     return slm.llm.apply({"params": params["llm"]}, hidden, method="logits")
 
 
-def forward(slm: SLM, params, batch, layer: int = 0, rngs=None) -> Outputs:
+def forward(
+    slm: SLM, params, batch, layer: int = 0, rngs=None, predict: bool = True
+) -> Outputs:
     """The teacher-forced forward pass over a batch of the data pipeline.
 
     Args:
-      batch: {"mel" [B, F, M], "mel_length" [B], "tokens" [B, T], "token_length" [B]}.
+      batch: {"mel" [B, F, M], "mel_length" [B], "tokens" [B, T], "token_length" [B]}; the encoder's
+        kept outputs "encoded" [B, S, E] may stand in for "mel".
       layer: where OTReg compares speech and text; see `Outputs`.
       rngs: {"dropout": key} in training with dropout.
+      predict: whether the transcript's hidden states are wanted. Without them no more of the LLM
+        runs than the `layer` layers below OTReg's embeddings.
     """
-    mel = batch["mel"], batch["mel_length"]
-    adapted_BSD, speech_length_B = speech_embeddings(slm, params, *mel, rngs)
-    transcript_BTD = embed(slm, params, batch["tokens"])
-    x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, transcript_BTD)
+    if "encoded" in batch:
+        positions_B = speech_encoder.output_length(slm.encoder.config, batch["mel_length"])
+        adapted_BSD, speech_length_B = adapt(slm, params, batch["encoded"], positions_B, rngs)
+    else:
+        mel = batch["mel"], batch["mel_length"]
+        adapted_BSD, speech_length_B = speech_embeddings(slm, params, *mel, rngs)
+    text_BTD = text_embeddings(slm, params, batch["tokens"], layer)
+    if not predict and not layer:
+        return Outputs(None, adapted_BSD, text_BTD, speech_length_B, adapted_BSD)
 
-    variables, speech_BSD = {"params": params["llm"]}, adapted_BSD
-    if layer:
+    # Attention is causal: what follows the speech does not change its states.
+    transcript_BTD = embed(slm, params, batch["tokens"]) if predict else None
+    x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, transcript_BTD)
+    speech_BSD, hidden_BTD = adapted_BSD, None
+    if predict and layer:
+        variables = {"params": params["llm"]}
         hidden_BLD, tapped_BLD = slm.llm.apply(variables, x_BLD, layer, method="hidden_and_tap")
+    elif predict:
+        hidden_BLD, _ = slm.llm.apply({"params": params["llm"]}, x_BLD, method="hidden")
+    else:
+        below, lower_params = sublayers(slm.llm, params["llm"], 0, layer)
+        tapped_BLD, _ = below.apply({"params": lower_params}, x_BLD, method="hidden")
+    if layer:
         first = len(slm.prompt.prefix)
         speech_BSD = tapped_BLD[:, first : first + adapted_BSD.shape[1]]
-    else:
-        hidden_BLD, _ = slm.llm.apply(variables, x_BLD, method="hidden")
-    hidden_BTD = predicting(hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
-    text_BTD = text_embeddings(slm, params, batch["tokens"], layer)
+    if predict:
+        hidden_BTD = predicting(hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
     return Outputs(hidden_BTD, speech_BSD, text_BTD, speech_length_B, adapted_BSD)
 
 

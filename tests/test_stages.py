@@ -1,0 +1,167 @@
+"""Stages: what each computes and trains, and that a run crosses their boundary exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import toy_batch, toy_config, toy_slm
+
+from otreg_jax import config as config_lib
+from otreg_jax import flops, losses, optim, stages, train_step
+from otreg_jax.models import slm as slm_lib
+
+ALIGN = {
+    "start": 0,
+    "ce": {"weight": 0.0},
+    "ctc": {"weight": 1.0},
+    "optim": {"learning_rate": 3e-3, "warmup_steps": 0},
+    "train": "^(adapter|ctc)/",
+}
+SFT = {"start": 5, "optim": {"learning_rate": 1e-3}}
+
+
+def two_stages(config):
+    config.stages = {"align": ALIGN, "sft": SFT}
+    return config
+
+
+def step_of(config, stage):
+    slm, params = toy_slm(ctc=True)
+    trained, frozen = optim.split(params, config.freeze)
+    optimizer = optim.make_optimizer(stage.config, stage.train)
+    state = train_step.init_state(trained, optimizer)
+    return state, frozen, train_step.make_step(
+        slm, stage.config, optimizer, state, stage.start, stage.train
+    )
+
+
+def test_a_stage_replaces_what_it_names_and_keeps_the_rest():
+    config = two_stages(toy_config(otreg__weight=0.5, optim__clip_norm=2.0))
+    align, sft = stages.stages_of(config)
+    assert (align.start, align.stop, align.config.num_steps) == (0, 5, 5)
+    assert (sft.start, sft.stop, sft.config.num_steps) == (5, 20, 15)
+    assert (align.config.ce.weight, align.config.ctc.weight) == (0.0, 1.0)
+    assert (sft.config.ce.weight, sft.config.ctc.weight) == (1.0, 0.0)
+    assert align.config.otreg.weight == sft.config.otreg.weight == 0.5
+    assert align.config.optim.clip_norm == 2.0
+    assert [stages.at((align, sft), step).name for step in (0, 4, 5, 19, 20)] == [
+        "align", "align", "sft", "sft", "sft",
+    ]  # fmt: skip
+
+
+def test_a_stage_without_cross_entropy_runs_no_more_of_the_llm_than_its_losses_need():
+    """By FLOPs, forward and backward: none of it at layer 0, one layer of two at layer 1."""
+    config = two_stages(toy_config())
+    batch = toy_batch(8)
+    count = {}
+    for name, change in {"layer0": {}, "layer1": {"layer": 1}, "ce": None}.items():
+        stage = stages.stages_of(config)[0]
+        if change is None:
+            stage.config.ce.weight = 1.0
+        else:
+            stage.config.otreg.update({"weight": 1.0, **change})
+        state, frozen, step = step_of(config, stage)
+        count[name] = flops.count(step, state, frozen, batch)
+
+    slm, params = toy_slm(ctc=True)
+    speech = flops.count(
+        lambda p: slm_lib.speech_embeddings(slm, p, batch["mel"], batch["mel_length"]), params
+    )
+    assert count["layer0"] < 4 * speech  # forward and backward of encoder and adapter, and losses
+    assert count["layer0"] < count["layer1"] < 0.8 * count["ce"]
+
+
+def test_a_stage_moves_only_what_it_trains():
+    config = two_stages(toy_config(optim__weight_decay=0.1))
+    align, sft = stages.stages_of(config)
+    state, frozen, step = step_of(config, align)
+    before = jax.device_get(state.params)
+    state, metrics = step(state, frozen, toy_batch(8))
+    moved = {
+        path
+        for path, x in optim.flat_paths(jax.device_get(state.params)).items()
+        if np.any(x != optim.flat_paths(before)[path])
+    }
+    assert moved and all(path.startswith(("adapter/", "ctc/")) for path in moved)
+    assert {"loss", "ctc"} <= metrics.keys() and "ce" not in metrics
+    assert sft.train == ""
+
+
+def test_schedules_count_from_the_start_of_a_stage():
+    config = two_stages(toy_config(otreg__weight=2.0, otreg__start_step=3, otreg__ramp_steps=2))
+    _, sft = stages.stages_of(config)
+    weight = losses.make_schedules(sft.config, sft.start).otreg_weight
+    assert [float(weight(step)) for step in (5, 8, 9, 10, 15)] == [0.0, 0.0, 1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "stage, said",
+    [
+        ({"start": 3}, "must start at 0"),
+        ({"start": 20}, "before num_steps=20"),
+        ({"start": 0, "lora": {"rank": 4}}, "stages.only.lora.rank=4: no such setting"),
+        ({"start": 0, "ctc": {"wieght": 1.0}}, "stages.only.ctc.wieght=1.0: no such setting"),
+        ({"start": 0, "ctc": {"weight": -1.0}}, "stages.only.ctc.weight=-1.0: must be"),
+        ({"start": -1}, "stages.only.start=-1: must be"),
+        ({"start": 0, "train": "("}, "stages.only.train='(': must be"),
+        ({"start": 0, "optim": {"warmup_steps": 21}}, "stages.only (20 steps): optim.warmup_steps"),
+        ({"ctc": {"weight": 1.0}}, "stages.only lacks start"),
+    ],
+)
+def test_what_is_wrong_with_a_stage_is_said(stage, said):
+    config = toy_config(data__train="train.jsonl")
+    config.stages = {"only": stage}
+    assert any(said in problem for problem in config_lib.problems(config))
+
+
+# Real tables: rows lie in a cone (mean cosine 0.44 in SmolLM2's), are not centred, differ in norm.
+def real_like_table(rows: int, width: int):
+    common, key = jax.random.normal(jax.random.key(1), (width,)), jax.random.key(2)
+    own = jax.random.normal(key, (rows, width))
+    norm = jnp.exp(0.3 * jax.random.normal(jax.random.key(3), (rows, 1)))
+    return 0.2 * norm * (own + 0.88 * common)
+
+
+def test_ctc_over_all_rows_of_a_real_like_table_hardly_moves_and_over_those_in_use_learns():
+    """49,152 classes within a cone: no output, however good, has a low loss."""
+    table_VD = real_like_table(49_152, 64)
+    cosines = np.corrcoef(np.asarray(table_VD[:200]))[np.triu_indices(200, 1)]
+    assert 0.3 < np.mean(cosines) < 0.6
+    rng = np.random.default_rng(0)
+    used_C = np.sort(rng.choice(len(table_VD), 300, replace=False))
+    tokens_BT = jnp.asarray(rng.choice(used_C, (2, 6)))
+    mask_BT = jnp.ones(tokens_BT.shape, bool)
+    length_B = jnp.array([13, 13])
+
+    def best(ctc_params):
+        """The loss of perfect outputs: each token's own row, blanks between."""
+        blank = ctc_params["blank"] / jnp.linalg.norm(ctc_params["blank"])
+        speech_BSD = jnp.tile(blank, (2, 13, 1)).at[:, 1::2].set(table_VD[tokens_BT])
+        loss, left_out = losses.ctc_loss(
+            speech_BSD, length_B, tokens_BT, mask_BT, table_VD, ctc_params
+        )
+        assert left_out == 0
+        return float(loss)
+
+    everything = best(losses.init_ctc(jax.random.key(0), 64, 10.0))
+    in_use = best(losses.init_ctc(jax.random.key(0), 64, 10.0, used_C))
+    assert everything > 7.5
+    assert in_use < 0.5 * everything
+
+
+def test_ctc_over_classes_in_use_is_ctc_over_a_table_of_them():
+    table_VD = real_like_table(40, 8)
+    used_C = jnp.array([3, 5, 8, 21, 30])
+    tokens_BT = jnp.array([[5, 30, 30, 3], [8, 21, 5, 7]])  # 7 is no class
+    mask_BT = jnp.array([[True] * 4, [True] * 4])
+    speech_BSD = jax.random.normal(jax.random.key(0), (2, 9, 8))
+    head = losses.init_ctc(jax.random.key(4), 8, 5.0, used_C)
+    length_B = jnp.array([9, 9])
+    loss, left_out = losses.ctc_loss(speech_BSD, length_B, tokens_BT, mask_BT, table_VD, head)
+    assert left_out == 1
+    plain = {name: head[name] for name in ("blank", "log_scale")}
+    among_used_BT = jnp.array([[1, 4, 4, 0]])
+    wanted, _ = losses.ctc_loss(
+        speech_BSD[:1], length_B[:1], among_used_BT, mask_BT[:1], table_VD[used_C], plain
+    )
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
