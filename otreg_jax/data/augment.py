@@ -14,7 +14,8 @@ import numpy as np
 import scipy.signal
 import soxr
 
-from otreg_jax.data.sources import SAMPLE_RATE, Utterance, load_audio
+from otreg_jax.data.audio import SAMPLE_RATE, load_audio
+from otreg_jax.data.utterances import Utterance
 
 
 def change_speed(audio_N: np.ndarray, factor: float) -> np.ndarray:

@@ -4,7 +4,6 @@ Each function takes a corpus as its archive unpacks, and a split as the corpus n
 (where, line): "file:number", and a dict in the manifest convention of `sources`.
 """
 
-import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def mls(root: Path, split: str) -> Lines:
 
 def common_voice(root: Path, split: str) -> Lines:
     """LANGUAGE/{train.tsv,clips/*.mp3} (commonvoice.mozilla.org)."""
-    for where, row in _rows(root / f"{split}.tsv"):
+    for where, row in _rows(root / f"{split}.tsv", "path", "sentence", "client_id"):
         name = row["path"]
         audio = root / "clips" / (name if "." in name else f"{name}.mp3")
         lang = row.get("locale") or root.name
@@ -64,7 +63,8 @@ def fleurs(root: Path, split: str) -> Lines:
 
 def voxpopuli(root: Path, split: str) -> Lines:
     """LANGUAGE/{asr_train.tsv,YEAR/*.ogg} (github.com/facebookresearch/voxpopuli: get_asr_data)."""
-    for where, row in _rows(root / f"asr_{split}.tsv"):
+    table = root / f"asr_{split}.tsv"
+    for where, row in _rows(table, "id", "raw_text", "normalized_text", "speaker_id"):
         key = row["id"]
         text = row["normalized_text"] or row["raw_text"]
         audio = root / key[:4] / f"{key}.ogg"
@@ -93,14 +93,29 @@ def _line(audio: Path, text: str, **line) -> dict:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", line.rstrip("\n")
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line.rstrip("\r")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        for row in reader:
-            yield f"{path}:{reader.line_num}", row
+def _rows(path: Path, *needed: str) -> Iterator[tuple[str, dict]]:
+    """The rows of a table under its header, all columns filled; `needed` must be among them."""
+    header = None
+    for where, line in _lines(path):
+        cells = line.split("\t")
+        if header is None:
+            header, missing = cells, set(needed) - set(cells)
+            if missing:
+                raise ValueError(f"{where}: no column {', '.join(sorted(missing))} in the header")
+        else:
+            yield where, dict(zip(header, cells + [""] * len(header), strict=False))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: byte {error.start} is not UTF-8") from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file") from None

@@ -16,11 +16,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from otreg_jax.data import augment, features, sources
-from otreg_jax.data.sources import BadAudio, Problem, Utterance
+from otreg_jax.data import audio, augment, features, sources
+from otreg_jax.data.utterances import BadAudio, Problem, Utterance
 
 FRAMES_MULTIPLE = 8  # bucket widths, so that convolution strides and frame stacking divide them
 MEMORY_BYTES = 2**30  # audio or features up to this size are kept in memory between epochs
+NUM_HEARD = 256  # utterances looked at for the data report where not all are read at the start
 
 Batch = dict[str, np.ndarray]
 
@@ -366,15 +367,29 @@ def padding(corpus: Corpus, buckets, plan: Plan) -> tuple[float, float]:
     )
 
 
+def describe_buckets(corpus: Corpus, buckets, plan: Plan) -> list[str]:
+    """A line for each bucket: its shape, its share of an epoch's steps, and how full it is."""
+    rows, lines = plan.rows_SB.shape[1], []
+    for b, (frames, tokens) in enumerate(buckets):
+        mine = plan.bucket_S == b
+        part = Plan(plan.rows_SB[mine], plan.speed_SB[mine], None, plan.bucket_S[mine])
+        empty = padding(corpus, buckets, part)[0] if mine.any() else 1.0
+        lines.append(
+            f"bucket of {frames} frames x {tokens} tokens: {mine.sum()} of {len(mine)} steps, "
+            f"{rows} rows each, {1 - empty:.0%} of frames filled"
+        )
+    return lines
+
+
 def _print_plan(corpus: Corpus, buckets, plan: Plan, groups) -> None:
     frames, tokens = padding(corpus, buckets, plan)
     hours = corpus.samples.sum() / features.SAMPLE_RATE / 3600
-    shapes = " ".join(f"{f}x{t}" for f, t in buckets)
     print(
         f"data: {len(corpus.utterances)} utterances, {hours:.2f} h, {len(plan.rows_SB)} steps an "
-        f"epoch; buckets (frames x tokens) {shapes}; padding {frames:.1%} of frames, {tokens:.1%} "
-        "of tokens"
+        f"epoch; padding {frames:.1%} of frames, {tokens:.1%} of tokens"
     )
+    for line in describe_buckets(corpus, buckets, plan):
+        print(f"data: {line}")
     for name, rows in groups if len(groups) > 1 else ():
         share = np.isin(plan.rows_SB, rows).mean()
         print(f"data: {share:6.1%} of an epoch from {name} ({len(rows)} utterances)")
@@ -392,19 +407,22 @@ def _reader(
 
     augmentation: `data.augment`, or None. What does not change from epoch to epoch is kept in
     memory if all of it fits. It is then read here, by every host, and every unusable file is found
-    before the first step.
+    before the first step. What training reads, or some of it, is looked at for what is odd.
     """
+    odd = {}  # row: kinds of audio.ODDITIES
 
     def load(row):
         try:
-            return sources.load_audio(corpus.utterances[row])
+            sound = audio.listen(corpus.utterances[row])
+            odd[row] = sound.odd
+            return sound.samples
         except BadAudio as error:
             return Problem(error.kind, corpus.utterances[row].where, error.reason)
 
-    def finish(audio):
-        if isinstance(audio, Problem) or data_config.features == "step":
-            return audio
-        return features.log_mel(audio, data_config.num_mels)
+    def finish(samples):
+        if isinstance(samples, Problem) or data_config.features == "step":
+            return samples
+        return features.log_mel(samples, data_config.num_mels)
 
     noises, impulses = (
         sources.read_manifest(path, require_text=False) if path else []
@@ -422,6 +440,13 @@ def _reader(
         path = skipped_path if host_index == 0 else None
         sources.handle(problems.values(), data_config.on_bad_audio, path)
         handled = set(problems)
+    if augmentation is not None and host_index == 0:
+        if not kept:
+            some_N = rows_N[:: max(len(rows_N) // NUM_HEARD, 1)]
+            sources.in_threads(load, some_N, "looking at audio")
+        heard = [(corpus.utterances[row].where, odd[row]) for row in sorted(odd)]
+        for line in audio.report(heard, len(heard)):
+            print(line)
 
     def read(row, speed, rng):
         found = kept[row] if kept else keep(row)
@@ -432,8 +457,15 @@ def _reader(
             return None
         if fixed:
             return found
-        audio = augment.change_speed(found, speed)
-        return finish(augment.augment(audio, rng, augmentation, noises, impulses))
+        samples = augment.change_speed(found, speed)
+        try:
+            samples = augment.augment(samples, rng, augmentation, noises, impulses)
+        except BadAudio as error:  # of a noise or an impulse response
+            where, _, reason = str(error).partition(": ")
+            sources.handle(
+                [Problem(error.kind, where, reason)], data_config.on_bad_audio, skipped_path
+            )
+        return finish(samples)
 
     return read
 

@@ -32,8 +32,8 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
-from otreg_jax.data import corpora, records, sources
-from otreg_jax.data.sources import BadAudio, Problem, Utterance
+from otreg_jax.data import audio, corpora, manifest, records, sources
+from otreg_jax.data.utterances import BadAudio, Problem, Utterance
 
 _INPUT = flags.DEFINE_string("input", None, "Manifests separated by commas, or a corpus folder.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the data set; made if missing.")
@@ -57,12 +57,12 @@ def read_corpus(layout: str, paths: str, split: str) -> tuple[list[Utterance], l
     utterances, problems = [], []
     for path in paths.split(","):
         if layout == "manifest":
-            found, wrong = sources.scan_manifest(path.strip())
+            found, wrong = manifest.scan_manifest(path.strip())
         else:
             lines = list(corpora.LAYOUTS[layout](Path(path.strip()), split))
             if not lines:
                 raise FileNotFoundError(f"{path}: no split {split!r} in the layout of {layout}")
-            found, wrong = sources.check_lines(lines, path, strict=False)
+            found, wrong = manifest.check_lines(lines, path, strict=False)
         utterances += found
         problems += wrong
     return utterances, problems
@@ -134,7 +134,10 @@ def prepare(
     lines = [line for summary in summaries for line in summary["lines"]]
     records.write_index(output / f"{split}.jsonl", lines)
     records.write_index(output / f"refused-{split}.jsonl", [p._asdict() for p in refused])
-    report = _report(lines, refused, len(shards))
+    odd = [found for summary in summaries for found in summary.get("odd", ())]
+    report = _report(lines, refused, odd, len(shards))
+    for line in audio.report(odd, len(lines)):
+        print(line)
     (output / f"report-{split}.json").write_text(json.dumps(report, indent=2) + "\n")
     _write_metadata(output)
     return report
@@ -203,16 +206,17 @@ def write_shard(path: Path, utterances: Sequence[Utterance]) -> None:
 
     unfinished = path.with_name(f".{path.name}.unfinished")
     writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
-    lines, refused = [], []
+    lines, refused, odd = [], [], []
     for utterance in utterances:
         try:
-            audio = sources.load_audio(utterance)
+            sound = audio.listen(utterance)
         except BadAudio as error:
             refused.append(Problem(error.kind, utterance.where, error.reason))
             continue
         line = {key: getattr(utterance, key) for key in ("id", "text", "lang", "speaker")}
-        line["duration"] = len(audio) / sources.SAMPLE_RATE
-        writer.write(records.encode(audio, line))
+        line["duration"] = len(sound.samples) / audio.SAMPLE_RATE
+        writer.write(records.encode(sound.samples, line))
+        odd.append((utterance.where, sound.odd))
         if utterance.words:
             line["words"] = utterance.words
         lines.append(line)
@@ -224,6 +228,7 @@ def write_shard(path: Path, utterances: Sequence[Utterance]) -> None:
         "bytes": unfinished.stat().st_size,
         "lines": lines,
         "refused": refused,
+        "odd": [(where, kinds) for where, kinds in odd if kinds],
     }
     unfinished.replace(path)
     unfinished = path.with_name(f".{path.name}.json.unfinished")
@@ -231,7 +236,7 @@ def write_shard(path: Path, utterances: Sequence[Utterance]) -> None:
     unfinished.replace(_summary_path(path))
 
 
-def _report(lines: list[dict], refused: list[Problem], num_shards: int) -> dict:
+def _report(lines: list[dict], refused: list[Problem], odd: list, num_shards: int) -> dict:
     durations = np.array([line["duration"] for line in lines])
     hours = Counter()
     for line in lines:
@@ -247,6 +252,7 @@ def _report(lines: list[dict], refused: list[Problem], num_shards: int) -> dict:
         } if lines else {},
         "characters": sum(len(line["text"]) for line in lines),
         "refused": dict(Counter(problem.kind for problem in refused).most_common()),
+        "odd": {kind: found for kind, found in audio.places(odd).items()},
     }  # fmt: skip
 
 

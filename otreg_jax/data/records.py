@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
+from otreg_jax.data.utterances import BadAudio
+
 PREFIX = "record:"  # an utterance's audio: "record:FOLDER:SPLIT:INDEX"
 NAME = "speech"  # of the data sets written here
 SAMPLE_RATE = 16000
@@ -45,11 +47,20 @@ def schema(folder: str) -> Schema:
     """Reads a TFDS data set's features.json.
 
     Raises:
-      ValueError: it has no audio or no transcript.
+      ValueError: it has no audio or no transcript, or its description is not one of TFDS.
     """
-    content = json.loads((Path(folder) / "features.json").read_text(encoding="utf-8"))
-    features = content["featuresDict"]["features"]
-    info = json.loads((Path(folder) / "dataset_info.json").read_text(encoding="utf-8"))
+    try:
+        content = json.loads((Path(folder) / "features.json").read_text(encoding="utf-8"))
+        info = json.loads((Path(folder) / "dataset_info.json").read_text(encoding="utf-8"))
+        return _schema(folder, content["featuresDict"]["features"], info["name"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder}: features.json and dataset_info.json are not as TFDS writes them "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
+def _schema(folder: str, features: dict, dataset: str) -> Schema:
     classes = {name: f["pythonClassName"].rpartition(".")[2] for name, f in features.items()}
     audio = [name for name, kind in classes.items() if kind == "Audio"]
     audio += [name for name in ("audio", "speech") if classes.get(name) == "Tensor"]
@@ -58,7 +69,7 @@ def schema(folder: str) -> Schema:
     if not audio or not first(_TEXT):
         raise ValueError(f"{folder}: no audio or no transcript among {', '.join(sorted(features))}")
     details = features[audio[0]].get("audio", {})
-    rate = int(details.get("sampleRate") or _RATES.get(info["name"], SAMPLE_RATE))
+    rate = int(details.get("sampleRate") or _RATES.get(dataset, SAMPLE_RATE))
     lazy = bool(details.get("lazyDecode"))
     speaker, identity = first(_SPEAKER), first(("id",))
     return Schema(audio[0], rate, lazy, first(_TEXT), first(_LANG), speaker, identity)
@@ -68,7 +79,12 @@ def schema(folder: str) -> Schema:
 def _source(folder: str, split: str):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    return ArrayRecordDataSource([os.fspath(path) for path in shards(folder, split)])
+    paths = [os.fspath(path) for path in shards(folder, split)]
+    try:
+        return ArrayRecordDataSource(paths)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{folder}: the shards of {split!r} cannot be read: {reason}") from None
 
 
 def shards(folder: str | os.PathLike, split: str) -> list[Path]:
@@ -85,11 +101,18 @@ def shards(folder: str | os.PathLike, split: str) -> list[Path]:
     return paths
 
 
-def _example(folder: str, split: str, index: int):
+def _read(folder: str, split: str, index: int):
+    """The features of a record, its audio and the rate. Raises BadAudio if it is damaged."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    record = _source(folder, split)[index]
-    return tf_example_pb2.Example.FromString(record).features.feature
+    form, source = schema(folder), _source(folder, split)
+    try:
+        example = tf_example_pb2.Example.FromString(source[index]).features.feature
+        return example, *_decode(example[form.audio], form)
+    except Exception as error:  # of the readers of records, of protobuf, of libsndfile
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        place = address(folder, split, index)
+        raise BadAudio("unreadable", f"{place} is damaged: {reason}") from None
 
 
 def address(folder: str | os.PathLike, split: str, index: int) -> str:
@@ -98,10 +121,19 @@ def address(folder: str | os.PathLike, split: str, index: int) -> str:
 
 
 def read_audio(audio: str) -> tuple[np.ndarray, int]:
-    """Reads the audio at an `address`: float32 [N] or [N, channels], and its rate in Hz."""
-    folder, split, index = audio.removeprefix(PREFIX).rsplit(":", 2)
-    form = schema(folder)
-    return _decode(_example(folder, split, int(index))[form.audio], form)
+    """Reads the audio at an `address`: float32 [N] or [N, channels], and its rate in Hz.
+
+    Raises:
+      FileNotFoundError: there is no such split, or not all of it.
+      BadAudio: there is no such record, or it is damaged.
+    """
+    folder, _, rest = audio.removeprefix(PREFIX).rpartition(":")
+    folder, _, split = folder.rpartition(":")
+    if not (folder and rest.isdecimal() and os.path.exists(Path(folder) / "dataset_info.json")):
+        raise BadAudio("missing_file", f"{audio} is no record:FOLDER:SPLIT:NUMBER")
+    if int(rest) >= len(_source(folder, split)):
+        raise BadAudio("missing_file", f"{audio}: the split has not so many records")
+    return _read(folder, split, int(rest))[1:]
 
 
 def _decode(value, form: Schema) -> tuple[np.ndarray, int]:
@@ -120,18 +152,23 @@ def read_index(folder: str | os.PathLike, split: str) -> list[dict]:
     """One manifest line (without `audio_filepath`) for every record of a split, in order.
 
     It is kept in the data set's folder as SPLIT.jsonl: the records themselves, audio and all, are
-    gone through only the first time.
+    gone through only the first time. Of a damaged record the line says only what is wrong, under
+    "damaged".
     """
     path = Path(folder) / f"{split}.jsonl"
+    folder = os.fspath(folder)
+    size = len(_source(folder, split))
     if path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return _known_index(path, size)
     import tqdm
 
-    folder = os.fspath(folder)
     form, lines = schema(folder), []
-    for i in tqdm.trange(len(_source(folder, split)), desc=f"indexing {folder}", delay=2):
-        example = _example(folder, split, i)
-        samples, rate = _decode(example[form.audio], form)
+    for i in tqdm.trange(size, desc=f"indexing {folder}", delay=2):
+        try:
+            example, samples, rate = _read(folder, split, i)
+        except BadAudio as error:
+            lines.append({"damaged": error.reason})
+            continue
         line = {"duration": len(samples) / rate}
         for key in ("text", "lang", "speaker", "id"):
             name = getattr(form, key)
@@ -142,6 +179,19 @@ def read_index(folder: str | os.PathLike, split: str) -> list[dict]:
         write_index(path, lines)
     except OSError as error:
         print(f"{path} cannot be written ({error.strerror}): every start will index the data again")
+    return lines
+
+
+def _known_index(path: Path, size: int) -> list[dict]:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if len(lines) != size or not all(isinstance(line, dict) for line in lines):
+            raise ValueError(f"{len(lines)} lines for {size} records")
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not the index of this data set ({error}); remove it, and the next start "
+            "makes it anew"
+        ) from None
     return lines
 
 

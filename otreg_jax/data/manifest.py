@@ -1,0 +1,325 @@
+"""Manifests in the NeMo convention: lines to utterances, and what is wrong with a line.
+
+A manifest is a text file with one JSON object a line:
+`{"audio_filepath": "a/b.flac", "text": "hello", "duration": 1.23}`, optionally with `offset`
+(seconds; the utterance is a part of the file), `lang`, `speaker`, `id` and `words`
+([[word, start, end], ...] in seconds). Relative paths start at the manifest's folder. Paths may be
+remote (`gs://...`).
+"""
+
+import concurrent.futures
+import json
+import os
+import posixpath
+from collections.abc import Iterable
+
+from etils import epath
+
+from otreg_jax.data import audio, records, remote
+from otreg_jax.data.utterances import THREADS, BadAudio, Problem, Utterance, raise_problems
+
+# Other names under which manifests give the language of the text, the first found counts.
+LANGUAGE_COLUMNS = ("lang", "language", "locale", "lang_id", "target_lang", "source_lang")
+COLUMNS = set("audio_filepath text duration offset speaker id words".split() + [*LANGUAGE_COLUMNS])
+LONGEST = 1e7  # seconds, four months: nobody's recording
+
+
+def read_manifest(
+    path: str | os.PathLike, data_root: str = "", require_text: bool = True
+) -> list[Utterance]:
+    """Reads a manifest. Arguments and result as for `scan_manifest`.
+
+    Raises:
+      OSError: there is no such manifest, or what it names lies in a bucket that does not answer.
+      ValueError: something is wrong with it; the message lists every problem with its line.
+    """
+    utterances, problems = scan_manifest(path, data_root, require_text)
+    raise_problems(problems)
+    return utterances
+
+
+def scan_manifest(
+    path: str | os.PathLike, data_root: str = "", require_text: bool = True
+) -> tuple[list[Utterance], list[Problem]]:
+    """Reads a manifest, leaving aside the lines that cannot be used.
+
+    The audio files must exist, but are opened only where a line has no duration. Columns that
+    nothing here reads are named once.
+
+    Args:
+      path: the manifest, local or remote.
+      data_root: folder at which relative audio paths start and which no path may leave; by default
+        the manifest's own, and absolute paths are then taken as they are.
+      require_text: whether a line without a transcript is a problem; noise has none.
+
+    Returns:
+      Utterances and problems, both in the order of the lines.
+
+    Raises:
+      OSError: there is no such manifest, or what it names lies in a bucket that does not answer.
+    """
+    path = remote.localize(os.fspath(path))
+    remote.check([path], "the manifest lies there")
+    try:
+        content = epath.Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        raise FileNotFoundError(f"{path}: no such manifest") from None
+    except OSError as error:
+        raise OSError(f"{path}: the manifest cannot be read: {error.strerror or error}") from None
+    lines = (
+        (f"{path}:{number}", line)
+        for number, line in enumerate(content.split(b"\n"), start=1)
+        if line.strip()
+    )
+    root = remote.localize(data_root) or os.path.dirname(path) or "."
+    utterances, problems = check_lines(lines, root, bool(data_root), require_text)
+    if not utterances and not problems:
+        problems.append(Problem("empty_manifest", f"{path}:0", "the manifest holds no utterance"))
+    return utterances, problems
+
+
+def check_lines(
+    lines: Iterable[tuple[str, bytes | dict]], root: str, strict: bool, require_text: bool = True
+) -> tuple[list[Utterance], list[Problem]]:
+    """Utterances from (where, manifest line) pairs, and the problems of the others, in order.
+
+    A line is text or what it would say; {"damaged": reason} is what an index says of a record.
+    strict: absolute audio paths, too, must lie below root.
+    """
+    utterances, problems, order, first, unused = [], [], {}, {}, {}
+    for where, line in lines:
+        order[where] = len(order)
+        try:
+            line = _decode(line) if isinstance(line, bytes) else dict(line)
+            if isinstance(line.get("damaged"), str):
+                raise BadAudio("unreadable", line["damaged"])
+            unused |= dict.fromkeys(set(line) - COLUMNS, where)
+            utterance = _parse(line, where, root, strict, require_text)
+            if utterance.id in first:
+                before = first[utterance.id]
+                raise BadAudio("duplicate_id", f"{utterance.id!r} stands already in {before}")
+            first[utterance.id] = where
+            utterances.append(utterance)
+        except BadAudio as error:
+            problems.append(Problem(error.kind, where, error.reason))
+    if unused:
+        names = sorted(map(_short, unused))
+        shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+        print(f"{next(iter(order)).rpartition(':')[0]}: columns that are not used: {shown}")
+    utterances, missing = _split_missing(utterances)
+    utterances, unreadable = audio.fill_durations(utterances)
+    utterances, untimely = _split_untimely(utterances)
+    problems += missing + unreadable + untimely
+    return utterances, sorted(problems, key=lambda problem: order[problem.where])
+
+
+def _decode(line: bytes) -> dict:
+    try:
+        # Some editors begin a file with a byte order mark.
+        found = json.loads(line.decode("utf-8-sig"), parse_int=_integer, object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise BadAudio("not_utf8", f"byte {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise BadAudio(
+            "invalid_json", f"invalid JSON: {error.msg} (column {error.colno})"
+        ) from None
+    except RecursionError:
+        raise BadAudio("invalid_json", "invalid JSON: brackets within brackets, too many") from None
+    if not isinstance(found, dict):
+        raise BadAudio("invalid_json", "the line is not a JSON object")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 100:
+        raise BadAudio("bad_value", f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _object(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({_short(key) for key in keys if keys.count(key) > 1})
+        raise BadAudio("invalid_json", f"more than once: {', '.join(twice)}")
+    return found
+
+
+def _parse(line: dict, where: str, root: str, strict: bool, require_text: bool) -> Utterance:
+    if not require_text:
+        line.setdefault("text", "")
+    absent = [key for key in ("audio_filepath", "text") if not isinstance(line.get(key), str)]
+    if absent:
+        raise BadAudio("missing_key", f"no string under {' and '.join(map(repr, absent))}")
+    path, text = _string(line, "audio_filepath"), _string(line, "text").strip()
+    duration, offset = _seconds(line, "duration"), _seconds(line, "offset")
+    if duration == 0:
+        raise BadAudio("zero_length", "duration is 0")
+    if require_text and not text:
+        raise BadAudio("empty_text", "the transcript is empty")
+    languages = [_string(line, key).strip() for key in LANGUAGE_COLUMNS]
+    return Utterance(
+        id=_name(line, "id") or (path if offset is None else f"{path}@{offset}"),
+        audio=_resolve(path, root, strict),
+        text=text,
+        duration=duration or 0.0,
+        offset=offset,
+        lang=next(filter(None, languages), ""),
+        speaker=_name(line, "speaker"),
+        where=where,
+        words=_word_times(line.get("words")),
+    )
+
+
+def _string(line: dict, key: str) -> str:
+    value = line.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadAudio("bad_value", f"{key} is {_short(value)}, not a string")
+    return _whole(value, key)
+
+
+def _whole(text: str, key: str) -> str:
+    """The text, if all of it can be written to a file."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half a character ({text[error.start]!r}) at {error.start}"
+        raise BadAudio("bad_value", f"{key} holds {half}") from None
+    return text
+
+
+def _name(line: dict, key: str) -> str:
+    """A string, or a whole number as one."""
+    value = line.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _string(line, key)
+
+
+def _seconds(line: dict, key: str) -> float | None:
+    value = line.get(key)
+    if value is None:
+        return None
+    if not _is_time(value) or value < 0:
+        raise BadAudio("bad_value", f"{key} is {_short(value)}, not a number of seconds")
+    return value
+
+
+def _is_time(value) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -LONGEST <= value <= LONGEST  # false for NaN
+
+
+def _word_times(words) -> tuple[tuple[str, float, float], ...]:
+    if words is None:
+        return ()
+    entries = words if isinstance(words, list | tuple) else [None]
+    for entry in entries:
+        if not (
+            isinstance(entry, list | tuple)
+            and len(entry) == 3
+            and isinstance(entry[0], str)
+            and _is_time(entry[1])
+            and _is_time(entry[2])
+        ):
+            raise BadAudio(
+                "bad_value", f"words is not [[word, start, end], ...] in seconds: {_short(entry)}"
+            )
+    return tuple((_whole(word, "words"), float(start), float(end)) for word, start, end in entries)
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _resolve(path: str, root: str, strict: bool) -> str:
+    """The path of an audio file named in a manifest; relative paths must stay below root."""
+    if "\0" in path or not path.strip():
+        raise BadAudio("bad_value", f"audio_filepath is {_short(path)}, not a path")
+    try:
+        path = remote.localize(path)
+    except ValueError as error:
+        raise BadAudio("bad_value", str(error)) from None
+    if "://" in path or os.path.isabs(path) or path.startswith(records.PREFIX):
+        inside = posixpath.normpath(path).startswith(posixpath.normpath(root).rstrip("/") + "/")
+        if strict and not inside:
+            raise BadAudio("outside_root", f"{path} lies outside of {root}")
+        return path
+    if posixpath.normpath(path).split("/")[0] == "..":
+        raise BadAudio("outside_root", f"{path} lies outside of {root}")
+    return posixpath.join(root, path)
+
+
+def _split_missing(utterances: list[Utterance]) -> tuple[list[Utterance], list[Problem]]:
+    """Sets aside utterances whose file does not exist; lists each folder once, in threads."""
+    in_files = [u for u in utterances if not u.audio.startswith(records.PREFIX)]
+    if in_files:
+        count = f"{len(in_files)} utterances, from {in_files[0].where} on, name files"
+        remote.check((u.audio for u in in_files), f"{count}; audio lies there")
+    folders = sorted({posixpath.dirname(u.audio) for u in in_files})
+
+    def names(folder):
+        try:
+            if "://" in folder:
+                return {path.name for path in epath.Path(folder).iterdir()}, ""
+            return set(os.listdir(folder or ".")), ""
+        except (FileNotFoundError, NotADirectoryError):
+            return set(), ""
+        except OSError as error:
+            return set(), f": its folder cannot be read: {error.strerror or error}"
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        content = dict(zip(folders, pool.map(names, folders), strict=True))
+    present, problems = [], []
+    for utterance in utterances:
+        folder, name = posixpath.split(utterance.audio)
+        there, why = content.get(folder, ((), ""))
+        if utterance.audio.startswith(records.PREFIX) or name in there:
+            present.append(utterance)
+        else:
+            message = f"audio file {utterance.audio} does not exist{why}"
+            problems.append(Problem("missing_file", utterance.where, message))
+    return present, problems
+
+
+def _split_untimely(utterances: list[Utterance]) -> tuple[list[Utterance], list[Problem]]:
+    """Sets aside utterances whose word times run backwards or leave the recording."""
+    timely, problems = [], []
+    for utterance in utterances:
+        wrong = _untimely(utterance)
+        if wrong:
+            problems.append(Problem("bad_value", utterance.where, wrong))
+        else:
+            timely.append(utterance)
+    return timely, problems
+
+
+def _untimely(utterance: Utterance) -> str:
+    last = (0.0, 0.0)
+    for word, start, end in utterance.words:
+        shown = f"words: {_short(word)} lies at {start:g} to {end:g} s"
+        if not 0 <= start <= end:
+            return f"{shown}"
+        if start < last[0] or end < last[1]:
+            return f"{shown}, before the word that it follows"
+        if end > utterance.duration + audio.TOLERANCE:
+            return f"{shown}, the audio is {utterance.duration:.2f} s long"
+        last = (start, end)
+    return ""
+
+
+def write_manifest(path: str | os.PathLike, utterances: Iterable[Utterance]) -> None:
+    """Writes utterances as a manifest, with absolute audio paths."""
+    lines = []
+    for utterance in utterances:
+        line = utterance._asdict()
+        del line["where"]
+        path_of_audio = line.pop("audio")
+        elsewhere = "://" in path_of_audio or path_of_audio.startswith(records.PREFIX)
+        line["audio_filepath"] = path_of_audio if elsewhere else os.path.abspath(path_of_audio)
+        given = {key: value for key, value in line.items() if value not in (None, "", ())}
+        lines.append(json.dumps(given, ensure_ascii=False) + "\n")
+    epath.Path(path).write_text("".join(lines))

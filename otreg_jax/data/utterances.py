@@ -1,0 +1,101 @@
+"""What is read and what is wrong with it: utterances, problems, and how problems are told."""
+
+import concurrent.futures
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import tqdm
+from etils import epath
+
+THREADS = 16  # of readers that wait for files
+ON_BAD_AUDIO = ("raise", "skip")
+
+
+class Utterance(NamedTuple):
+    """One utterance: what to read and what it says."""
+
+    id: str
+    audio: str  # path of the audio file, or address of a record
+    text: str
+    duration: float  # seconds
+    offset: float | None = None  # seconds into the file; None: the utterance is the whole file
+    lang: str = ""
+    speaker: str = ""
+    where: str = ""  # "train.jsonl:12", for messages
+    words: tuple = ()  # ((word, start, end), ...) in seconds from the utterance's start
+
+
+class Problem(NamedTuple):
+    """One reason why an utterance cannot be used."""
+
+    kind: str  # "missing_file", "invalid_json", ...: what is counted
+    where: str  # "train.jsonl:12"
+    message: str
+
+
+class BadAudio(ValueError):
+    """Audio, or a manifest's line, that cannot be used.
+
+    `kind` says why in a word that can be counted, `reason` in full; the message adds `where`.
+    """
+
+    def __init__(self, kind: str, reason: str, where: str = ""):
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.kind, self.reason = kind, reason
+
+
+def handle(
+    problems: Iterable[Problem], on_bad_audio: str, skipped_path: str | os.PathLike | None
+) -> None:
+    """Raises a ValueError that lists the problems, or records them, as `on_bad_audio` asks."""
+    if on_bad_audio not in ON_BAD_AUDIO:
+        raise ValueError(f"data.on_bad_audio={on_bad_audio!r}: {' or '.join(ON_BAD_AUDIO)}")
+    if on_bad_audio == "raise":
+        raise_problems(list(problems))
+    else:
+        record_skipped(list(problems), skipped_path)
+
+
+def raise_problems(problems: Sequence[Problem]) -> None:
+    """Raises a ValueError that lists every problem, if there is one."""
+    if problems:
+        lines = [f"{p.where}: {p.message}" for p in problems]
+        hint = "mend these lines, or set data.on_bad_audio=skip to leave them out"
+        raise ValueError("\n".join([f"{count(problems)}; {hint}:", *lines]))
+
+
+def count(problems: Iterable[Problem]) -> str:
+    """'3 unusable utterances (missing_file 2, empty_text 1)'"""
+    kinds = Counter(problem.kind for problem in problems)
+    by_kind = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
+    total = kinds.total()
+    return f"{total} unusable utterance{'s' if total != 1 else ''} ({by_kind})"
+
+
+def record_skipped(
+    problems: Sequence[Problem], path: str | os.PathLike | None, note: str = "skipped"
+) -> None:
+    """Prints how many problems of which kind there are and appends them to a JSON-lines file."""
+    if not problems:
+        return
+    print(f"{note} {count(problems)}" + (f": see {path}" if path else ""))
+    if path:
+        path = epath.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems]
+        if "://" in str(path):  # remote files cannot be appended to
+            before = path.read_text() if path.exists() else ""
+            path.write_text(before + "".join(lines))
+        else:  # loader workers append side by side, and a long run one line at a time
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+
+
+def in_threads(function: Callable, items: Sequence, label: str) -> list:
+    """[function(item) for item in items], in threads, with a progress bar if it takes seconds."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        results = pool.map(function, items)
+        return list(tqdm.tqdm(results, desc=label, total=len(items), unit="utt", delay=2))
