@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -245,7 +246,50 @@ def test_plan_is_printed_with_its_padding(corpus, capsys):
     next(train(corpus, data_config(), 1))
     printed = capsys.readouterr().out
     assert "37 utterances" in printed and "5 steps an epoch" in printed
-    assert printed.count("x") >= 3 and "% of frames" in printed
+    assert printed.count(" tokens: ") == 3 and "% of frames" in printed
+
+
+def test_a_bucket_for_one_long_clip_is_seen(tmp_path, capsys):
+    short = write_corpus(tmp_path, 64)
+    soundfile.write(tmp_path / "long.wav", np.full(8 * RATE, 0.1), RATE)
+    line = {"audio_filepath": "long.wav", "text": "ab", "duration": 8.0}
+    (tmp_path / "long.jsonl").write_text(json.dumps(line))
+    utterances = sources.read_manifest(short) + sources.read_manifest(tmp_path / "long.jsonl")
+    next(train(utterances, data_config(), 1))
+    printed = capsys.readouterr().out.splitlines()
+    (wide,) = [line for line in printed if "bucket of 800 frames" in line]
+    # The clip in a batch with seven of at most 0.6 s.
+    assert "1 of 9 steps, 8 rows each" in wide and 12 <= int(re.search(r"(\d+)%", wide)[1]) < 20
+
+
+def test_what_is_odd_is_named_at_the_start(tmp_path, capsys, monkeypatch):
+    write_corpus(tmp_path, 12)
+    soundfile.write(tmp_path / "en3.wav", np.zeros(8000), RATE)
+    lines = [json.loads(line) for line in (tmp_path / "en.jsonl").read_text().splitlines()]
+    lines[3]["duration"] = 0.5
+    (tmp_path / "en.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    utterances = sources.read_manifest(tmp_path / "en.jsonl")
+    for memory, heard in ((2**30, 12), (0, 4)):
+        monkeypatch.setattr(pipeline, "MEMORY_BYTES", memory)
+        monkeypatch.setattr(pipeline, "NUM_HEARD", 4)
+        next(train(utterances, data_config(), 1))
+        printed = capsys.readouterr().out
+        assert f"1 of {heard} utterances can be used, but are odd" in printed
+        assert "silent 1: no sample above -80 dB" in printed and "en.jsonl:4" in printed
+
+
+def test_a_noise_that_cannot_be_read_is_named(corpus, tmp_path):
+    (tmp_path / "noise.wav").write_bytes(b"no audio")
+    line = {"audio_filepath": "noise.wav", "duration": 1.0}
+    (tmp_path / "noise.jsonl").write_text(json.dumps(line))
+    changes = {"augment.noise": str(tmp_path / "noise.jsonl"), "augment.noise_prob": 1.0}
+    with pytest.raises(ValueError, match="noise.jsonl:1: .*noise.wav cannot be read as audio"):
+        next(train(corpus, data_config(**changes), 1))
+    skipped = tmp_path / "skipped.jsonl"
+    config = data_config(on_bad_audio="skip", **changes)
+    batch = next(train(corpus, config, 1, skipped_path=str(skipped)))
+    assert (batch["index"] >= 0).all()
+    assert json.loads(skipped.read_text().splitlines()[0])["where"].endswith("noise.jsonl:1")
 
 
 # ---- mixtures ------------------------------------------------------------------------------------

@@ -177,6 +177,47 @@ def test_other_input_does_not_mix_with_what_is_there(manifest, tmp_path, in_this
         load(f"{tmp_path / 'out'}:test")
 
 
+def test_what_is_beyond_full_scale_is_scaled_as_in_direct_reading(
+    tmp_path, in_this_process, capsys
+):
+    loud = 5 * np.random.default_rng(0).uniform(-1, 1, RATE // 2)
+    soundfile.write(tmp_path / "loud.wav", loud, RATE, subtype="FLOAT")
+    write_audio(tmp_path / "plain.wav")
+    lines = [
+        {"audio_filepath": f"{n}.wav", "text": "a", "duration": 0.5} for n in ("loud", "plain")
+    ]
+    manifest = write_manifest(tmp_path, lines)
+    report = run(manifest, tmp_path / "out")
+    assert report["odd"] == {"over_full_scale": [f"{manifest}:1"]}
+    assert "over_full_scale 1: samples beyond 1.5 of full scale" in capsys.readouterr().out
+    for before, after in zip(load(manifest), load(tmp_path / "out"), strict=True):
+        samples = sources.load_audio(before)
+        np.testing.assert_allclose(sources.load_audio(after), samples, atol=2 / 32768)
+        assert np.abs(samples).max() > 0.999 and (np.abs(samples) > 0.999).mean() < 0.01
+
+
+def test_damaged_records_and_indices_are_named(manifest, tmp_path, in_this_process):
+    output = tmp_path / "out"
+    run(manifest, output)
+    index = output / "train.jsonl"
+    whole = index.read_text()
+    index.write_text(whole[:-40])
+    with pytest.raises(ValueError, match="train.jsonl: not the index of this data set .*remove it"):
+        load(output)
+    index.write_text(whole[: whole.rindex("\n", 0, -1) + 1])
+    with pytest.raises(ValueError, match="8 lines for 9 records"):
+        load(output)
+    index.write_text(whole)
+    first, *_ = load(output)
+    for audio in ("record:x", f"record:{output}:train:99", f"record:{output}:train:-1"):
+        with pytest.raises(sources.BadAudio, match="no record:FOLDER|not so many records"):
+            sources.load_audio(first._replace(audio=audio))
+    (output / "features.json").write_text('{"featuresDict": []}')
+    records.schema.cache_clear()
+    with pytest.raises(ValueError, match="are not as TFDS writes them"):
+        sources.load_audio(first)
+
+
 # ---- data sets of others -------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Manifests and audio files: what is read, and what is said about every kind of bad input."""
 
 import json
+import time
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import soundfile
 from ml_collections import ConfigDict
 
-from otreg_jax.data import sources
+from otreg_jax.data import audio, remote, sources
 
 RATE = 16000
 
@@ -42,9 +43,9 @@ def test_reads_what_the_manifest_says(tmp_path, good):
     assert (whole.text, whole.lang, whole.speaker) == ("hello", "en", "a")
     assert whole.words == (("hello", 0.1, 0.9),)
     assert part.id == "part" and part.where.endswith("m.jsonl:3")
-    audio = sources.load_audio(whole)
-    assert audio.dtype == np.float32 and audio.shape == (RATE,)
-    np.testing.assert_array_equal(sources.load_audio(part), audio[RATE // 4 : 3 * RATE // 4])
+    samples = sources.load_audio(whole)
+    assert samples.dtype == np.float32 and samples.shape == (RATE,)
+    np.testing.assert_array_equal(sources.load_audio(part), samples[RATE // 4 : 3 * RATE // 4])
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
@@ -53,11 +54,11 @@ def test_formats_rates_and_channels_give_the_same_sound(tmp_path, suffix):
     soundfile.write(tmp_path / f"a.{suffix}", stereo, 8000)
     line = {"audio_filepath": f"a.{suffix}", "text": "a", "duration": 1.0}
     (utterance,) = sources.read_manifest(write_lines(tmp_path / "m.jsonl", [line]))
-    audio = sources.load_audio(utterance)
+    samples = sources.load_audio(utterance)
     middle = slice(RATE // 4, RATE // 2)
-    correlation = np.corrcoef(audio[middle], tone(1.0)[middle])[0, 1]
-    assert len(audio) == RATE and correlation > 0.99
-    assert 0.33 < np.abs(audio[middle]).max() < 0.42  # the mean of both channels
+    correlation = np.corrcoef(samples[middle], tone(1.0)[middle])[0, 1]
+    assert len(samples) == RATE and correlation > 0.99
+    assert 0.33 < np.abs(samples[middle]).max() < 0.42  # the mean of both channels
 
 
 def test_missing_durations_are_read_from_the_files(tmp_path, good):
@@ -209,3 +210,247 @@ def test_long_audio_is_refused_or_divided_but_never_cut(tmp_path, capsys):
     kept = sources.load_utterances(path, with_chunks, max_duration=0.96)
     assert {p.text for p in kept} == {"one", "three"}
     assert "too_long 3" in capsys.readouterr().out
+
+
+# ---- what users' manifests hold ------------------------------------------------------------------
+
+MANY = 10**401  # more digits than a float has room for
+LINES = [  # changes to a good line of 1 s, and the message; or what comes of it
+    ({"audio_filepath": "http://host/a.wav"}, "http://host/a.wav: http:// is not read"),
+    ({"audio_filepath": "https://host/a.wav"}, "https:// is not read: fetch the files"),
+    ({"audio_filepath": "s3://bucket/a.wav"}, "s3:// is not read"),
+    ({"audio_filepath": "file://good.wav"}, "starts with three slashes"),
+    ({"audio_filepath": "a\0/good.wav"}, "audio_filepath is 'a\\x00/good.wav', not a path"),
+    ({"audio_filepath": " "}, "not a path"),
+    ({"audio_filepath": "x" * 5000 + "/good.wav"}, "does not exist"),
+    ({"audio_filepath": "record:there:train:0"}, None),  # found out when it is read
+    ({"duration": MANY}, "a number of 402 digits"),
+    ({"anything": MANY}, "a number of 402 digits"),
+    ({"duration": 10**90}, "duration is 1000000"),
+    ({"duration": True}, "duration is True, not a number of seconds"),
+    ({"offset": False}, "offset is False, not a number of seconds"),
+    ({"offset": 1e308}, "offset is 1e+308, not a number of seconds"),
+    ({"offset": float("nan")}, "offset is nan"),
+    ({"duration": float("inf")}, "duration is inf"),
+    ({"duration": -1}, "duration is -1"),
+    ({"duration": 0}, "duration is 0"),
+    ({"duration": "1.0"}, "duration is '1.0', not a number of seconds"),
+    ({"text": "a \ud800 b"}, "text holds half a character ('\\ud800') at 2"),
+    ({"lang": "\udfff"}, "lang holds half a character"),
+    ({"speaker": "\ud800"}, "speaker holds half a character"),
+    ({"id": "\ud800"}, "id holds half a character"),
+    ({"audio_filepath": "\ud800.wav"}, "audio_filepath holds half a character"),
+    ({"text": None}, "no string under 'text'"),
+    ({"lang": ["de"]}, "lang is ['de'], not a string"),
+    ({"language": 3}, "language is 3, not a string"),
+    ({"speaker": {"name": "a"}}, "speaker is {'name': 'a'}, not a string"),
+    ({"id": 1.5}, "id is 1.5, not a string"),
+    ({"id": True}, "id is True, not a string"),
+    ({"words": {"a": 0}}, "words is not [[word, start, end], ...] in seconds"),
+    ({"words": [["a", 0.0]]}, "in seconds: ['a', 0.0]"),
+    ({"words": [["a", 0.0, True]]}, "in seconds: ['a', 0.0, True]"),
+    ({"words": [["a", 0.0, float("nan")]]}, "in seconds: ['a', 0.0, nan]"),
+    ({"words": [["a", 0.0, MANY]]}, "a number of 402 digits"),
+    ({"words": [["\ud800", 0.0, 0.5]]}, "words holds half a character"),
+    ({"words": [["a", -0.5, 0.5]]}, "'a' lies at -0.5 to 0.5 s"),
+    ({"words": [["a", 0.5, 0.2]]}, "'a' lies at 0.5 to 0.2 s"),
+    ({"words": [["a", 0.5, 0.7], ["b", 0.1, 0.3]]}, "before the word that it follows"),
+    ({"words": [["a", 0.5, 1.7]]}, "0.5 to 1.7 s, the audio is 1.00 s long"),
+    ({"words": [["a", 0.5, 1.7]], "duration": None}, "the audio is 1.00 s long"),
+    ({"words": [["a", 0.5, 1.05]]}, None),  # within what durations are rounded to
+]
+
+
+@pytest.mark.parametrize("changes, message", LINES)
+def test_every_line_is_used_or_named(tmp_path, good, changes, message):
+    path = write_lines(tmp_path / "m.jsonl", [good, good | {"id": "2"} | changes])
+    utterances, problems = sources.scan_manifest(path)
+    if message is None:
+        assert len(utterances) == 2 and not problems
+    else:
+        assert [u.where for u in utterances] == [f"{path}:1"]
+        (problem,) = problems
+        assert problem.where == f"{path}:2" and message in problem.message
+
+
+def test_lines_that_are_no_objects_are_named(tmp_path, good):
+    whole = json.dumps(good).encode()
+    twice = whole[:-1] + b', "text": "other"}'
+    lines = [b"\xef\xbb\xbf" + whole, b"[" * 100_000, twice, b'"text"', b"null", whole + whole]
+    utterances, problems = sources.scan_manifest(write_lines(tmp_path / "m.jsonl", lines))
+    assert len(utterances) == 1  # after a byte order mark
+    assert {p.kind for p in problems} == {"invalid_json"} and len(problems) == 5
+    assert "more than once: 'text'" in problems[1].message
+
+
+def test_columns_of_other_tools_are_used_or_named_once(tmp_path, good, capsys):
+    columns = [
+        {"lang": " de\n", "language": "en"},
+        {"language": "de"},
+        {"locale": "de"},
+        {"lang_id": "de"},
+        {"source_lang": "en", "target_lang": "de"},
+        {"lang": None, "source_lang": "de", "context": "x", "pnc": "yes", "id": 0},
+        {"lang": "de", "context": "y", "speaker": 17},
+    ]
+    lines = [{"id": f"{i}"} | good | found for i, found in enumerate(columns, start=1)]
+    path = write_lines(tmp_path / "m.jsonl", lines)
+    utterances = sources.read_manifest(path)
+    assert [u.lang for u in utterances] == ["de"] * 7
+    assert utterances[5].id == "0" and utterances[6].speaker == "17"
+    assert capsys.readouterr().out == f"{path}: columns that are not used: 'context', 'pnc'\n"
+
+
+def test_file_urls_are_paths(tmp_path, good):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "good.wav").rename(tmp_path / "a b" / "c.wav")
+    good["audio_filepath"] = f"file://{tmp_path}/a%20b/c.wav"
+    path = write_lines(tmp_path / "m.jsonl", [good])
+    (utterance,) = sources.read_manifest(f"FILE://{path}")
+    assert len(sources.load_audio(utterance)) == RATE
+
+
+def test_a_bucket_that_does_not_answer_is_named_once(tmp_path, good, monkeypatch):
+    asked = []
+
+    class Bucket:
+        def __init__(self, path):
+            self.path = path
+
+        def exists(self):
+            asked.append(self.path)
+            time.sleep(60)
+
+    monkeypatch.setattr(remote.epath, "Path", Bucket)
+    monkeypatch.setattr(remote, "PATIENCE", 0.1)
+    lines = [good | {"audio_filepath": f"gs://bucket/{i}.wav"} for i in range(50)]
+    path = write_lines(tmp_path / "m.jsonl", lines)
+    monkeypatch.setattr(remote.epath, "Path", lambda p: path if str(p) == str(path) else Bucket(p))
+    start = time.monotonic()
+    with pytest.raises(
+        OSError, match="gs://bucket cannot be read .no answer .*50 utterances, from"
+    ):
+        sources.read_manifest(path)
+    assert asked == ["gs://bucket/0.wav"] and time.monotonic() - start < 5
+    with pytest.raises(ValueError, match="https:// is not read"):
+        sources.read_manifest("https://host/m.jsonl")
+
+
+# ---- audio that is not what it seems -------------------------------------------------------------
+
+
+def test_empty_and_cut_off_files_are_named(tmp_path):
+    (tmp_path / "empty.mp3").write_bytes(b"")
+    soundfile.write(tmp_path / "whole.wav", tone(2.0), RATE)
+    soundfile.write(tmp_path / "whole.opus", tone(9.0), RATE, format="OGG", subtype="OPUS")
+    for suffix in ("wav", "opus"):
+        data = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(data[: len(data) // 2])
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "samples.raw").write_bytes(b"1234")
+    names = ["empty.mp3", "cut.wav", "cut.opus", "folder.wav", "samples.raw", "whole.wav"]
+    lines = [{"audio_filepath": name, "text": "a"} for name in names]
+    utterances, problems = sources.scan_manifest(write_lines(tmp_path / "m.jsonl", lines))
+    assert [u.id for u in utterances] == ["whole.wav"]
+    for problem, said in zip(
+        problems,
+        (
+            "empty.mp3 is empty",
+            "cut.wav is truncated: the header says 64036 bytes, there are 32014",
+            "cut.opus is truncated: its last page is missing",
+            "folder.wav cannot be read as audio: it is not a file",
+            "samples.raw cannot be read as audio",
+        ),
+        strict=True,
+    ):
+        assert problem.kind == "unreadable" and said in problem.message
+    for name in names[:2]:
+        line = {"audio_filepath": name, "text": "a", "duration": 2.0}
+        (utterance,) = sources.read_manifest(write_lines(tmp_path / "m.jsonl", [line]))
+        with pytest.raises(sources.BadAudio, match="is empty|holds 1.00 s of audio"):
+            sources.load_audio(utterance)
+
+
+def test_headers_that_promise_what_cannot_be_are_named(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(0.1), RATE)
+    header = bytearray((tmp_path / "a.wav").read_bytes())
+    header[24:28] = (1).to_bytes(4, "little")  # a rate of 1 Hz: 1600 s
+    (tmp_path / "slow.wav").write_bytes(header)
+    soundfile.write(tmp_path / "a.flac", tone(0.1), RATE)
+    header = bytearray((tmp_path / "a.flac").read_bytes())
+    for name, samples in (("long", b"\x0f\xff\xff\xff\xff"), ("pipe", b"\0\0\0\0\0")):
+        header[21:26] = bytes([header[21] & 0xF0 | samples[0]]) + samples[1:]
+        (tmp_path / f"{name}.flac").write_bytes(header)
+    with pytest.raises(sources.BadAudio, match="broken header: it says 1600 samples at 1 Hz"):
+        sources.from_file(str(tmp_path / "slow.wav"))
+    with pytest.raises(sources.BadAudio, match="broken header: it says 68719476735 samples"):
+        sources.from_file(str(tmp_path / "long.flac"))
+    with pytest.raises(sources.BadAudio, match="does not say in its header how long it is"):
+        sources.from_file(str(tmp_path / "pipe.flac"))
+    with pytest.raises(sources.BadAudio, match="http:// is not read"):
+        sources.from_file("http://host/a.wav")
+
+
+def odd_audio(folder):
+    """Files that can be used, but are odd: name -> kind."""
+    loud = 5 * tone(1.0)
+    files = {
+        "anti_phase": np.stack([tone(1.0), -tone(1.0)], axis=1),
+        "silent": np.zeros(RATE),
+        "mostly_silent": np.concatenate([tone(0.05), np.zeros(RATE - RATE // 20)]),
+        "clipped": np.clip(loud, -1, 1),
+        "over_full_scale": loud,
+        "good": tone(1.0),
+    }
+    for kind, samples in files.items():
+        soundfile.write(folder / f"{kind}.wav", samples, RATE, subtype="FLOAT")
+    data = (folder / "good.wav").read_bytes()
+    (folder / "cut_off.wav").write_bytes(data[: len(data) // 2])
+    return {f"{kind}.wav": kind for kind in [*files, "cut_off"]}
+
+
+def test_what_is_odd_is_told_from_what_is_bad(tmp_path):
+    kinds = odd_audio(tmp_path)
+    lines = [
+        {"audio_filepath": name, "text": "a", "duration": 0.5 if name == "cut_off.wav" else 1.0}
+        for name in kinds
+    ]
+    utterances = sources.read_manifest(write_lines(tmp_path / "m.jsonl", lines))
+    heard = [(u.id, audio.listen(u).odd) for u in utterances]
+    assert dict(heard) == {name: () if k == "good" else (k,) for name, k in kinds.items()}
+    assert set(kinds.values()) - {"good"} == set(audio.ODDITIES)
+    report = audio.report(heard, len(heard))
+    assert report[0] == "data report: 6 of 7 utterances can be used, but are odd:"
+    assert "  silent 1: no sample above -80 dB (silent.wav)" in report and len(report) == 7
+    assert audio.report([("good.wav", ())], 1) == []
+    scaled = sources.load_audio(utterances[4])
+    np.testing.assert_allclose(scaled, 2 * tone(1.0) / (2 * tone(1.0)).max(), atol=1e-6)
+
+
+def test_parts_of_divided_audio_keep_the_spelling_of_the_transcript(tmp_path):
+    soundfile.write(tmp_path / "long.wav", tone(4.0), RATE)
+    times = [[0.1, 0.8], [1.0, 1.9], [2.1, 2.7], [2.9, 3.8]]
+    line = {"audio_filepath": "long.wav", "duration": 4.0}
+    timed = lambda words: [[word, *time] for word, time in zip(words, times, strict=True)]
+    lines = [
+        line
+        | {
+            "id": "a",
+            "text": "One, two. Three: four!",
+            "words": timed("one two three four".split()),
+        },
+        line
+        | {
+            "id": "b",
+            "text": "今日は いい天気。",
+            "words": timed(["今日", "は", "いい", "天気。"]),
+        },
+        line | {"id": "c", "text": "one two three", "words": timed(["one", "two", "x", "y"])},
+    ]
+    path = str(write_lines(tmp_path / "m.jsonl", lines))
+    skipped = tmp_path / "skipped.jsonl"
+    config = data_config(long_audio="chunk")
+    parts = sources.load_utterances(path, config, max_duration=2.5, skipped_path=skipped)
+    assert [p.text for p in parts] == ["One, two.", "Three: four!", "今日は", "いい天気。"]
+    refused = json.loads(skipped.read_text())
+    assert refused["where"] == f"{path}:3" and "not those of its text" in refused["message"]

@@ -11,12 +11,13 @@ import soundfile
 import soxr
 from etils import epath
 
-from otreg_jax.data import records
+from otreg_jax.data import records, remote
 from otreg_jax.data.utterances import BadAudio, Problem, Utterance, in_threads
 
 SAMPLE_RATE = 16000
 RATES = (1000, 1_000_000)  # Hz that a header may give
 TOLERANCE = 0.1  # seconds between what a manifest says and what is there
+UNKNOWN = 2**63 - 1  # samples, of a FLAC file that was written into a pipe
 
 # What is usable, but likely not what was meant: kind -> what it is.
 ODDITIES = {
@@ -165,19 +166,29 @@ def fill_durations(utterances: list[Utterance]) -> tuple[list[Utterance], list[P
 
 
 def from_file(path: str) -> Utterance:
-    """An audio file as an utterance without a transcript. Raises BadAudio if it is unreadable."""
-    utterance = Utterance(path, path, "", 0.0, where=path)
+    """An audio file as an utterance without a transcript.
+
+    Raises:
+      BadAudio: it is unreadable.
+      OSError: it lies in a bucket that does not answer.
+    """
+    try:
+        place = remote.localize(path)
+    except ValueError as error:
+        raise BadAudio("unreadable", str(error)) from None
+    remote.check([place], "the audio lies there")
+    utterance = Utterance(path, place, "", 0.0, where=path)
     return utterance._replace(duration=read_duration(utterance))
 
 
 def open_audio(path: str) -> soundfile.SoundFile:
     """Opens an audio file. Raises BadAudio if it is none, or its header promises what cannot be."""
     try:
-        remote = "://" in path
-        size = epath.Path(path).stat().length if remote else _size_of_file(path)
+        elsewhere = "://" in path
+        size = epath.Path(path).stat().length if elsewhere else _size_of_file(path)
         if not size:
             raise BadAudio("unreadable", f"{path} is empty")
-        file = soundfile.SoundFile(epath.Path(path).open("rb") if remote else path)
+        file = soundfile.SoundFile(epath.Path(path).open("rb") if elsewhere else path)
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         if isinstance(error, BadAudio):
             raise
@@ -187,6 +198,9 @@ def open_audio(path: str) -> soundfile.SoundFile:
     # Digital silence in FLAC is the densest there is: some thousand samples a byte.
     if not (RATES[0] <= rate <= RATES[1] and 0 <= frames <= 10_000 * size):
         file.close()
+        if frames == UNKNOWN:
+            reason = "does not say in its header how long it is: write it anew, into a file"
+            raise BadAudio("unreadable", f"{path} {reason}")
         promise = f"{frames} samples at {rate} Hz in a file of {size} bytes"
         raise BadAudio("unreadable", f"{path} has a broken header: it says {promise}")
     return file

@@ -17,38 +17,22 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from otreg_jax.data import audio, augment, features, sources
+from otreg_jax.data.bucketing import (
+    Corpus,
+    Plan,
+    choose_buckets,
+    deal,
+    describe_buckets,
+    frames_of,
+    make_corpus,
+    padding,
+)
 from otreg_jax.data.utterances import BadAudio, Problem, Utterance
 
-FRAMES_MULTIPLE = 8  # bucket widths, so that convolution strides and frame stacking divide them
 MEMORY_BYTES = 2**30  # audio or features up to this size are kept in memory between epochs
 NUM_HEARD = 256  # utterances looked at for the data report where not all are read at the start
 
 Batch = dict[str, np.ndarray]
-
-
-class Corpus(NamedTuple):
-    """Utterances with what batching needs to know about them, in the same order."""
-
-    utterances: Sequence[Utterance]
-    samples: np.ndarray  # int64 [N] at 16 kHz
-    tokens: np.ndarray  # int32, all transcripts one after another
-    ends: np.ndarray  # int64 [N], where each transcript ends in `tokens`
-
-    @property
-    def token_length(self) -> np.ndarray:
-        return np.diff(self.ends, prepend=0)
-
-    def transcript(self, row: int) -> np.ndarray:
-        return self.tokens[self.ends[row - 1] if row else 0 : self.ends[row]]
-
-
-class Plan(NamedTuple):
-    """The batches of an epoch."""
-
-    rows_SB: np.ndarray  # int [steps, batch_size], rows of the corpus
-    speed_SB: np.ndarray  # float, how many times as fast each is played
-    repeated_SB: np.ndarray  # bool, whether the draw is one too many
-    bucket_S: np.ndarray  # int, the shape of each batch
 
 
 def train_batches(
@@ -200,24 +184,6 @@ def _rng(purpose: int, *seeds: int) -> np.random.Generator:
     return np.random.default_rng([purpose, *seeds])
 
 
-def make_corpus(utterances: Sequence[Utterance], tokenizer) -> Corpus:
-    """Tokenizes the transcripts. Raises ValueError if there is no utterance."""
-    if not utterances:
-        raise ValueError("there are no utterances to batch")
-    ids = [np.asarray(tokenizer.encode(u.text), np.int32) for u in utterances]
-    return Corpus(
-        utterances,
-        np.array([round(u.duration * features.SAMPLE_RATE) for u in utterances]),
-        np.concatenate(ids),
-        np.cumsum([len(i) for i in ids], dtype=np.int64),
-    )
-
-
-def frames_of(samples_N: np.ndarray, speed=1.0) -> np.ndarray:
-    """Mel frames of so many samples played `speed` times as fast."""
-    return features.num_frames(np.ceil(samples_N / speed).astype(np.int64))
-
-
 def _within_token_limit(corpus: Corpus, data_config, skipped_path) -> np.ndarray:
     """Rows of utterances whose transcripts are not over `max_tokens` (0: no limit)."""
     length_N, limit = corpus.token_length, data_config.max_tokens or np.inf
@@ -232,42 +198,6 @@ def _within_token_limit(corpus: Corpus, data_config, skipped_path) -> np.ndarray
     if not len(rows_N):
         raise ValueError(f"every transcript is longer than data.max_tokens={limit}")
     return rows_N
-
-
-def choose_buckets(
-    frames_N: np.ndarray, tokens_N: np.ndarray, num_buckets: int
-) -> tuple[tuple[int, int], ...]:
-    """The (frames, tokens) shapes that pad the least when every utterance goes to the narrowest.
-
-    Exact, by dynamic programming over the distinct lengths. A shape's tokens are what its longest
-    transcript needs, and never fewer than those of a narrower shape.
-
-    Args:
-      frames_N: int [N], mel frames of each utterance.
-      tokens_N: int [N], transcript tokens of each utterance.
-      num_buckets: how many shapes there may be; fewer come back if the lengths do not differ.
-
-    Returns:
-      ((frames, tokens), ...), both rising; frames are multiples of FRAMES_MULTIPLE.
-    """
-    rounded_N = -(-frames_N // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
-    widths, counts = np.unique(rounded_N, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)])  # utterances narrower than widths[i]
-    # padded[i, j]: frames of one bucket as wide as widths[j] that takes all from widths[i] on
-    padded = (below[None, 1:] - below[:-1, None]) * widths.astype(float)
-    padded[np.tril_indices(len(widths), -1)] = np.inf
-    cost = np.concatenate([[0.0], np.full(len(widths), np.inf)])  # of the narrowest j widths
-    starts = []
-    for _ in range(min(num_buckets, len(widths))):
-        total = cost[:-1, None] + padded
-        starts.append(total.argmin(axis=0))
-        cost = np.concatenate([[0.0], total.min(axis=0)])
-    edges, end = [], len(widths)
-    for start in reversed(starts):
-        if end:
-            edges.append(int(widths[end - 1]))
-            end = int(start[end - 1])
-    return tuple((edge, max(1, int(tokens_N[frames_N <= edge].max()))) for edge in edges[::-1])
 
 
 class _Group(NamedTuple):
@@ -324,61 +254,11 @@ def _draw(groups: Sequence[_Group], seed: int, epoch: int) -> np.ndarray:
     return np.concatenate(drawn)
 
 
-def deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:
-    """Deals draws, in order, into batches of one bucket each, narrow buckets first.
-
-    The first draws are repeated as often as it takes to fill every batch.
-    """
-    dealt = np.arange(-(-len(draws_N) // batch_size) * batch_size)
-    rows, speed = np.resize(draws_N, len(dealt)), np.resize(speed_N, len(dealt))
-    frames, tokens = np.array(buckets).T
-    bucket = np.maximum(
-        np.searchsorted(frames, frames_of(corpus.samples[rows], speed)),
-        np.searchsorted(tokens, corpus.token_length[rows]),
-    )
-    batches, bucket_S, left = [], [], dealt[:0]
-    for b in range(len(buckets)):
-        waiting = np.concatenate([left, dealt[bucket == b]])
-        full = len(waiting) // batch_size * batch_size
-        batches.append(waiting[:full])
-        bucket_S += [b] * (full // batch_size)
-        left = waiting[full:]
-    dealt_SB = np.concatenate(batches).reshape(-1, batch_size)
-    repeated_SB = dealt_SB >= len(draws_N)
-    return Plan(rows[dealt_SB], speed[dealt_SB], repeated_SB, np.array(bucket_S))
-
-
 def _share(batch_size: int, host_index: int, host_count: int) -> slice:
     if batch_size % host_count:
         raise ValueError(f"batch_size={batch_size} does not divide among {host_count} hosts")
     share = batch_size // host_count
     return slice(host_index * share, (host_index + 1) * share)
-
-
-def padding(corpus: Corpus, buckets, plan: Plan) -> tuple[float, float]:
-    """The fractions of frames and of tokens in an epoch's batches that are padding."""
-    frames, tokens = np.array(buckets).T
-    frames_SB = frames_of(corpus.samples[plan.rows_SB], plan.speed_SB)
-    tokens_SB = corpus.token_length[plan.rows_SB]
-    batch_size = plan.rows_SB.shape[1]
-    return tuple(
-        float(1 - used_SB.sum() / (width[plan.bucket_S].sum() * batch_size))
-        for used_SB, width in ((frames_SB, frames), (tokens_SB, tokens))
-    )
-
-
-def describe_buckets(corpus: Corpus, buckets, plan: Plan) -> list[str]:
-    """A line for each bucket: its shape, its share of an epoch's steps, and how full it is."""
-    rows, lines = plan.rows_SB.shape[1], []
-    for b, (frames, tokens) in enumerate(buckets):
-        mine = plan.bucket_S == b
-        part = Plan(plan.rows_SB[mine], plan.speed_SB[mine], None, plan.bucket_S[mine])
-        empty = padding(corpus, buckets, part)[0] if mine.any() else 1.0
-        lines.append(
-            f"bucket of {frames} frames x {tokens} tokens: {mine.sum()} of {len(mine)} steps, "
-            f"{rows} rows each, {1 - empty:.0%} of frames filled"
-        )
-    return lines
 
 
 def _print_plan(corpus: Corpus, buckets, plan: Plan, groups) -> None:
@@ -409,15 +289,16 @@ def _reader(
     memory if all of it fits. It is then read here, by every host, and every unusable file is found
     before the first step. What training reads, or some of it, is looked at for what is odd.
     """
-    odd = {}  # row: kinds of audio.ODDITIES
+    odd = {}  # row: kinds of audio.ODDITIES, if there are any
 
     def load(row):
         try:
             sound = audio.listen(corpus.utterances[row])
-            odd[row] = sound.odd
-            return sound.samples
         except BadAudio as error:
             return Problem(error.kind, corpus.utterances[row].where, error.reason)
+        if sound.odd:
+            odd[row] = sound.odd
+        return sound.samples
 
     def finish(samples):
         if isinstance(samples, Problem) or data_config.features == "step":
@@ -441,11 +322,11 @@ def _reader(
         sources.handle(problems.values(), data_config.on_bad_audio, path)
         handled = set(problems)
     if augmentation is not None and host_index == 0:
+        heard_N = rows_N if kept else rows_N[:: max(len(rows_N) // NUM_HEARD, 1)]
         if not kept:
-            some_N = rows_N[:: max(len(rows_N) // NUM_HEARD, 1)]
-            sources.in_threads(load, some_N, "looking at audio")
-        heard = [(corpus.utterances[row].where, odd[row]) for row in sorted(odd)]
-        for line in audio.report(heard, len(heard)):
+            sources.in_threads(load, heard_N, "looking at audio")
+        found = [(corpus.utterances[row].where, odd[row]) for row in sorted(odd)]
+        for line in audio.report(found, len(heard_N)):
             print(line)
 
     def read(row, speed, rng):
@@ -461,10 +342,10 @@ def _reader(
         try:
             samples = augment.augment(samples, rng, augmentation, noises, impulses)
         except BadAudio as error:  # of a noise or an impulse response
-            where, _, reason = str(error).partition(": ")
-            sources.handle(
-                [Problem(error.kind, where, reason)], data_config.on_bad_audio, skipped_path
-            )
+            if error.where not in handled:
+                handled.add(error.where)
+                problem = Problem(error.kind, error.where, error.reason)
+                sources.handle([problem], data_config.on_bad_audio, skipped_path)
         return finish(samples)
 
     return read

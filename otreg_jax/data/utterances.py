@@ -44,7 +44,7 @@ class BadAudio(ValueError):
 
     def __init__(self, kind: str, reason: str, where: str = ""):
         super().__init__(f"{where}: {reason}" if where else reason)
-        self.kind, self.reason = kind, reason
+        self.kind, self.reason, self.where = kind, reason, where
 
 
 def handle(
