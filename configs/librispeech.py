@@ -2,7 +2,7 @@
 
     for split in train-clean-100 train-clean-360 train-other-500 dev-clean dev-other; do
       python -m otreg_jax.data.prepare --layout=librispeech --split=$split \\
-          --input=LibriSpeech --output=data/librispeech
+          --lower_case --input=LibriSpeech --output=data/librispeech
     done
     bash launch/train_tpu.sh --name libri --zone us-east5-a --type v5litepod-16 \\
         --config configs/librispeech.py:otreg --workdir gs://BUCKET/runs/libri

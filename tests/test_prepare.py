@@ -328,6 +328,39 @@ def test_published_layouts(layout, tmp_path):
     assert len(sources.load_audio(utterance)) == pytest.approx(RATE / 2, abs=1200)
 
 
+def test_upper_case_corpora_come_in_lower_case_if_asked(tmp_path):
+    root, split, _ = librispeech(tmp_path)
+    (utterance,), _ = prepare.read_corpus("librispeech", str(root), split, lower_case=True)
+    assert utterance.text == "go do"
+    write_audio(tmp_path / "a.wav")
+    line = {"audio_filepath": "a.wav", "text": "IŞIK", "lang": "Turkish"}
+    line["words"] = [["IŞIK", 0.0, 0.4]]
+    manifest = write_manifest(tmp_path, [line])
+    (utterance,), _ = prepare.read_corpus("manifest", manifest, "", lower_case=True)
+    assert utterance.text == utterance.words[0][0] == "ışık"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"84-121123-0000 GO \xff\n", "84-121123.trans.txt:1: byte 18 is not UTF-8"),
+        (b"", "no split 'dev-clean'"),
+    ],
+)
+def test_damaged_transcripts_are_named(tmp_path, content, message):
+    root, split, _ = librispeech(tmp_path)
+    (root / "dev-clean/84/121123/84-121123.trans.txt").write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare.read_corpus("librispeech", str(root), split)
+
+
+def test_tables_without_their_columns_are_named(tmp_path):
+    root, split, _ = common_voice(tmp_path)
+    write_text(root / "dev.tsv", "client_id\tsentence\nc\thallo\n")
+    with pytest.raises(ValueError, match="dev.tsv:1: no column path in the header"):
+        prepare.read_corpus("common_voice", str(root), split)
+
+
 def test_absent_split(tmp_path):
     with pytest.raises(FileNotFoundError, match="no split 'train'"):
         prepare.read_corpus("librispeech", str(tmp_path), "train")

@@ -2,7 +2,7 @@
 
     python -m otreg_jax.data.prepare --input=train.jsonl,more.jsonl --output=data/mine
     python -m otreg_jax.data.prepare --layout=librispeech --split=train-clean-100 \\
-        --input=LibriSpeech --output=data/librispeech
+        --lower_case --input=LibriSpeech --output=data/librispeech
     python -m otreg_jax.train --config.data.train=data/mine ...
 
 The output is a TFDS data set (16 kHz int16; `tfds.data_source` reads it). Beside it stand
@@ -32,24 +32,17 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
+from otreg_jax import languages
 from otreg_jax.data import audio, corpora, manifest, records, sources
 from otreg_jax.data.utterances import BadAudio, Problem, Utterance
 
-_INPUT = flags.DEFINE_string("input", None, "Manifests separated by commas, or a corpus folder.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the data set; made if missing.")
-_LAYOUT = flags.DEFINE_enum(
-    "layout", "manifest", ["manifest", *corpora.LAYOUTS], "How the input is laid out."
-)
-_SPLIT = flags.DEFINE_string("split", "train", "Split of the corpus; in the output with _ for -.")
-_MAX_DURATION = flags.DEFINE_float("max_duration", 30.0, "Seconds; longer audio is refused.")
-_SHARD_HOURS = flags.DEFINE_float("shard_hours", 1.0, "Audio in a shard; an hour is 115 MB.")
-_MACHINE = flags.DEFINE_string("machine", "0/1", "Which of how many machines this is.")
-_BEAM = flags.DEFINE_string("beam", None, "Options of an Apache Beam pipeline to run as.")
-_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes.")
 
-
-def read_corpus(layout: str, paths: str, split: str) -> tuple[list[Utterance], list[Problem]]:
+def read_corpus(
+    layout: str, paths: str, split: str, lower_case: bool = False
+) -> tuple[list[Utterance], list[Problem]]:
     """The utterances of manifests or of a corpus folder, and what is wrong with the others.
+
+    lower_case: whether transcripts come in lower case, as their language has it.
 
     Raises:
       FileNotFoundError: there is no such manifest, corpus or split.
@@ -63,9 +56,15 @@ def read_corpus(layout: str, paths: str, split: str) -> tuple[list[Utterance], l
             if not lines:
                 raise FileNotFoundError(f"{path}: no split {split!r} in the layout of {layout}")
             found, wrong = manifest.check_lines(lines, path, strict=False)
-        utterances += found
+        utterances += map(_lower, found) if lower_case else found
         problems += wrong
     return utterances, problems
+
+
+def _lower(utterance: Utterance) -> Utterance:
+    lower = lambda text: languages.lower(text, languages.find(utterance.lang))
+    words = tuple((lower(word), start, end) for word, start, end in utterance.words)
+    return utterance._replace(text=lower(utterance.text), words=words)
 
 
 def prepare(
@@ -269,24 +268,30 @@ def _write_metadata(output: Path) -> None:
     (output / "SHA256SUMS").write_text("".join(sums))
 
 
-def _machine() -> tuple[int, int]:
-    index, _, count = _MACHINE.value.partition("/")
+def _machine(value: str) -> tuple[int, int]:
+    index, _, count = value.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ValueError(f"--machine={_MACHINE.value} is not INDEX/COUNT, as in 0/4 … 3/4")
+        raise ValueError(f"--machine={value} is not INDEX/COUNT, as in 0/4 … 3/4")
     return int(index), int(count)
 
 
 def main(argv):
     del argv
-    split = _SPLIT.value.replace("-", "_")  # as TFDS names splits
+    given = flags.FLAGS
+    split = given.split.replace("-", "_")  # as TFDS names splits
     try:
-        utterances, problems = read_corpus(_LAYOUT.value, _INPUT.value, _SPLIT.value)
+        found = read_corpus(given.layout, given.input, given.split, given.lower_case)
         report = prepare(
-            utterances, problems, _OUTPUT.value, split, max_duration=_MAX_DURATION.value,
-            shard_hours=_SHARD_HOURS.value, workers=_WORKERS.value, machine=_machine(),
-            beam=None if _BEAM.value is None else shlex.split(_BEAM.value),
-        )  # fmt: skip
-    except (ValueError, FileNotFoundError, ImportError) as error:
+            *found,
+            given.output,
+            split,
+            max_duration=given.max_duration,
+            shard_hours=given.shard_hours,
+            workers=given.workers,
+            machine=_machine(given.machine),
+            beam=None if given.beam is None else shlex.split(given.beam),
+        )
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
     if report is None:
         print("this machine's shards are written; others are still missing")
@@ -294,9 +299,20 @@ def main(argv):
     print(json.dumps(report, indent=2))
     refused = sum(report["refused"].values())
     if refused:
-        print(f"refused {refused} utterances: see {_OUTPUT.value}/refused-{split}.jsonl")
+        print(f"refused {refused} utterances: see {given.output}/refused-{split}.jsonl")
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("input", None, "Manifests separated by commas, or a corpus folder.")
+    flags.DEFINE_string("output", None, "Folder of the data set; made if missing.")
+    layouts = ["manifest", *corpora.LAYOUTS]
+    flags.DEFINE_enum("layout", "manifest", layouts, "How the input is laid out.")
+    flags.DEFINE_string("split", "train", "Split of the corpus; in the output with _ for -.")
+    flags.DEFINE_bool("lower_case", False, "Transcripts in lower case, as the language has it.")
+    flags.DEFINE_float("max_duration", 30.0, "Seconds; longer audio is refused.")
+    flags.DEFINE_float("shard_hours", 1.0, "Audio in a shard; an hour is 115 MB.")
+    flags.DEFINE_string("machine", "0/1", "Which of how many machines this is.")
+    flags.DEFINE_string("beam", None, "Options of an Apache Beam pipeline to run as.")
+    flags.DEFINE_integer("workers", os.cpu_count(), "Processes.")
     flags.mark_flags_as_required(["input", "output"])
     app.run(main)
