@@ -12,45 +12,12 @@ depends on the run: without OTReg or CTC, plans hold little of the alignment.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from otreg_jax import alignment, build, recognition
 from otreg_jax import config as config_lib
 from otreg_jax.data import sources
-
-Words = list[tuple[str, float, float]]
-
-
-def align(
-    run: build.Run, utterances: Sequence[sources.Utterance], batch_size: int = 16
-) -> Iterator[tuple[sources.Utterance, alignment.Words]]:
-    """Yields every utterance with its words and their start and end in seconds.
-
-    Audio that cannot be read is left out and printed.
-    """
-    for batch in recognition.batches(run, utterances, batch_size, "aligning"):
-        shares_BST, length_B = alignment.token_shares(
-            run.slm, run.params, batch, run.config.otreg.layer
-        )
-        rows = recognition.to_host(
-            (shares_BST, length_B, batch["mel_length"], batch["tokens"], batch["token_length"],
-             batch["index"])
-        )  # fmt: skip
-        for shares_ST, length, frames, tokens_T, num_tokens, i in zip(*rows, strict=True):
-            if i < 0 or not num_tokens:
-                continue
-            starts_T, ends_T = alignment.monotone_spans(shares_ST[:length, :num_tokens])
-            seconds = frames / 100 / length
-            yield (
-                utterances[i],
-                alignment.words_of(
-                    run.tokenizer,
-                    tokens_T[:num_tokens].tolist(),
-                    starts_T * seconds,
-                    ends_T * seconds,
-                ),
-            )
 
 
 def as_textgrid(words: alignment.Words, duration: float) -> str:
@@ -94,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         utterances = sources.read_manifest(options.manifest)
         run = build.load_run(options.workdir, options.checkpoint)
-        for utterance, words in align(run, utterances, options.batch_size):
+        for utterance, words in recognition.aligned(run, utterances, options.batch_size):
             if options.textgrid:
                 name = utterance.id.replace("/", "_").strip("._") + ".TextGrid"
                 path = Path(options.textgrid) / name

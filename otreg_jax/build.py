@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from otreg_jax import checkpoint, losses, optim, pretrained, sharding, stages, train_step
 from otreg_jax import config as config_lib
-from otreg_jax.data import text
+from otreg_jax.data import sets, text
 from otreg_jax.models import attention, lora, quantize
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.adapter import AdapterConfig
@@ -33,6 +33,7 @@ class Run(NamedTuple):
     tokenizer: text.Tokenizer
     step: int
     mesh: jax.sharding.Mesh
+    longest_seconds: float = math.inf  # of audio that it was trained on, as far as that is known
 
 
 def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
@@ -69,7 +70,10 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
     if state is None:
         raise FileNotFoundError(f"{workdir}: no checkpoint yet; let training reach one")
     weights = optim.averaged(state.params, state.opt_state)
-    return Run(config, slm, optim.merge(weights, frozen), tokenizer, int(state.step), mesh)
+    return Run(
+        config, slm, optim.merge(weights, frozen), tokenizer, int(state.step), mesh,
+        sets.longest_seconds(workdir),
+    )  # fmt: skip
 
 
 def split(params, config):

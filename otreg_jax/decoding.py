@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
 class Settings(NamedTuple):
     """How to decode.
 
-    max_tokens: a hypothesis ends after so many tokens.
+    max_tokens: a hypothesis ends after so many tokens, or after its own limit if that is less.
     beam_width: hypotheses kept; 1 is greedy search.
     length_penalty: exponent of the length that a beam's log probability is divided by; above 0
       favours longer hypotheses.
@@ -49,14 +49,31 @@ class Settings(NamedTuple):
     no_repeat_ngram: int = 0
 
 
+def check(settings: Settings) -> None:
+    """Raises ValueError for settings that are none, or would have no effect."""
+    problems = []
+    if settings.beam_width < 1:
+        problems.append(f"beam_width={settings.beam_width}: at least one hypothesis is kept")
+    if settings.no_repeat_ngram < 0:
+        problems.append(f"no_repeat_ngram={settings.no_repeat_ngram} is below 0")
+    if settings.beam_width == 1 and settings.length_penalty != 1.0:
+        problems.append(
+            f"length_penalty={settings.length_penalty:g} weighs hypotheses of a beam against each "
+            "other: it needs beam_width=2 or more"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 @functools.partial(jax.jit, static_argnames=("slm", "settings"))
 def recognize(
-    slm: slm_lib.SLM, params: dict, mel_BFM: jax.Array, mel_length_B: jax.Array, settings: Settings
-) -> Decoded:
-    """Log-mel frames -> the best hypothesis of each utterance, [B, N]."""
+    slm: slm_lib.SLM, params: dict, mel_BFM: jax.Array, mel_length_B: jax.Array,
+    settings: Settings, limit_B: jax.Array | None = None,
+) -> Decoded:  # fmt: skip
+    """Log-mel frames -> the best hypothesis of each utterance, [B, N]. limit_B: see `greedy`."""
     speech_BSD, speech_length_B = slm_lib.speech_embeddings(slm, params, mel_BFM, mel_length_B)
     x_BPD, last_B = slm_lib.assemble(slm, params, speech_BSD, speech_length_B, None)
-    args = slm.llm, params["llm"], x_BPD, last_B + 1, slm.prompt.eos, settings
+    args = slm.llm, params["llm"], x_BPD, last_B + 1, slm.prompt.eos, settings, limit_B
     if settings.beam_width == 1:
         return greedy(*args)
     return jax.tree.map(lambda leaf: leaf[:, 0], beam_search(*args))
@@ -64,31 +81,37 @@ def recognize(
 
 @functools.partial(jax.jit, static_argnames=("llm", "eos", "settings"))
 def greedy(
-    llm: LLM, params: dict, x_BPD: jax.Array, length_B: jax.Array, eos: int, settings: Settings
-) -> Decoded:
+    llm: LLM, params: dict, x_BPD: jax.Array, length_B: jax.Array, eos: int, settings: Settings,
+    limit_B: jax.Array | None = None,
+) -> Decoded:  # fmt: skip
     """The most probable token at every step, until `eos` or `settings.max_tokens` (N) tokens.
 
     Args:
       llm, params: the model and its weights.
       x_BPD: prompt embeddings as the LLM receives them; positions ≥ length_B may hold anything.
       length_B: int32, valid prompt positions, at least 1.
+      limit_B: int32, at least 1: an example's hypothesis ends after so many tokens, whatever else
+        is in the batch; by default, and at most, max_tokens.
     """
     max_tokens = settings.max_tokens
+    limit_B = jnp.full(len(length_B), max_tokens) if limit_B is None else limit_B
     batch, prompt_size = x_BPD.shape[:2]
     logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
     step_params = _for_steps(params)
     tokens_BN = jnp.zeros((batch, max_tokens), jnp.int32)
     zeros_B = jnp.zeros(batch, jnp.int32)
 
-    def emit(n, logits_BV, tokens_BN, emitted_B, score_B, done_B):
+    def emit(n, logits_BV, tokens_BN, emitted_B, score_B, finished_B):
         log_prob_BV = jax.nn.log_softmax(logits_BV)
         allowed_BV = _forbid_repeats(log_prob_BV, tokens_BN, n, settings.no_repeat_ngram)
         token_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
         chosen_B = jnp.take_along_axis(log_prob_BV, token_B[:, None], axis=-1)[:, 0]
-        score_B += jnp.where(done_B, 0.0, chosen_B)
-        done_B |= token_B == eos
-        tokens_BN = tokens_BN.at[:, n].set(jnp.where(done_B, 0, token_B))
-        return tokens_BN, emitted_B + ~done_B, score_B, done_B
+        going_B = ~finished_B & (n < limit_B)
+        score_B += jnp.where(going_B, chosen_B, 0.0)
+        finished_B |= going_B & (token_B == eos)
+        going_B &= ~finished_B
+        tokens_BN = tokens_BN.at[:, n].set(jnp.where(going_B, token_B, 0))
+        return tokens_BN, emitted_B + going_B, score_B, finished_B
 
     def step(state):
         n, cache, tokens_BN, *rest = state
@@ -97,15 +120,17 @@ def greedy(
         return n + 1, cache, *emit(n, logits_BV, tokens_BN, *rest)
 
     start = emit(0, logits_BV, tokens_BN, zeros_B, jnp.zeros(batch), zeros_B.astype(bool))
-    running = lambda state: (state[0] < max_tokens) & ~state[-1].all()
+    going = lambda n, finished_B: (n < max_tokens) & (~finished_B & (n < limit_B)).any()
+    running = lambda state: going(state[0], state[-1])
     state = jax.lax.while_loop(running, step, (1, cache, *start))
     return Decoded(*state[2:])
 
 
 @functools.partial(jax.jit, static_argnames=("llm", "eos", "settings"))
 def beam_search(
-    llm: LLM, params: dict, x_BPD: jax.Array, length_B: jax.Array, eos: int, settings: Settings
-) -> Decoded:
+    llm: LLM, params: dict, x_BPD: jax.Array, length_B: jax.Array, eos: int, settings: Settings,
+    limit_B: jax.Array | None = None,
+) -> Decoded:  # fmt: skip
     """Beam search; returns the `settings.beam_width` (W) best hypotheses of every example.
 
     The rules are those of transformers' `generate(num_beams=W, early_stopping=False)`: each step
@@ -116,6 +141,8 @@ def beam_search(
     Args: as in `greedy`.
     """
     max_tokens, width = settings.max_tokens, settings.beam_width
+    limit_B = jnp.full(len(length_B), max_tokens) if limit_B is None else limit_B
+    limit_B = jnp.minimum(limit_B, max_tokens)
     batch, prompt_size = x_BPD.shape[:2]
     logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
     step_params, vocab = _for_steps(params), logits_BV.shape[-1]
@@ -132,7 +159,7 @@ def beam_search(
         score_BC, index_BC = jax.lax.top_k(total_BV, 2 * width)
         parent_BC, token_BC = index_BC // vocab, (index_BC % vocab).astype(jnp.int32)
         ended_BC = token_BC == eos
-        final_BC = ended_BC | (n + 1 == max_tokens)
+        final_BC = ended_BC | (n + 1 >= limit_B)[:, None]
         tokens_BCN = jnp.take_along_axis(beams.tokens, parent_BC[..., None], axis=1)
         tokens_BCN = tokens_BCN.at[:, :, n].set(jnp.where(ended_BC, 0, token_BC))
         candidates = Decoded(tokens_BCN, n + 1 - ended_BC, score_BC, ended_BC)
@@ -150,6 +177,7 @@ def beam_search(
         both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), results, entries)
         results, _ = _best(both, width)
         open_B &= beams.score[:, 0] / penalty > results.score[:, -1]
+        open_B &= n + 1 < limit_B
         return n + 1, cache, beams, results, open_B
 
     def step(state):

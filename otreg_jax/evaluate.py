@@ -81,6 +81,7 @@ def evaluate(
     Raises:
       FileNotFoundError, ValueError: no run, no checkpoint, no evaluation set.
     """
+    decoding.check(decoding.Settings(0, beam_width, length_penalty, no_repeat_ngram))
     run = build.load_run(workdir, which)
     with cluster.process_0_first():
         utterances, problems = sets.load_eval(run.config, workdir, manifests)

@@ -127,6 +127,37 @@ def batches(
         yield sharding.to_global(host_batch, run.mesh)
 
 
+def aligned(
+    run, utterances: Sequence[sources.Utterance], batch_size: int = 16
+) -> Iterator[tuple[sources.Utterance, alignment.Words]]:
+    """Yields every utterance with its words and their start and end in seconds.
+
+    Audio that cannot be read is left out and printed.
+    """
+    for batch in batches(run, utterances, batch_size, "aligning"):
+        shares_BST, length_B = alignment.token_shares(
+            run.slm, run.params, batch, run.config.otreg.layer
+        )
+        rows = to_host(
+            (shares_BST, length_B, batch["mel_length"], batch["tokens"], batch["token_length"],
+             batch["index"])
+        )  # fmt: skip
+        for shares_ST, length, frames, tokens_T, num_tokens, i in zip(*rows, strict=True):
+            if i < 0 or not num_tokens:
+                continue
+            starts_T, ends_T = alignment.monotone_spans(shares_ST[:length, :num_tokens])
+            seconds = frames / 100 / length
+            yield (
+                utterances[i],
+                alignment.words_of(
+                    run.tokenizer,
+                    tokens_T[:num_tokens].tolist(),
+                    starts_T * seconds,
+                    ends_T * seconds,
+                ),
+            )
+
+
 @functools.partial(jax.jit, static_argnames=("slm", "settings", "layer"))
 def _recognize_and_embed(slm, params, batch, settings, layer: int):
     """Hypotheses, and the embeddings that OTReg at `layer` compares; the encoder runs once."""

@@ -82,6 +82,8 @@ def train(config, workdir) -> step_lib.TrainState:
     if process == 0:
         print(*report, sep="\n")
         config_lib.save(config, workdir / "config.json")
+        description = json.dumps(sets.describe(utterances), indent=2)
+        (workdir / sets.DESCRIPTION).write_text(description + "\n")
 
     # ---- state, sharded over the mesh ------------------------------------------------------------
     params, frozen = build.split(params, config)

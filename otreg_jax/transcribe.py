@@ -4,9 +4,11 @@
     find . -name "*.wav" | python -m otreg_jax.transcribe --workdir=DIR -
     python -m otreg_jax.transcribe --workdir=DIR talk.flac --srt > talk.srt
 
-Prints one line a file: its path, a tab, the text. Audio longer than the model takes is cut at its
-quietest moments; --json, --srt and --vtt give the parts with their times in seconds. A file that
-cannot be read is reported and left out; the exit status is then 1.
+Prints one line a file: its path, a tab, the text. Audio longer than the model was trained on is cut
+at its quietest moments; --json gives the parts with their times in seconds, --srt and --vtt cues of
+two lines, their words timed by `otreg_jax.align`'s plans. What a piece can say is limited by its
+length; one that ran into the limit is unfinished, which is said. A file that cannot be read is
+reported and left out; the exit status is then 1.
 """
 
 import argparse
@@ -19,22 +21,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from otreg_jax import build, decoding, recognition
+from otreg_jax import build, decoding, recognition, subtitles
 from otreg_jax import config as config_lib
 from otreg_jax.data import sets, sources
 
 MIN_CHUNK = 0.5  # of the longest allowed: where the search for a quiet moment begins
 QUIET_WINDOW = 0.2  # seconds over which loudness is averaged
-TOKENS_PER_SECOND = 16  # no language is spoken faster; bounds a hypothesis that would not end
+# No language is spoken faster: bounds a hypothesis that would not end.
+TOKENS, TOKENS_PER_SECOND = 8, 16
 
 
 class Segment(NamedTuple):
-    """A piece of a file: start and end in seconds, its text, and the log probability of it."""
+    """A piece of a file: start and end in seconds, its text, the log probability of it, and whether
+    it ended, not ran into the limit of tokens."""
 
     start: float
     end: float
     text: str
     score: float
+    finished: bool = True
 
 
 def transcribe(
@@ -43,19 +48,27 @@ def transcribe(
     *,
     settings: decoding.Settings | None = None,
     chunk_seconds: float | None = None,
+    silence_db: float | None = None,
     batch_size: int = 16,
 ) -> tuple[dict[str, list[Segment]], dict[str, str]]:
     """Transcribes audio files, all pieces of all files batched together.
 
     Args:
       run: a trained model, from `build.load_run`.
-      settings: how to decode; greedy by default.
-      chunk_seconds: longest piece; by default what the model was trained to take.
+      settings: how to decode; greedy by default. Of max_tokens, 0 is `decode.max_tokens` of the run
+        or, by default, what the length of a piece allows: TOKENS and TOKENS_PER_SECOND.
+      chunk_seconds: longest piece; by default the longest that the model was trained on.
+      silence_db: a piece that is never louder (RMS of 0.2 s, in dB of full scale) says nothing.
 
     Returns:
       {path: segments in order of time} and {path: reason} of the files that could not be read.
+
+    Raises:
+      ValueError: a setting is none, or would have no effect.
     """
-    limit = min(chunk_seconds or np.inf, sets.max_seconds(run.config))
+    settings = settings or decoding.Settings(0)
+    decoding.check(settings)
+    limit = longest_piece(run, chunk_seconds)
     pieces, failures = [], {}
     for path in paths:
         try:
@@ -63,26 +76,82 @@ def transcribe(
         except sources.BadAudio as error:
             failures[path] = str(error)
     segments: dict[str, list[Segment]] = {path: [] for path in paths if path not in failures}
+    if silence_db is not None:
+        everything, pieces = pieces, []
+        for piece in everything:
+            if loudness(sources.load_audio(piece)) > silence_db:
+                pieces.append(piece)
+            else:
+                segments[piece.audio].append(_segment(piece, "", 0.0, True))
     if pieces:
-        longest = max(piece.duration for piece in pieces)
-        max_tokens = run.config.decode.max_tokens or 8 + int(TOKENS_PER_SECOND * longest)
-        settings = settings or decoding.Settings(max_tokens)
-        for piece, text, score in _recognize(run, pieces, settings, batch_size):
-            start = piece.offset or 0.0
-            segments[piece.audio].append(Segment(start, start + piece.duration, text, score))
+        for piece, *heard in _recognize(run, pieces, settings, batch_size):
+            segments[piece.audio].append(_segment(piece, *heard))
     return {path: sorted(found) for path, found in segments.items()}, failures
 
 
-def _recognize(run, pieces, settings, batch_size) -> Iterator[tuple[sources.Utterance, str, float]]:
+def longest_piece(run: build.Run, chunk_seconds: float | None = None) -> float:
+    """Seconds of audio to decode at once: `chunk_seconds`, or what the model was trained on.
+
+    Raises ValueError when the model cannot take so much.
+    """
+    most = sets.max_seconds(run.config)
+    if chunk_seconds is None:
+        return min(run.longest_seconds, most)
+    if not 0.1 <= chunk_seconds <= most:
+        raise ValueError(f"chunk_seconds={chunk_seconds:g}: the model takes 0.1 to {most:g} s")
+    return chunk_seconds
+
+
+def _segment(piece: sources.Utterance, text: str, score: float, finished: bool) -> Segment:
+    start = piece.offset or 0.0
+    return Segment(start, start + piece.duration, text, score, finished)
+
+
+def _recognize(run, pieces, settings, batch_size) -> Iterator[tuple]:
+    """(piece, text, score, whether it ended) of every piece."""
+    fixed = settings.max_tokens or run.config.decode.max_tokens
+    longest = max(piece.duration for piece in pieces)
+    settings = settings._replace(max_tokens=fixed or int(_tokens(longest)))
     for batch in recognition.batches(run, pieces, batch_size, "transcribing"):
+        limit_B = None if fixed else _tokens(batch["mel_length"] / 100).astype("int32")
         decoded = decoding.recognize(
-            run.slm, run.params, batch["mel"], batch["mel_length"], settings
+            run.slm, run.params, batch["mel"], batch["mel_length"], settings, limit_B
         )
-        tokens_BN, length_B, score_B, _, index_B = recognition.to_host((*decoded, batch["index"]))
-        for tokens_N, length, score, i in zip(tokens_BN, length_B, score_B, index_B, strict=True):
+        rows = recognition.to_host((*decoded, batch["index"]))
+        for tokens_N, length, score, finished, i in zip(*rows, strict=True):
             if i >= 0:
                 text = run.tokenizer.decode(tokens_N[:length].tolist()).strip()
-                yield pieces[i], text, float(score)
+                yield pieces[i], text, float(score), bool(finished)
+
+
+def _tokens(seconds):
+    """How many tokens so much audio may be said to hold."""
+    return TOKENS + TOKENS_PER_SECOND * seconds
+
+
+def loudness(audio_N: np.ndarray) -> float:
+    """RMS of the loudest QUIET_WINDOW, in dB of full scale."""
+    window = max(int(sources.SAMPLE_RATE * QUIET_WINDOW), 1)
+    power_N = np.convolve(np.square(audio_N, dtype=np.float64), np.ones(window) / window)
+    return 10 * np.log10(max(power_N.max(initial=0), 1e-20))
+
+
+def word_times(
+    run: build.Run, path: str, segments: Sequence[Segment], batch_size: int = 16
+) -> list[tuple[str, float, float]]:
+    """The words of a file's segments with start and end in seconds, from transport plans."""
+    whole = sources.from_file(path)
+    spoken = [
+        whole._replace(text=s.text, offset=s.start, duration=s.end - s.start)
+        for s in segments
+        if s.text
+    ]
+    timed = [
+        (word, piece.offset + start, piece.offset + end)
+        for piece, words in (recognition.aligned(run, spoken, batch_size) if spoken else ())
+        for word, start, end in words
+    ]
+    return sorted(timed, key=lambda word: word[1:])
 
 
 def split(utterance: sources.Utterance, limit: float) -> list[sources.Utterance]:
@@ -123,30 +192,16 @@ def quiet_cuts(audio_N: np.ndarray, sample_rate: int, limit: float) -> list[floa
 
 
 def as_json(path: str, segments: Sequence[Segment]) -> str:
-    """One line: {"file", "text", "segments": [{"start", "end", "text", "score"}]}."""
+    """One line: {"file", "text", "segments": [{"start", "end", "text", "score", "unfinished"}]}."""
     line: dict[str, Any] = {"file": path, "text": joined(segments)}
     line["segments"] = [
-        {"start": round(s.start, 3), "end": round(s.end, 3), "text": s.text, "score": s.score}
+        {
+            "start": round(s.start, 3), "end": round(s.end, 3), "text": s.text, "score": s.score,
+            "unfinished": not s.finished,
+        }
         for s in segments
-    ]
+    ]  # fmt: skip
     return json.dumps(line, ensure_ascii=False)
-
-
-def as_subtitles(segments: Sequence[Segment], kind: str) -> str:
-    """SubRip ("srt") or WebVTT ("vtt") subtitles; pieces without text are left out."""
-    mark = "," if kind == "srt" else "."
-
-    def stamp(seconds: float) -> str:
-        milliseconds = round(1000 * seconds)
-        minutes, milliseconds = divmod(milliseconds, 60_000)
-        whole = f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}"
-        return f"{whole}{mark}{milliseconds % 1000:03}"
-
-    spoken = [s for s in segments if s.text]
-    cues = [
-        f"{i}\n{stamp(s.start)} --> {stamp(s.end)}\n{s.text}\n" for i, s in enumerate(spoken, 1)
-    ]
-    return ("WEBVTT\n\n" if kind == "vtt" else "") + "\n".join(cues)
 
 
 def joined(segments: Sequence[Segment]) -> str:
@@ -187,7 +242,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output.add_argument("--json", action="store_true", help="one JSON object a file")
     output.add_argument("--srt", action="store_true", help="SubRip subtitles (one file)")
     output.add_argument("--vtt", action="store_true", help="WebVTT subtitles (one file)")
-    parser.add_argument("--chunk_seconds", type=float, help="longest piece decoded at once")
+    parser.add_argument(
+        "--chunk_seconds", type=float,
+        help="longest piece decoded at once; by default the longest that was trained on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--silence_db", type=float, help="pieces never louder than this (-60, say) say nothing"
+    )
+    parser.add_argument("--beam_width", type=int, default=1, help="hypotheses kept; 1: greedy")
+    parser.add_argument("--length_penalty", type=float, default=1.0, help="of a beam's scores")
+    parser.add_argument("--no_repeat_ngram", type=int, default=0, help="n-grams said once only")
     parser.add_argument("--batch_size", type=int, default=16)
     options = parser.parse_args(arguments)
     config_lib.quiet_and_cached()
@@ -197,18 +261,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--srt and --vtt take one file, these are {len(paths)}")
         run = build.load_run(options.workdir, options.checkpoint)
         found, failures = transcribe(
-            run, paths, chunk_seconds=options.chunk_seconds, batch_size=options.batch_size
-        )
+            run, paths, chunk_seconds=options.chunk_seconds, batch_size=options.batch_size,
+            silence_db=options.silence_db,
+            settings=decoding.Settings(
+                0, options.beam_width, options.length_penalty, options.no_repeat_ngram
+            ),
+        )  # fmt: skip
+        kind = "srt" if options.srt else "vtt" if options.vtt else ""
+        timed = {path: word_times(run, path, s) for path, s in found.items()} if kind else {}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for path, segments in found.items():
         if options.json:
             print(as_json(path, segments))
-        elif options.srt or options.vtt:
-            print(as_subtitles(segments, "srt" if options.srt else "vtt"), end="")
+        elif kind:
+            print(subtitles.as_text(subtitles.cues(timed[path]), kind), end="")
         else:
             print(f"{path}\t{joined(segments)}")
+        if unfinished := sum(not s.finished for s in segments):
+            print(
+                f"{path}: {unfinished} of {len(segments)} pieces ran into the limit of tokens; "
+                "they may hold chatter instead of speech",
+                file=sys.stderr,
+            )
     for reason in failures.values():
         print(f"error: {reason}", file=sys.stderr)
     return 1 if failures else 0

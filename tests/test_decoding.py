@@ -89,6 +89,32 @@ def test_batch_gives_what_each_example_alone_gives(model, width):
         np.testing.assert_allclose(alone.score[0], together.score[i], atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_limit_of_its_own_ends_an_example_as_if_it_held_for_all(model, width):
+    x, length = prompts(8)
+    search = decoding.greedy if width == 1 else decoding.beam_search
+    limit = jnp.array([4, 9, 4, 20, 4, 9, 4, 4])
+    own = search(*model, x, length, EOS, decoding.Settings(9, width), limit)
+    for size in (4, 9):
+        wanted = search(*model, x, length, EOS, decoding.Settings(size, width))
+        rows = np.minimum(limit, 9) == size
+        tokens = jnp.pad(wanted.tokens, [(0, 0)] * (wanted.tokens.ndim - 1) + [(0, 9 - size)])
+        np.testing.assert_array_equal(own.tokens[rows], tokens[rows])
+        np.testing.assert_array_equal(own.length[rows], wanted.length[rows])
+        np.testing.assert_array_equal(own.finished[rows], wanted.finished[rows])
+        np.testing.assert_allclose(own.score[rows], wanted.score[rows], atol=1e-4)
+        assert not wanted.finished[rows].all()  # limits were met
+
+
+def test_settings_without_effect_are_refused():
+    decoding.check(decoding.Settings(9))
+    decoding.check(decoding.Settings(9, 2, 0.5, 3))
+    with pytest.raises(ValueError, match="length_penalty=0.5 .* needs beam_width=2 or more"):
+        decoding.check(decoding.Settings(9, 1, 0.5))
+    with pytest.raises(ValueError, match="beam_width=0: .*; no_repeat_ngram=-1 is below 0"):
+        decoding.check(decoding.Settings(9, 0, 1.0, -1))
+
+
 def test_beam_of_one_is_greedy(model):
     x, length = prompts(8)
     greedy = decoding.greedy(*model, x, length, EOS, decoding.Settings(9))

@@ -1,6 +1,7 @@
 """Evaluation and transcription from a run directory alone."""
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -268,6 +269,15 @@ def test_files_are_transcribed_whole(runs, audio, capsys, monkeypatch):
     assert pieces[0]["start"] == 0 and pieces[-1]["end"] == pytest.approx(5.0)
     assert all(p["end"] - p["start"] <= 2.0 for p in pieces)
     assert long["text"] == " ".join(p["text"] for p in pieces if p["text"])
+    assert any(p["unfinished"] for p in pieces) and "pieces ran into the limit of tokens" in err
+
+    assert transcribe.main([*command, files[1], "--srt"]) == 0
+    blocks = [block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n")]
+    assert [block[0] for block in blocks] == [str(i + 1) for i in range(len(blocks))]
+    shown = " ".join(line for block in blocks for line in block[2:])
+    assert shown.split() == long["text"].split()
+    stamps = [stamp for block in blocks for stamp in block[1].split(" --> ")]
+    assert stamps == sorted(stamps) and stamps[-1] <= "00:00:05,000"
 
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{audio / 'short.wav'}\n\n"))
     assert transcribe.main([*command, "-"]) == 0
@@ -279,17 +289,33 @@ def test_files_are_transcribed_whole(runs, audio, capsys, monkeypatch):
     assert "take one file" in capsys.readouterr().err
 
 
-def test_subtitles():
-    segments = [
-        transcribe.Segment(0.0, 1.5, "hello", -1.0),
-        transcribe.Segment(1.5, 2.0, "", -1.0),
-        transcribe.Segment(3599.9996, 3661.25, "good bye", -2.0),
+def test_a_file_says_the_same_whatever_else_is_in_the_command(runs, audio):
+    run = build.load_run(runs / "ours")
+    run.config.decode.max_tokens = 0  # by the length of the audio
+    short, long = str(audio / "short.wav"), str(audio / "long.flac")
+    alone, _ = transcribe.transcribe(run, [short])
+    # Pieces are no longer than what was trained on.
+    together, _ = transcribe.transcribe(run._replace(longest_seconds=1.3), [short, long])
+    assert alone[short] == [
+        pytest.approx(together[short][0]._replace(text=alone[short][0].text), abs=1e-4)
     ]
-    assert transcribe.as_subtitles(segments, "srt") == (
-        "1\n00:00:00,000 --> 00:00:01,500\nhello\n\n2\n01:00:00,000 --> 01:01:01,250\ngood bye\n"
-    )
-    vtt = transcribe.as_subtitles(segments, "vtt")
-    assert vtt.startswith("WEBVTT\n\n1\n00:00:00.000 --> 00:00:01.500\nhello\n")
+    assert alone[short][0].text == together[short][0].text
+    assert max(s.end - s.start for s in together[long]) <= 1.3
+    assert together[long][-1].end == pytest.approx(5.0)
+    for piece in itertools.chain(*together.values()):
+        count, limit = len(run.tokenizer.encode(piece.text)), 8 + 16 * (piece.end - piece.start)
+        assert count <= limit and (piece.finished or count == int(limit))
+    pieces = transcribe.transcribe(run, [short], silence_db=-10.0)[0][short]
+    assert pieces == [transcribe.Segment(0.0, 0.75, "", 0.0, True)]
+    for seconds in (0, -1, 3.0, float("nan")):
+        with pytest.raises(ValueError, match="the model takes 0.1 to 2 s"):
+            transcribe.transcribe(run, [short], chunk_seconds=seconds)
+
+
+def test_loudness_is_in_decibels_of_full_scale():
+    tone = 0.1 * np.sin(np.arange(16000) / 5)
+    assert transcribe.loudness(np.pad(tone, 32000)) == pytest.approx(-23.0, abs=0.1)
+    assert transcribe.loudness(np.zeros(100)) == -200
 
 
 def test_pieces_of_a_file_are_the_audio(audio):

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 import soundfile
 
 from otreg_jax import config as config_lib
-from otreg_jax.data import pipeline, sets, spoken
+from otreg_jax.data import pipeline, sets, sources, spoken
 
 GERMAN = [f"Satz Nummer {i} ist neu." for i in range(12)]
 DUTCH = [f"Zin {i} is ook nieuw." for i in range(8)]
@@ -123,3 +124,15 @@ def test_spoken_sentences_beside_recordings(tmp_path):
     c.data.train = ""
     with pytest.raises(ValueError, match="too_long"):
         sets.load_train(c, tmp_path)
+
+
+def test_a_run_knows_the_longest_audio_it_was_trained_on(tmp_path):
+    assert sets.longest_seconds(tmp_path) == math.inf  # of a run that does not say
+    utterance = sources.Utterance("a", "a.wav", "a", 1.5, where="m:1")
+    described = sets.describe([utterance, utterance._replace(duration=4.25)])
+    assert described == {"utterances": 2, "hours": 0.0016, "longest_seconds": 4.25}
+    (tmp_path / sets.DESCRIPTION).write_text(json.dumps(described))
+    assert sets.longest_seconds(tmp_path) == 4.25
+    (tmp_path / sets.DESCRIPTION).write_text("{}")
+    with pytest.raises(ValueError, match="data.json is damaged .* delete it to do without"):
+        sets.longest_seconds(tmp_path)

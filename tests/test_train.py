@@ -185,7 +185,9 @@ def test_evaluation_takes_the_average_of_the_weights(manifest, tmp_path, monkeyp
     monkeypatch.setattr(train_lib, "dev_loss", dev_loss)
     changes = dict(optim__ema_decay=0.9, data__dev=str(manifest), eval_every=4, num_steps=4)
     state = train_lib.train(tone_config(manifest, checkpoint_every=4, **changes), tmp_path)
-    loaded = build.load_run(tmp_path).params
+    run = build.load_run(tmp_path)
+    loaded = run.params
+    assert run.longest_seconds == 0.75  # five tones
     bias = lambda params: np.array(params["adapter"]["out"]["bias"])
     np.testing.assert_array_equal(bias(given[0]), bias(loaded))
     assert np.abs(bias(loaded) - bias(state.params)).max() > 0

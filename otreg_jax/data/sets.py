@@ -1,10 +1,13 @@
 """From a configuration to utterances: manifests, synthetic speech made on the spot, or both."""
 
+import json
 import math
 import random
 import re
 from collections import Counter
 from pathlib import Path
+
+from etils import epath
 
 from otreg_jax.data import sources, spoken, synthetic
 
@@ -115,6 +118,30 @@ def max_seconds(config) -> float:
     encoder = config.encoder
     frames = encoder.max_positions * math.prod(encoder.strides)
     return min(config.data.max_duration, 30.0 if encoder.path else frames / 100)
+
+
+DESCRIPTION = "data.json"  # in a run directory: what `describe` says
+
+
+def describe(utterances: list[sources.Utterance]) -> dict[str, float]:
+    """What later use of a model needs to know of its training data."""
+    seconds = [u.duration for u in utterances]
+    return {
+        "utterances": len(seconds),
+        "hours": round(sum(seconds) / 3600, 4),
+        "longest_seconds": max(seconds),
+    }
+
+
+def longest_seconds(workdir) -> float:
+    """The longest audio that a run was trained on; infinite where the run does not say."""
+    path = epath.Path(workdir) / DESCRIPTION
+    try:
+        return float(json.loads(path.read_text())["longest_seconds"])
+    except FileNotFoundError:  # of an older version
+        return math.inf
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete it to do without") from error
 
 
 def is_spoken(config) -> bool:
