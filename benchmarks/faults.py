@@ -27,6 +27,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from otreg_jax import rundir
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 CHECKPOINT_EVERY = 4
@@ -84,9 +86,7 @@ def start(folder: Path, workdir: Path) -> subprocess.Popen:
 
 def read_metrics(workdir: Path) -> dict[int, dict]:
     """{step: line of metrics.jsonl without what depends on the clock}; no half-written line."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    lines = [json.loads(line) for line in lines if line.endswith("}")]
+    lines = rundir.read_lines(rundir.of(workdir).metrics, "no run may write this")
     of_clock = lambda key: key.endswith("per_sec") or key in ("time", "elapsed", "goodput", "mfu")
     return {line["step"]: {k: v for k, v in line.items() if not of_clock(k)} for line in lines}
 
@@ -96,13 +96,11 @@ def last_step(workdir: Path) -> int:
 
 
 def newest_checkpoint(workdir: Path) -> int:
-    folder = workdir / "checkpoints"
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
-    return max(steps, default=0)
+    return max(rundir.checkpoint_steps(rundir.of(workdir)), default=0)
 
 
 def unfinished_saves(workdir: Path) -> list[str]:
-    return [path.name for path in (workdir / "checkpoints").glob("*tmp*")]
+    return [path.name for path in rundir.of(workdir).checkpoints.glob("*tmp*")]
 
 
 def strike(kind: str, folder: Path, workdir: Path, rng: random.Random) -> dict | None:
@@ -115,8 +113,8 @@ def strike(kind: str, folder: Path, workdir: Path, rng: random.Random) -> dict |
     begun = time.monotonic()
     seen = lambda: resumed < last_step(workdir) and last_step(workdir) >= resumed + steps
     # metrics.jsonl is cut back to the resumed step at the start: wait for that, then for steps.
-    mark = os.path.getmtime(workdir / "metrics.jsonl") if last_step(workdir) else 0
-    fresh = lambda: last_step(workdir) and os.path.getmtime(workdir / "metrics.jsonl") > mark
+    mark = os.path.getmtime(rundir.of(workdir).metrics) if last_step(workdir) else 0
+    fresh = lambda: last_step(workdir) and os.path.getmtime(rundir.of(workdir).metrics) > mark
     while process.poll() is None:
         if time.monotonic() - begun > patience if early else fresh() and seen():
             break
@@ -142,7 +140,7 @@ def differing_steps(workdir: Path, reference: dict[int, dict]) -> list[int]:
 def truncate_newest(workdir: Path) -> int:
     """Cuts the larger files of the newest checkpoint short; returns its step."""
     step = newest_checkpoint(workdir)
-    for path in (workdir / "checkpoints" / str(step)).rglob("*"):
+    for path in (rundir.of(workdir).checkpoints / str(step)).rglob("*"):
         if path.is_file() and path.stat().st_size > 200:
             path.write_bytes(path.read_bytes()[:100])
     return step

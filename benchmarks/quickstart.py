@@ -14,6 +14,8 @@ import time
 
 import numpy as np
 
+from otreg_jax import rundir
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quickstart.json"
 PAGE = ROOT / "docs" / "quickstart.md"
@@ -31,7 +33,7 @@ def run_seed(folder: pathlib.Path, seed: int) -> dict:
         subprocess.run(command, cwd=ROOT, check=True)
         record.write_text(json.dumps({"seconds": time.perf_counter() - start}))
     results = {
-        arm: json.loads(pathlib.Path(f"{workdir}{suffix}", "eval", "results.json").read_text())
+        arm: json.loads(rundir.of(f"{workdir}{suffix}").results.read_text())
         for arm, suffix in ARMS.items()
     }
     sets = list(results["otreg"]["sets"])

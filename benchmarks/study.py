@@ -39,6 +39,8 @@ from otreg_jax import (
     pretrain_llm,
     pretrained,
     recognition,
+    rundir,
+    tracking,
     train,
 )
 from otreg_jax import config as config_lib
@@ -247,8 +249,8 @@ def run(name: str, folder: Path) -> dict:
         began = time.perf_counter()
         trained = train_whole(config, workdir)
         train_seconds = time.perf_counter() - began
-        lines = Path(workdir, "metrics.jsonl").read_text().splitlines()
-        speeds = [json.loads(line).get("steps_per_sec", 0.0) for line in lines]
+        lines = tracking.read(rundir.of(workdir))
+        speeds = [line.get("steps_per_sec", 0.0) for line in lines]
         results = test(trained, config, workdir)
     world, arm, seed = name.split(",")[:3]
     return {
@@ -298,11 +300,11 @@ def test(run: build.Run, config, workdir, only: tuple[str, ...] = ()) -> dict:
     utterances = {name: found for name, found in utterances.items() if not only or name in only}
     synthetic = bool(config.synthetic.num_train)
     decode = decoding.Settings(max_tokens=16 if synthetic else 120)
-    with recognition.Partial(Path(workdir) / "partial.jsonl", {}) as partial:
+    files = rundir.of(workdir)
+    with recognition.Partial(files.partial, {}) as partial:
         rows, samples = recognition.decode_sets(
-            run, utterances, decode, LAYER, 48, Path(workdir) / "skipped.jsonl", "evaluating",
-            partial,
-        )  # fmt: skip
+            run, utterances, decode, LAYER, 48, files.eval_skipped, "evaluating", partial
+        )
     scores = evaluate.score_rows(rows, ["dev"])
     by_set = {}
     for name, score in scores.items():

@@ -30,6 +30,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from otreg_jax import config as config_lib
+from otreg_jax import rundir
 
 Values = dict[str, str]  # one run: configuration key → value, as on the command line
 
@@ -154,7 +155,7 @@ def execute(command: list[str], log: Path) -> int:
 def finished(directory: Path, values: Values) -> bool:
     """Whether the run in `directory` was evaluated, and with these values."""
     mark = directory / "sweep.json"
-    evaluated = (directory / "eval/results.json").exists() and mark.exists()
+    evaluated = rundir.of(directory).results.exists() and mark.exists()
     return evaluated and json.loads(mark.read_text()) == values
 
 
@@ -176,8 +177,9 @@ def run_one(directory: Path, values: Values, launcher: list[str]) -> str:
         if status:
             last = log.read_text().strip().splitlines()[-1]
             return f"{what} failed with exit status {status}: {last} (all of it: {log})"
-    if not (directory / "eval/results.json").exists():
-        return f"evaluation wrote no eval/results.json (see {log})"
+    results = rundir.of(directory).results
+    if not results.exists():
+        return f"evaluation wrote no {results} (see {log})"
     (directory / "sweep.json").write_text(json.dumps(values))
     return ""
 
@@ -287,7 +289,7 @@ def write_results(workdir: Path, runs: dict[str, Values], metric: str) -> str:
     results = []
     for name, values in runs.items():
         if finished(workdir / name, values):
-            sets = json.loads((workdir / name / "eval/results.json").read_text())["sets"]
+            sets = rundir.read_json(rundir.of(workdir / name).results, "delete it")["sets"]
             columns = measure(sets, metric)
             results.append({"run": name, "values": values, "columns": columns, "sets": sets})
     if not results:

@@ -4,16 +4,14 @@ import dataclasses
 import functools
 import math
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from otreg_jax import checkpoint, losses, optim, pretrained, sharding, stages, train_step
+from otreg_jax import checkpoint, losses, optim, pretrained, rundir, sharding, stages, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import sets, text
 from otreg_jax.models import attention, lora, quantize
@@ -49,15 +47,15 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
       ValueError: its checkpoints cannot be read, or were made with other frozen weights; there is
         none like `which`.
     """
-    workdir = epath.Path(workdir)
-    if not (workdir / "config.json").exists():
+    files = rundir.of(workdir)
+    if not files.config.exists():
         raise FileNotFoundError(
             f"{workdir}: no run here (config.json is missing); train one with "
             f"python -m otreg_jax.train --config=configs/quickstart.py --workdir={workdir}"
         )
-    config = config_lib.load(workdir / "config.json")
+    config = config_lib.load(files.config)
     config.attention = "auto"  # the machine may be another one
-    tokenizer = text.load_tokenizer(workdir)
+    tokenizer = text.load_tokenizer(files.root)
     prompt, llm_dir = text.build_prompt(tokenizer, config.prompt), llm_path(config, workdir)
     slm = modules(config, tokenizer.vocab_size, prompt, llm_dir)
     trained, frozen = abstract_params(slm, config)
@@ -95,7 +93,7 @@ def llm_path(config, workdir) -> str:
     """Where the LLM's weights are: `llm.path`, else WORKDIR/llm if pretrained, else "" (none)."""
     if config.llm.path or not config.llm.pretrain.num_steps:
         return config.llm.path
-    return str(Path(workdir) / "llm")
+    return str(rundir.of(workdir).llm)
 
 
 def build(

@@ -1,10 +1,9 @@
 """Checkpoints (Orbax) and run directories. The only file that imports orbax.
 
-DIR/config.json        the resolved configuration
-DIR/checkpoints/STEP   trainable parameters, optimizer state, step; what they were made with, and
-                       a fingerprint of every array
-Frozen weights are not copied: they come from where the configuration says, or from the seed. Their
-fingerprints are kept, so that a checkpoint is never put on top of other weights.
+A checkpoint holds trainable parameters, optimizer state, step, what they were made with, and a
+fingerprint of every array. Frozen weights are not copied: they come from where the configuration
+says, or from the seed. Their fingerprints are kept, so that a checkpoint is never put on top of
+other weights.
 
 DIR may be local or remote (gs://...).
 """
@@ -20,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint
-from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from otreg_jax import optim
+from otreg_jax import optim, rundir
 
 DEV_LOSS = "dev_ce"  # the metric of a checkpoint by which the best one is kept
 NEWEST, BEST = "newest", "best"
@@ -40,7 +38,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir, keep: int = 2, keep_every: int = 0):
-        self.path = checkpoint_dir(workdir)
+        self.path = rundir.of(workdir).checkpoints
         self.failure = ""  # of the last save
         self._saving: int | None = None  # the step of the save under way
         policies = ocp.training.preservation_policies
@@ -141,12 +139,6 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [repr(error)])[0][:300]
 
 
-def checkpoint_dir(workdir) -> epath.Path:
-    """Where the checkpoints of a run are."""
-    path = epath.Path(workdir) / "checkpoints"
-    return path if "://" in str(path) else path.absolute()
-
-
 def restore(
     workdir, abstract_state, made_of: dict | None = None, params_only: bool = False,
     which: str = NEWEST,
@@ -163,7 +155,7 @@ def restore(
         one that can was made with another tokenizer, prompt or frozen weights than `made_of`;
         every difference is listed.
     """
-    path = checkpoint_dir(workdir)
+    path = rundir.of(workdir).checkpoints
     if not exists(workdir):
         return None
     if params_only:
@@ -334,5 +326,4 @@ def _differences(stored: dict, made_of: dict) -> list[str]:
 
 def exists(workdir) -> bool:
     """Whether a run directory holds a checkpoint, readable or not."""
-    path = checkpoint_dir(workdir)
-    return path.exists() and any(p.name.isdigit() for p in path.iterdir())
+    return bool(rundir.checkpoint_steps(rundir.of(workdir)))

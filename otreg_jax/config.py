@@ -20,10 +20,9 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import ConfigDict
 
-from otreg_jax import rules, settings, stages
+from otreg_jax import rules, rundir, settings, stages
 from otreg_jax.data import text
 
 
@@ -134,13 +133,7 @@ def profile_window(config: ConfigDict) -> tuple[int, int]:
 
 def save(config: ConfigDict, path) -> None:
     """Writes the resolved configuration as JSON, whole or not at all."""
-    path, content = epath.Path(path), json.dumps(config.to_dict(), indent=2) + "\n"
-    if "://" in str(path):  # a remote file appears when it is whole
-        path.write_text(content)
-        return
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(content)
-    unfinished.replace(path)
+    rundir.write_json(path, config.to_dict())
 
 
 def load(path) -> ConfigDict:
@@ -150,11 +143,12 @@ def load(path) -> ConfigDict:
       ValueError: the file is damaged, has keys that this version does not know, or values of
         another type; everything is named.
     """
+    remedy = "bring it back from a copy, or use another --workdir"
+    stored = rundir.read_json(path, remedy)
     try:
-        stored = json.loads(epath.Path(path).read_text())
         flat = flatten(ConfigDict(stored))
-    except (ValueError, TypeError, AttributeError) as error:  # not JSON, or not of keys
-        raise ValueError(f"{path} is damaged, it is no configuration in JSON: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:  # not of keys
+        raise ValueError(f"{path} is damaged, it is no configuration: {error}; {remedy}") from None
     config = default()
     known = flatten(config)
 

@@ -9,16 +9,17 @@ results.json, hypotheses.jsonl (a line an utterance), figures.npz and report.htm
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 
 from otreg_jax import (
     alignment,
@@ -30,6 +31,8 @@ from otreg_jax import (
     normalize,
     recognition,
     report,
+    rundir,
+    tracking,
 )
 from otreg_jax import config as config_lib
 from otreg_jax.data import sets, sources
@@ -86,11 +89,10 @@ def evaluate(
     with cluster.process_0_first():
         utterances, problems = sets.load_eval(run.config, workdir, manifests)
     normalize.check(normalizer, {u.lang for found in utterances.values() for u in found})
-    out = Path(workdir) / "eval"
-    skipped_path = out / "skipped.jsonl"
+    files = rundir.of(workdir)
     if jax.process_index() == 0:
-        skipped_path.unlink(missing_ok=True)
-        sources.record_skipped(problems, skipped_path)
+        files.eval_skipped.unlink(missing_ok=True)
+        sources.record_skipped(problems, files.eval_skipped)
     unknown = [name for name in in_domain if name not in utterances and list(in_domain) != ["dev"]]
     if unknown:
         raise ValueError(
@@ -116,16 +118,16 @@ def evaluate(
         if stored is None:
             their_run = build.load_run(other, which)
             stored = _evaluate_run(their_run, other, utterances, decode, settings, batch_size)
-        their_config = config_lib.load(Path(other) / "config.json")
+        their_config = config_lib.load(rundir.of(other).config)
         differences = compare_rows(rows, stored[1], normalizer)
         results["compare"][str(other)] = differences
         runs.append(_column(other, their_config, *stored)._replace(differences=differences))
 
     if jax.process_index() == 0:
-        _write_json(out / "results.json", results)
-        notes = _notes(results, skipped_path)
+        rundir.write_json(files.results, results)
+        notes = _notes(results, files.eval_skipped)
         page = report.page(runs, versions=_versions(), notes=notes)
-        (out / "report.html").write_text(page, encoding="utf-8")
+        rundir.write_text(files.report, page)
     return results
 
 
@@ -134,15 +136,15 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
 
     Returns (results, rows of hypotheses.jsonl, figures as report wants them).
     """
-    out = Path(workdir) / "eval"
+    files = rundir.of(workdir)
     style = settings["normalizer"]["style"]
-    with recognition.Partial(out / "partial.jsonl", settings | {"step": run.step}) as partial:
+    with recognition.Partial(files.partial, settings | {"step": run.step}) as partial:
         rows, samples = recognition.decode_sets(
-            run, utterances, decode, settings["layer"], batch_size, out / "skipped.jsonl",
+            run, utterances, decode, settings["layer"], batch_size, files.eval_skipped,
             f"evaluating {workdir}", partial, style,
         )  # fmt: skip
     if not rows:
-        raise ValueError(f"{workdir}: no utterance could be evaluated, see {out}/skipped.jsonl")
+        raise ValueError(f"{workdir}: no utterance could be evaluated, see {files.eval_skipped}")
     results = {
         "workdir": str(workdir),
         "step": run.step,
@@ -156,12 +158,12 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
         plans.append((name, found["example"], found["plan_ST"]))
     figures = _figures(plans, samples, run.tokenizer)
     if jax.process_index() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "hypotheses.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        np.savez_compressed(out / "figures.npz", **figures)
-        _write_json(out / "results.json", results)
-        (out / "partial.jsonl").unlink()
+        rundir.write_lines(files.hypotheses, rows)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **figures)
+        rundir.write_bytes(files.figures, packed.getvalue())
+        rundir.write_json(files.results, results)
+        files.partial.unlink(missing_ok=True)
     return results, rows, figures
 
 
@@ -238,11 +240,10 @@ def _column(workdir, config, results, rows, figures) -> report.Run:
         for i in range(2)
         if f"id{i}" in figures
     ]  # fmt: skip
-    curve_path = Path(workdir) / "metrics.jsonl"
-    lines = curve_path.read_text().splitlines() if curve_path.exists() else []
+    files = rundir.of(workdir)
     return report.Run(
-        name=Path(workdir).name, sets=results["sets"], hypotheses=rows,
-        curve=[json.loads(line) for line in lines], config=config_lib.flatten(config), plans=plans,
+        name=files.root.name, sets=results["sets"], hypotheses=rows,
+        curve=tracking.read(files), config=config_lib.flatten(config), plans=plans,
         speech_ND=figures.get("speech"), text_ND=figures.get("text"),
         style=results["normalizer"]["style"],
     )  # fmt: skip
@@ -250,21 +251,24 @@ def _column(workdir, config, results, rows, figures) -> report.Run:
 
 def _stored(workdir, settings, which: str):
     """(results, rows, figures) of an earlier evaluation, if it answers the same question."""
-    out = Path(workdir) / "eval"
-    names = ("results.json", "hypotheses.jsonl", "figures.npz")
-    if not all((out / name).exists() for name in names):
+    files = rundir.of(workdir)
+    if not all(path.exists() for path in (files.results, files.hypotheses, files.figures)):
         return None
-    results = json.loads((out / "results.json").read_text())
-    steps = [int(p.name) for p in (Path(workdir) / "checkpoints").glob("[0-9]*") if p.is_dir()]
+    remedy = f"delete {files.eval} to evaluate again"
+    results = rundir.read_json(files.results, remedy)
+    steps = rundir.checkpoint_steps(files)
     if which != checkpoint.NEWEST:
         steps = [step for step in steps if str(step) == which]  # which is best, only loading tells
     asked = settings | {"step": max(steps, default=None)}
     if any(results.get(key) != value for key, value in asked.items()):
         return None
-    lines = (out / "hypotheses.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = rundir.read_lines(files.hypotheses, remedy)
+    try:
+        figures = dict(np.load(io.BytesIO(files.figures.read_bytes())))
+    except Exception as error:  # of zip files, of zlib, of numpy
+        raise ValueError(f"{files.figures}: damaged ({error}); {remedy}") from error
     print(f"{workdir}: using its evaluation of step {results['step']}")
-    return results, rows, dict(np.load(out / "figures.npz"))
+    return results, rows, figures
 
 
 def _fingerprint(utterances: sets.Sets) -> str:
@@ -275,7 +279,7 @@ def _fingerprint(utterances: sets.Sets) -> str:
 def _notes(results, skipped_path) -> list[str]:
     notes = []
     if skipped_path.exists():
-        problems = [json.loads(line) for line in skipped_path.read_text().splitlines()]
+        problems = rundir.read_lines(skipped_path, "delete it")
         shown = [f"Not evaluated: {p['where']}: {p['message']}" for p in problems]
         notes += shown[:8] + ([f"… and {len(shown) - 8} more"] if len(shown) > 8 else [])
     for name, row in results["sets"].items():
@@ -303,17 +307,12 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def table(results: dict[str, Any]) -> str:
     """The scores as text, one line a set."""
     width = max(len(name) for name in results["sets"])
     lines = [f"{'set':{width}}  domain    n     WER  (95 %)          CER   raw WER   del / ins"]
     for other in results["compare"]:
-        lines[0] += f"   - {Path(other).name}"
+        lines[0] += f"   - {epath.Path(other).name}"
     for name, row in results["sets"].items():
         low, high = row["interval"]
         line = (
@@ -325,7 +324,7 @@ def table(results: dict[str, Any]) -> str:
         for other, differences in results["compare"].items():
             if name in differences:
                 text = f"{100 * differences[name]['difference']:+.1f}"
-                line += f"  {text:>{3 + len(Path(other).name)}}"
+                line += f"  {text:>{3 + len(epath.Path(other).name)}}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -341,7 +340,7 @@ def main(argv):
         )  # fmt: skip
     if jax.process_index() == 0:
         print(table(results))
-        print(f"report: {Path(_WORKDIR.value) / 'eval' / 'report.html'}")
+        print(f"report: {rundir.of(_WORKDIR.value).report}")
 
 
 if __name__ == "__main__":

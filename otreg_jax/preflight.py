@@ -4,10 +4,19 @@ import os
 import re
 
 import jax
-from etils import epath
 from ml_collections import ConfigDict
 
-from otreg_jax import allowed, build, checkpoint, losses, optim, rules, settings, stages
+from otreg_jax import (
+    allowed,
+    build,
+    checkpoint,
+    losses,
+    optim,
+    rules,
+    rundir,
+    settings,
+    stages,
+)
 from otreg_jax import config as config_lib
 from otreg_jax.data import records, sets, sources, spoken, text
 from otreg_jax.models import lora
@@ -145,7 +154,7 @@ def stored_config(workdir, config: ConfigDict) -> ConfigDict | None:
     Raises:
       ValueError: it is another run's, naming every key that differs and may not; or damaged.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = rundir.of(workdir).config
     if not (path.exists() and checkpoint.exists(workdir)):
         return None
     stored = config_lib.load(path)

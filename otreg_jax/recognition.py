@@ -6,8 +6,8 @@ What the commands evaluate, transcribe and align share.
 import functools
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,38 +15,55 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from otreg_jax import alignment, cluster, decoding, metrics, sharding
+from otreg_jax import alignment, cluster, decoding, metrics, rundir, sharding
 from otreg_jax.data import pipeline, sets, sources
 from otreg_jax.models import slm as slm_lib
+
+PUBLISH_SECONDS = 60
 
 
 class Partial:
     """What an interrupted evaluation has decoded so far, kept in a JSON-lines file.
 
-    The first line says of what; another checkpoint or other settings start afresh.
+    The first line says of what; another checkpoint or other settings start afresh. A remote file is
+    written every PUBLISH_SECONDS.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any]):
         self.path, self.settings = path, settings
 
     def __enter__(self) -> "Partial":
-        lines = from_process_0(self.path.read_text("utf-8") if self.path.exists() else "")
-        lines = lines.splitlines()
-        complete = [json.loads(line) for line in lines if line.endswith("}")]
-        self.rows = complete[1:] if complete[:1] == [self.settings] else []
-        self.file = open(os.devnull, "w")
+        stored = _stored_lines(self.path) if jax.process_index() == 0 else []
+        lines = json.loads(from_process_0(rundir.dumps(stored)))
+        self.rows = lines[1:] if lines[:1] == [self.settings] else []
+        self.file, self.published = None, time.monotonic()
         if jax.process_index() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "w", encoding="utf-8")
-        self.add([self.settings, *self.rows])
+            self.file = rundir.Appended(self.path, _packed([self.settings, *self.rows]))
         return self
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self.file.flush()
+        if self.file is None:
+            return
+        self.file.add(_packed(rows))
+        if time.monotonic() > self.published + PUBLISH_SECONDS:
+            self.file.publish()
+            self.published = time.monotonic()
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.publish()
+
+
+def _packed(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(rundir.dumps(row) + "\n" for row in rows).encode()
+
+
+def _stored_lines(path) -> list[dict]:
+    try:
+        return rundir.read_lines(path, "starting afresh")
+    except ValueError as error:
+        print(error)
+        return []
 
 
 def decode_sets(

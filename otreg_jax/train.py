@@ -6,28 +6,27 @@
 
 Every setting can be given as --config.KEY=VALUE: `python -m otreg_jax.config` lists them, and so
 does docs/configuration.md. If the work directory holds a checkpoint of the same configuration,
-training resumes from it. On SIGTERM (preemption) the run saves and exits with code 75: start it
-again to go on.
+training resumes from it. On SIGTERM (preemption), SIGHUP and Ctrl-C the run saves and exits, with
+code 75 (Ctrl-C: 130): start it again to go on. A second Ctrl-C ends it at once.
 
 The work directory may be remote (gs://...). Several processes train one run if they are started as
 docs/launch.md says; they share the work directory, and process 0 alone writes to it, except for its
 checkpoints, which all of them write.
 """
 
+import contextlib
 import functools
-import io
-import json
+import os
 import signal
 import sys
 import threading
-import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 from absl import flags
-from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
@@ -40,11 +39,13 @@ from otreg_jax import (
     preflight,
     pretrain_llm,
     pretrained,
+    rundir,
     sharding,
+    tracking,
 )
 from otreg_jax import config as config_lib
 from otreg_jax import train_step as step_lib
-from otreg_jax.data import features, pipeline, sets, text
+from otreg_jax.data import pipeline, sets, sources, text
 
 
 def train(config, workdir) -> step_lib.TrainState:
@@ -53,138 +54,236 @@ def train(config, workdir) -> step_lib.TrainState:
     Writes config.json, tokenizer files, metrics.jsonl, TensorBoard events and checkpoints.
 
     Returns:
-      The final state; its step is below `num_steps` if the run was told to stop (SIGTERM).
+      The final state; its step is below `num_steps` if the run was told to stop (SIGTERM, SIGHUP).
 
     Raises:
       ValueError, FileNotFoundError: the configuration, the data or the work directory is unusable.
       FloatingPointError: `max_bad_steps` steps in a row were not finite.
+      KeyboardInterrupt: Ctrl-C. As after an unreadable file, what was trained is saved.
     """
     preflight.check(config)
     mesh = sharding.make_mesh(config)
     share = cluster.batch_share(mesh)
-    workdir = epath.Path(workdir)
+    files = rundir.of(workdir)
     stored = preflight.stored_config(workdir, config)
-    check_remote(workdir, config)
     preflight.check_model(config, mesh)
-    workdir.mkdir(parents=True, exist_ok=True)
 
     # ---- data, tokenizer, model ------------------------------------------------------------------
-    process = jax.process_index()
-    skipped_path = str(workdir / (f"skipped-{process}.jsonl" if process else "skipped.jsonl"))
-    with cluster.process_0_first():
-        utterances = sets.load_train(config, workdir, None if process else skipped_path)
-        dev = sets.load_dev(config, workdir) if config.eval_every else []
-        tokenizer = make_tokenizer(config, workdir, utterances)
-        texts = [u.text for u in utterances]
-        report = text.check_transcripts(tokenizer, texts, config.tokenizer.max_unknown)
-        llm_dir = prepare_llm(config, workdir, tokenizer, utterances)
-    slm, params = build.build(config, tokenizer, llm_dir, mesh)
-    if process == 0:
-        print(*report, sep="\n")
-        config_lib.save(config, workdir / "config.json")
-        description = json.dumps(sets.describe(utterances), indent=2)
-        (workdir / sets.DESCRIPTION).write_text(description + "\n")
+    data = load_data(config, files)
+    slm, params = build.build(config, data.tokenizer, data.llm_dir, mesh)
 
     # ---- state, sharded over the mesh ------------------------------------------------------------
     params, frozen = build.split(params, config)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     optimizer = optim.make_optimizer(config)
     abstract_state = step_lib.abstract_state(params, optimizer, mesh)
-    state_sharding = jax.tree.map(lambda x: x.sharding, abstract_state)
-    made_of = checkpoint.provenance(config, tokenizer, frozen)
+    made_of = checkpoint.provenance(config, data.tokenizer, frozen)
     state = checkpoint.restore(workdir, abstract_state, made_of)
-    if state is None:
-        init = functools.partial(step_lib.init_state, optimizer=optimizer)
-        state = jax.jit(init, out_shardings=state_sharding)(params)
+    state = state or new_state(params, optimizer, abstract_state)
     start = int(state.step)
+    del params
+    announce(config, mesh, start, stored, abstract_state.params, frozen)
 
+    # ---- the loop --------------------------------------------------------------------------------
     step_fn = step_lib.make_step(slm, config, optimizer, abstract_state)
-    plain = build.plain(slm)
-    plain_step = step_fn  # whose trace is there already
-    if plain != slm:
-        plain_step = step_lib.make_step(plain, config, optimizer, abstract_state)
-    flops_of = flops.of_batches(plain_step, abstract_state, frozen)
     eval_fn = step_lib.make_eval_step(slm)
+    flops_of = flops_counter(step_fn, slm, config, optimizer, abstract_state, frozen)
+
+    def save(dev_metrics=None):
+        late.read()  # no checkpoint before the lines of its steps
+        writer.publish()
+        checkpoints.save(state, int(state.step), made_of, dev_metrics)
+        watch.lap("checkpoint", int(state.step))
+
+    batches = train_batches(config, data, files, share, start, save)
+    watch = cluster.Watch(config.stall_seconds, *tracking.time_before(files, start))
+    rate = optim.learning_rate(config)
+    writer = tracking.MetricsWriter(files, start, config.log_every, rate, watch, share[1])
+    profiler = tracking.Profiler(files.profile, *config_lib.profile_window(config))
+    progress = progress_bar(batches, start, config.num_steps)
+    late = tracking.OneStepLate(lambda *s: read_metrics(*s, writer, progress, data.train, config))
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
+    phase_of, signals = tracking.phases(), StopSignals()
+    with closing(checkpoints, profiler, watch, writer, progress, signals):
+        for step, batch in progress:
+            profiler.before(step)
+            placed = sharding.to_global(batch, mesh)
+            state, metrics = step_fn(state, frozen, placed)
+            late.add(step + 1, metrics, batch, flops_of(placed))
+            watch.lap(phase_of(batch), step + 1)
+            profiler.after(step, state)
+            checkpoints.look()
+            stop, dev_metrics = signals.told_to_stop(step), None
+            if data.dev and not stop and is_due(step + 1, config.eval_every, config):
+                weights = optim.averaged(state.params, state.opt_state)
+                loss = dev_loss(eval_fn, weights, frozen, data, config, mesh, share)
+                dev_metrics = {"dev_ce": loss}
+                writer.evaluated(step + 1, dev_metrics)
+                watch.lap("evaluation", step + 1)
+            if stop or is_due(step + 1, config.checkpoint_every, config):
+                save(dev_metrics)
+            if stop:
+                break
+        late.read()
+    return state
+
+
+class Data(NamedTuple):
+    """What a run learns from."""
+
+    train: list[sources.Utterance]
+    dev: list[sources.Utterance]  # empty if it is not evaluated while training
+    tokenizer: text.Tokenizer
+    llm_dir: str  # the LLM's weights; "" builds one from scratch
+
+
+def load_data(config, files: rundir.Files) -> Data:
+    """Reads, and makes where the configuration says so, what a run learns from; process 0 first,
+    which writes the tokenizer, config.json and data.json."""
+    check_remote(files.root, config)
+    files.root.mkdir(parents=True, exist_ok=True)
+    process = jax.process_index()
+    with cluster.process_0_first():
+        skipped = None if process else str(files.skipped(process))
+        utterances = sets.load_train(config, files.root, skipped)
+        dev = sets.load_dev(config, files.root) if config.eval_every else []
+        tokenizer = make_tokenizer(config, files, utterances)
+        texts = [u.text for u in utterances]
+        report = text.check_transcripts(tokenizer, texts, config.tokenizer.max_unknown)
+        llm_dir = prepare_llm(config, files.root, tokenizer, utterances)
     if process == 0:
-        print(build.parameter_table(abstract_state.params, frozen))
+        print(*report, sep="\n")
+        config_lib.save(config, files.config)
+        rundir.write_json(files.description, sets.describe(utterances))
+    return Data(utterances, dev, tokenizer, llm_dir)
+
+
+def new_state(params, optimizer, abstract_state) -> step_lib.TrainState:
+    """The state before the first step, in the shardings of `abstract_state`."""
+    init = functools.partial(step_lib.init_state, optimizer=optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    return jax.jit(init, out_shardings=shardings)(params)
+
+
+def announce(config, mesh, start: int, stored, trained, frozen) -> None:
+    """Prints what is trained, on what, from where on, and what has changed since (`stored`)."""
+    if jax.process_index() == 0:
+        print(build.parameter_table(trained, frozen))
         print(
             f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s); "
             + (f"resuming at step {start}" if start else "starting at step 0")
         )
         if stored and start:
             print(*preflight.resume_notes(stored, config, start), sep="\n")
-    del params
 
-    # ---- the loop --------------------------------------------------------------------------------
+
+def flops_counter(step_fn, slm, config, optimizer, abstract_state, frozen):
+    """A function of a batch: the FLOPs of its step, the model's own, as MFU counts them.
+
+    They are counted in the traced step. Recomputation would be counted as well there, and what a
+    fused attention kernel computes would not, so the step counted is that of the same model
+    without both (`build.plain`). It is traced and never compiled. Where the model has neither, it
+    is the very step that trains, whose trace is there already.
+    """
+    plain = build.plain(slm)
+    if plain != slm:
+        step_fn = step_lib.make_step(plain, config, optimizer, abstract_state)
+    return flops.of_batches(step_fn, abstract_state, frozen)
+
+
+def train_batches(config, data: Data, files: rundir.Files, share, start: int, save) -> Iterator:
+    """This process's rows of the batches from step `start` on.
+
+    If one cannot be made (an unreadable file), `save` is called first, unless the last step was
+    saved anyway; alone, for with several processes the others would not join in the save.
+    """
     batches = pipeline.train_batches(
-        utterances, tokenizer, config.data, batch_size=config.batch_size,
+        data.train, data.tokenizer, config.data, batch_size=config.batch_size,
         seed=config.seed, num_steps=config.num_steps, start_step=start,
-        host_index=share[0], host_count=share[1], skipped_path=skipped_path,
+        host_index=share[0], host_count=share[1],
+        skipped_path=str(files.skipped(jax.process_index())),
     )  # fmt: skip
-    watch = cluster.Watch(config.stall_seconds, *time_before(workdir, start))
-    writer = MetricsWriter(
-        workdir, start, config.log_every, optim.learning_rate(config), watch, share[1]
-    )
-    told_to_stop, stop_listening = listen_for_preemption()
-    profile_start, profile_stop = config_lib.profile_window(config)
-    pending, shapes, compiled, tracing = None, set(), False, False
-    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
-    progress = tqdm.tqdm(
-        zip(range(start, config.num_steps), batches, strict=False), initial=start,
-        total=config.num_steps, desc="training", unit="step", mininterval=1.0,
-    )  # fmt: skip
-    try:
-        for step, batch in progress:
-            if profile_start <= step < profile_stop and not tracing:
-                jax.profiler.start_trace(workdir / "profile")
-                tracing = True
-            placed = sharding.to_global(batch, mesh)
-            state, metrics = step_fn(state, frozen, placed)
-            # Metrics of the step before are ready now: reading them does not stall the device.
-            if pending:
-                read_metrics(*pending, writer, progress, utterances, config)
-            pending = (step + 1, metrics, batch, flops_of(placed))
-            # The step after a compilation waits for that of the other processes.
-            waited, compiled = compiled, batch["tokens"].shape not in shapes
-            shapes.add(batch["tokens"].shape)
-            watch.lap("compilation" if compiled or waited else "step", step + 1)
-            if tracing and step + 1 == profile_stop:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-                tracing = False
-            checkpoints.look()
-            stop = told_to_stop(step)
-            dev_metrics = None
-            if dev and not stop and is_due(step + 1, config.eval_every, config):
-                weights = optim.averaged(state.params, state.opt_state)
-                loss = dev_loss(eval_fn, weights, frozen, dev, tokenizer, config, mesh, share)
-                dev_metrics = {"dev_ce": loss}
-                writer.evaluated(step + 1, dev_metrics)
-                watch.lap("evaluation", step + 1)
-            if stop or is_due(step + 1, config.checkpoint_every, config):
-                checkpoints.save(state, step + 1, made_of, dev_metrics)
-                writer.publish()
-                watch.lap("checkpoint", step + 1)
-            if stop:
-                progress.write(f"told to stop: saving step {step + 1}; start again to resume")
-                break
-        if pending:
-            read_metrics(*pending, writer, progress, utterances, config)
-    finally:
-        if tracing:
-            jax.profiler.stop_trace()
-        failed = sys.exc_info()[0] is not None
+
+    def saving_first():
+        step = start
         try:
-            # Waits for the save under way; after an error other processes would not come to finish
-            # theirs.
-            if jax.process_count() == 1 or not failed:
-                checkpoints.close(after_error=failed)
-        finally:
-            watch.close()
-            writer.close()
-            progress.close()
-            stop_listening()
-    return state
+            for batch in batches:
+                yield batch
+                step += 1
+        except Exception:
+            is_saved = step == start or is_due(step, config.checkpoint_every, config)
+            if jax.process_count() == 1 and not is_saved:
+                save()
+            raise
+
+    return saving_first()
+
+
+def progress_bar(batches, start: int, num_steps: int) -> tqdm.tqdm:
+    """Iterates over (step, batch)."""
+    return tqdm.tqdm(
+        zip(range(start, num_steps), batches, strict=False), initial=start, total=num_steps,
+        desc="training", unit="step", mininterval=1.0,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def closing(checkpoints, *opened):
+    """Closes all at the end. It waits for the save under way, unless after an error with several
+    processes: the others would not come to finish theirs."""
+    with contextlib.ExitStack() as stack:
+        for each in reversed(opened):
+            stack.callback(each.close)
+        try:
+            yield
+        except BaseException:
+            if jax.process_count() == 1:
+                checkpoints.close(after_error=True)
+            raise
+        checkpoints.close()
+
+
+class StopSignals:
+    """Listens for what tells a run to stop: SIGTERM (preemption), SIGHUP (a closed terminal) and
+    Ctrl-C, of which a second one ends the process at once.
+
+    Several processes agree on the step to stop after, by jax, which listens for SIGTERM: the other
+    signals are handed on to it as such. A signal that is ignored (nohup) stays so.
+    """
+
+    def __init__(self):
+        self.received, self.before = [], {}
+        self.is_alone = jax.process_count() == 1
+        if threading.current_thread() is threading.main_thread():  # no other gets signals
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                is_handled = number == signal.SIGTERM and not self.is_alone
+                if not is_handled and signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number, _) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.write(2, b"\nstopping after this step, with a save; Ctrl-C again ends at once\n")
+        self.received.append(number)
+        if not self.is_alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def told_to_stop(self, step: int) -> bool:
+        """Whether the run must stop after `step`."""
+        if self.is_alone:
+            stop = bool(self.received)
+        else:
+            stop = multihost_utils.reached_preemption_sync_point(step)
+        if stop:
+            tqdm.tqdm.write(f"told to stop: saving step {step + 1}; start again to resume")
+        return stop
+
+    def close(self) -> None:
+        """Ends the listening. Raises KeyboardInterrupt for a Ctrl-C."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if signal.SIGINT in self.received:
+            raise KeyboardInterrupt
 
 
 def is_due(step: int, every: int, config) -> bool:
@@ -192,21 +291,9 @@ def is_due(step: int, every: int, config) -> bool:
     return step % every == 0 or step == config.num_steps
 
 
-def listen_for_preemption():
-    """Two functions: of the step, whether the run must stop now, as preempted machines are told by
-    SIGTERM (several hosts agree on the step); and one that ends the listening."""
-    if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point, lambda: None
-    if threading.current_thread() is not threading.main_thread():  # it gets no signals
-        return lambda step: False, lambda: None
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    return lambda step: told.is_set(), lambda: signal.signal(signal.SIGTERM, before)
-
-
 def check_remote(workdir, config) -> None:
     """Raises ValueError if the run would make in a remote workdir what needs a local disk."""
-    if "://" not in str(workdir):
+    if not rundir.is_remote(workdir):
         return
     problems = []
     if sets.is_spoken(config) and not config.data.cache:
@@ -217,21 +304,21 @@ def check_remote(workdir, config) -> None:
         raise ValueError(f"{workdir} is remote:\n  " + "\n  ".join(problems))
 
 
-def make_tokenizer(config, workdir, utterances) -> text.Tokenizer:
-    """The run's tokenizer, a copy of it in `workdir`: that of `tokenizer.path` or `llm.path`, else
-    one trained on the transcripts; a run that resumes, and every process but the first, takes what
-    is there."""
-    if checkpoint.exists(workdir) or jax.process_index():
-        return text.load_tokenizer(workdir)
+def make_tokenizer(config, files: rundir.Files, utterances) -> text.Tokenizer:
+    """The run's tokenizer, a copy of it in the run directory: that of `tokenizer.path` or
+    `llm.path`, else one trained on the transcripts; a run that resumes, and every process but the
+    first, takes what is there."""
+    if checkpoint.exists(files.root) or jax.process_index():
+        return text.load_tokenizer(files.root)
     path = config.tokenizer.path
     if config.llm.path and not path:
         path = pretrained.resolve(config.llm.path, config.llm.revision or None)
     if path:
         tokenizer = text.load_tokenizer(path)
-        text.save_tokenizer(workdir, tokenizer)
+        text.save_tokenizer(files.root, tokenizer)
         return tokenizer
     return text.train_sentencepiece(
-        [u.text for u in utterances], workdir / "tokenizer", config.tokenizer.vocab_size,
+        [u.text for u in utterances], files.tokenizer, config.tokenizer.vocab_size,
         model_type=config.tokenizer.model_type,
     )  # fmt: skip
 
@@ -247,11 +334,11 @@ def prepare_llm(config, workdir, tokenizer, utterances) -> str:
     return path
 
 
-def dev_loss(eval_fn, params, frozen, utterances, tokenizer, config, mesh, share) -> float:
-    """Mean cross-entropy a token over the utterances (nats); unreadable audio is left out."""
+def dev_loss(eval_fn, params, frozen, data: Data, config, mesh, share) -> float:
+    """Mean cross-entropy a token over the dev set (nats); unreadable audio is left out."""
     data_config = pipeline.for_evaluation(config.data, num_workers=0)
     batches = pipeline.eval_batches(
-        utterances, tokenizer, data_config, batch_size=config.batch_size,
+        data.dev, data.tokenizer, data_config, batch_size=config.batch_size,
         host_index=share[0], host_count=share[1],
     )  # fmt: skip
     sums = [eval_fn(params, frozen, sharding.to_global(batch, mesh)) for batch in batches]
@@ -287,123 +374,19 @@ def read_metrics(step, metrics, batch, step_flops, writer, progress, utterances,
         progress.set_postfix({key: f"{logged[key]:.3f}" for key in shown if key in logged})
 
 
-class MetricsWriter:
-    """metrics.jsonl and TensorBoard events of process 0; one line each `log_every` steps, every
-    value the mean over these steps. Lines after the resumed step are dropped.
-
-    Remote files cannot be appended to: on a remote workdir metrics.jsonl is written whole with each
-    checkpoint, and there are no TensorBoard events.
-    """
-
-    def __init__(self, workdir, start: int, log_every: int, learning_rate, watch, num_shares: int):
-        self.log_every, self.learning_rate = log_every, learning_rate
-        self.watch, self.num_shares = watch, num_shares
-        self.is_writer = jax.process_index() == 0
-        self.window, self.count = [], {"audio": 0.0, "tokens": 0, "flops": 0}
-        chip = flops.chip(jax.devices()[0])
-        self.peak_flops = chip.flops * jax.device_count() if chip else None
-        self.time = None  # the first window starts after the first step: compilation is no speed
-        if not self.is_writer:
-            return
-        self.path = workdir / "metrics.jsonl"
-        kept = [line for line in read_lines(workdir) if line["step"] <= start] if start else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        is_remote = "://" in str(workdir)
-        self.file = io.StringIO(self.path.read_text()) if is_remote else open(self.path, "a")
-        self.file.seek(0, io.SEEK_END)
-        self.board = None
-        if not is_remote:
-            self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
-
-    def step(self, step: int, metrics: dict, batch, step_flops: int) -> dict | None:
-        """Adds a step; returns the line if one was written."""
-        self.window.append(metrics)
-        self.count["audio"] += audio_seconds(batch) * self.num_shares
-        self.count["tokens"] += int(batch["token_length"].sum()) * self.num_shares
-        self.count["flops"] += step_flops
-        if self.time is None:
-            self.time, self.timed = time.perf_counter(), -len(self.window)
-            self.count = dict.fromkeys(self.count, 0)
-        if step % self.log_every:
-            return None
-        line = {key: float(np.mean([m[key] for m in self.window])) for key in metrics}
-        line["learning_rate"] = float(self.learning_rate(step - 1))
-        elapsed = time.perf_counter() - self.time
-        steps = len(self.window) + self.timed
-        if steps > 0:
-            line["steps_per_sec"] = steps / elapsed
-            line["audio_sec_per_sec"] = self.count["audio"] / elapsed
-            line["tokens_per_sec"] = self.count["tokens"] / elapsed
-            line["flops_per_sec"] = self.count["flops"] / elapsed
-            if self.peak_flops:
-                line["mfu"] = line["flops_per_sec"] / self.peak_flops
-        self.window, self.timed = [], 0
-        self.count = dict.fromkeys(self.count, 0)
-        self.time = time.perf_counter()
-        self._write({"step": step, **line, **self.watch.times()})
-        return line
-
-    def evaluated(self, step: int, metrics: dict) -> None:
-        """Records an evaluation after `step`, in a line of its own."""
-        self._write({"step": step, **metrics})
-
-    def skipped(self, step: int, metrics: dict, ids: list[str]) -> None:
-        """Records a skipped step at once."""
-        self._write({"step": step, "skipped": ids, **metrics})
-
-    def _write(self, line: dict) -> None:
-        if not self.is_writer:
-            return
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for key, value in line.items():
-            if self.board and isinstance(value, float):
-                self.board.add_scalar(key, value, line["step"])
-
-    def publish(self) -> None:
-        """Writes the lines to where they belong, if that is remote."""
-        if self.is_writer and isinstance(self.file, io.StringIO):
-            self.path.write_text(self.file.getvalue())
-
-    def close(self) -> None:
-        if self.is_writer:
-            self.publish()
-            self.file.close()
-            if self.board:
-                self.board.close()
-
-
-def read_lines(workdir) -> list[dict]:
-    """The lines of metrics.jsonl, without one that was being written when the run was killed."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def time_before(workdir, start: int) -> tuple[float, float | None]:
-    """(seconds that led to the resumed step `start`, when the run first started) after what
-    metrics.jsonl says; (0, None) for a new run."""
-    lines = [line for line in read_lines(workdir) if "elapsed" in line]
-    productive = [line["goodput"] * line["elapsed"] for line in lines if line["step"] <= start]
-    starts = [line["time"] - line["elapsed"] for line in lines]
-    return max(productive, default=0.0), min(starts, default=None)
-
-
-def audio_seconds(batch) -> float:
-    """Seconds of audio in a host's batch, without its padding."""
-    if "audio_length" in batch:
-        return float(batch["audio_length"].sum()) / features.SAMPLE_RATE
-    return float(batch["mel_length"].sum()) * features.HOP / features.SAMPLE_RATE
-
-
 def main(argv):
     del argv
-    # Until the loop listens for it: nothing is there to be saved. Of several processes jax itself
-    # takes the signal and tells all of them.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(cluster.RESTART))
+    # Until the loop listens: nothing is there to be saved. Of several processes jax itself takes
+    # SIGTERM and tells all of them.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit(cluster.RESTART))
     config = flags.FLAGS.config
-    with cluster.membership(config.stall_seconds):
-        state = train(config, flags.FLAGS.workdir)
+    try:
+        with cluster.membership(config.stall_seconds):
+            state = train(config, flags.FLAGS.workdir)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     if int(state.step) < config.num_steps:
         sys.exit(cluster.RESTART)
 

@@ -136,10 +136,10 @@ def test_a_stored_configuration_is_whole_or_named(tmp_path):
     whole = path.read_text()
     for content in ("", whole[:100], "[]", "1", '{"seed": 0', "\x00" * 20):
         path.write_text(content)
-        with pytest.raises(ValueError, match="config.json is damaged"):
+        with pytest.raises(ValueError, match="config.json.* damaged"):
             config_lib.load(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="config.json is damaged"):
+    with pytest.raises(ValueError, match="config.json.* damaged"):
         config_lib.load(path)
     stored = json.loads(whole)
     del stored["ctc"], stored["remat"], stored["synthetic"]  # of a version before there were these

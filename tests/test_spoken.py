@@ -131,8 +131,8 @@ def test_a_run_knows_the_longest_audio_it_was_trained_on(tmp_path):
     utterance = sources.Utterance("a", "a.wav", "a", 1.5, where="m:1")
     described = sets.describe([utterance, utterance._replace(duration=4.25)])
     assert described == {"utterances": 2, "hours": 0.0016, "longest_seconds": 4.25}
-    (tmp_path / sets.DESCRIPTION).write_text(json.dumps(described))
+    (tmp_path / "data.json").write_text(json.dumps(described))
     assert sets.longest_seconds(tmp_path) == 4.25
-    (tmp_path / sets.DESCRIPTION).write_text("{}")
-    with pytest.raises(ValueError, match="data.json is damaged .* delete it to do without"):
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(ValueError, match="data.json: damaged, .* delete it to do without"):
         sets.longest_seconds(tmp_path)

@@ -1,14 +1,12 @@
 """From a configuration to utterances: manifests, synthetic speech made on the spot, or both."""
 
-import json
 import math
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
-from etils import epath
-
+from otreg_jax import rundir
 from otreg_jax.data import sources, spoken, synthetic
 
 Sets = dict[str, list[sources.Utterance]]
@@ -120,9 +118,6 @@ def max_seconds(config) -> float:
     return min(config.data.max_duration, 30.0 if encoder.path else frames / 100)
 
 
-DESCRIPTION = "data.json"  # in a run directory: what `describe` says
-
-
 def describe(utterances: list[sources.Utterance]) -> dict[str, float]:
     """What later use of a model needs to know of its training data."""
     seconds = [u.duration for u in utterances]
@@ -135,13 +130,14 @@ def describe(utterances: list[sources.Utterance]) -> dict[str, float]:
 
 def longest_seconds(workdir) -> float:
     """The longest audio that a run was trained on; infinite where the run does not say."""
-    path = epath.Path(workdir) / DESCRIPTION
-    try:
-        return float(json.loads(path.read_text())["longest_seconds"])
-    except FileNotFoundError:  # of an older version
+    path = rundir.of(workdir).description
+    if not path.exists():  # the run is of an older version
         return math.inf
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); delete it to do without") from error
+    remedy = "delete it to do without"
+    try:
+        return float(rundir.read_json(path, remedy)["longest_seconds"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, no longest_seconds in it; {remedy}") from error
 
 
 def is_spoken(config) -> bool:
@@ -151,7 +147,7 @@ def is_spoken(config) -> bool:
 
 def load_synthetic(config, workdir) -> Sets:
     """The sets of `config.synthetic`: "train", "dev" and one for each condition."""
-    cache = Path(config.data.cache or Path(workdir) / "data")
+    cache = Path(config.data.cache or rundir.of(workdir).data)
     paths = synthetic.synthesize(synthetic_sets(config.synthetic), cache)
     return {name: sources.read_manifest(path) for name, path in paths.items()}
 
