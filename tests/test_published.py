@@ -197,6 +197,11 @@ def test_impossible_values_are_named(changes, message):
         configs.llm_config(published.CONFIGS["Qwen3-0.6B"] | changes)
 
 
+def test_a_null_inside_rope_parameters_is_as_if_left_out():
+    raw = published.CONFIGS["SmolLM2-135M-Instruct"] | {"rope_parameters": {"rope_theta": None}}
+    assert configs.llm_config(raw).rope_theta == 100_000
+
+
 @pytest.mark.parametrize("contents", ["[]", "null", "\xff", "[" * 100_000, "9" * 5000])
 def test_files_that_are_no_object_are_named(contents, tmp_path):
     (tmp_path / "config.json").write_bytes(contents.encode("latin-1"))

@@ -237,24 +237,23 @@ def _rope(
         if wrong := checks.wrong_values(kinds, dict.fromkeys(kinds, checks.OBJECT)):
             problems += [f"rope_parameters: {problem}" for problem in wrong]
             return c["rope_theta"], None, None
-        local = {"rope_theta": c["rope_local_base_freq"], **kinds["sliding_attention"]}
-        local_theta, scaled = _scaling(local, problems)
+        local_theta, scaled = _scaling(
+            c["rope_local_base_freq"], kinds["sliding_attention"], problems
+        )
         if scaled is not None:
             problems.append("rope_parameters: scaled rotation of the local layers is not supported")
         rope = kinds["full_attention"]
-    theta, scaling = _scaling(
-        {"rope_theta": c["rope_theta"], **(c["rope_scaling"] or {}), **rope}, problems
-    )
+    theta, scaling = _scaling(c["rope_theta"], {**(c["rope_scaling"] or {}), **rope}, problems)
     return theta, scaling, local_theta
 
 
-def _scaling(rope: dict, problems: list[str]) -> tuple[float, RopeScaling | None]:
-    """(base, scaling) of one kind of layers."""
+def _scaling(theta: float, rope: dict, problems: list[str]) -> tuple[float, RopeScaling | None]:
+    """(base, scaling) of one kind of layers; `theta`: the base where `rope` gives none."""
     rope = {key: value for key, value in rope.items() if value is not None}
     if wrong := checks.wrong_values(rope, checks.ROPE):
         problems += [f"rope: {problem}" for problem in wrong]
-        return 1.0, None
-    theta = rope.pop("rope_theta")
+        return theta, None
+    theta = rope.pop("rope_theta", theta)
     old_kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", old_kind)
     if rope.get("partial_rotary_factor") == 1:
