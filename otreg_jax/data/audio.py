@@ -17,6 +17,7 @@ from otreg_jax.data.utterances import BadAudio, Problem, Utterance, in_threads
 SAMPLE_RATE = 16000
 RATES = (1000, 1_000_000)  # Hz that a header may give
 TOLERANCE = 0.1  # seconds between what a manifest says and what is there
+LOUDEST = 1e6  # times full scale: floats that are no audio
 UNKNOWN = 2**63 - 1  # samples, of a FLAC file that was written into a pipe
 
 # What is usable, but likely not what was meant: kind -> what it is.
@@ -79,6 +80,8 @@ def _listen(utterance: Utterance, sample_rate: int) -> Sound:
     _check_duration(path, len(audio) / rate, duration, rate)
     if not np.isfinite(audio).all():
         raise BadAudio("nan_samples", f"{path} holds samples that are not finite")
+    if np.abs(audio).max() > LOUDEST:
+        raise BadAudio("nan_samples", f"{path} holds samples as large as {np.abs(audio).max():.1g}")
     mono = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1)
     odd = _oddities(audio, mono, rate) + (["cut_off"] if cut_off else [])
     if rate != sample_rate:
@@ -228,6 +231,8 @@ def cut_off(file: soundfile.SoundFile) -> str:
             return f"the header says {promised} bytes, there are {found}"
     if "lacks an end-of-stream bit" in file.extra_info:
         return "its last page is missing"
+    if "Junk after the last page" in file.extra_info:
+        return "it ends within a page"
     return ""
 
 
