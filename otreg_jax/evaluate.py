@@ -111,21 +111,23 @@ def evaluate(
     }
     results, rows, figures = _evaluate_run(run, workdir, utterances, decode, settings, batch_size)
 
-    runs = [_column(workdir, run.config, results, rows, figures)]
+    runs = [_column(files, run.config, results, rows, figures)]
     results["compare"] = {}
     for other in compare:
         stored = _stored(other, settings, which)
         if stored is None:
             their_run = build.load_run(other, which)
             stored = _evaluate_run(their_run, other, utterances, decode, settings, batch_size)
-        their_config = config_lib.load(rundir.of(other).config)
+        their_files = rundir.of(other)
+        their_config = config_lib.load(their_files.config)
         differences = compare_rows(rows, stored[1], normalizer)
         results["compare"][str(other)] = differences
-        runs.append(_column(other, their_config, *stored)._replace(differences=differences))
+        column = _column(their_files, their_config, *stored)
+        runs.append(column._replace(differences=differences))
 
     if jax.process_index() == 0:
         rundir.write_json(files.results, results)
-        notes = _notes(results, files.eval_skipped)
+        notes = report.notes(results, rundir.read_lines(files.eval_skipped, "delete it"))
         page = report.page(runs, versions=_versions(), notes=notes)
         rundir.write_text(files.report, page)
     return results
@@ -156,7 +158,7 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
     for name, found in alignment.measure(samples).items():
         results["sets"][name]["alignment"] = found["figures"]
         plans.append((name, found["example"], found["plan_ST"]))
-    figures = _figures(plans, samples, run.tokenizer)
+    figures = report.arrays(plans, samples, run.tokenizer)
     if jax.process_index() == 0:
         rundir.write_lines(files.hypotheses, rows)
         packed = io.BytesIO()
@@ -213,40 +215,9 @@ def compare_rows(
 # Files -----------------------------------------------------------------------------------------
 
 
-def _figures(plans, samples, tokenizer) -> dict[str, np.ndarray]:
-    """The arrays of figures.npz: plans of the first and the last set, points of the map."""
-    arrays = {}
-    for i, (name, sample, plan_ST) in enumerate(plans[:1] + plans[1:][-1:]):
-        arrays |= {
-            f"set{i}": np.array(name),
-            f"id{i}": np.array(sample.id),
-            f"mel{i}": sample.mel_FM.astype(np.float16),
-            f"plan{i}": plan_ST,
-            f"tokens{i}": np.array(tokenizer.tokens(sample.ids_T.tolist())),
-        }
-    first = next(iter(samples.values()), [])
-    if first:
-        arrays["speech"] = np.concatenate([s.speech_SD for s in first])[:600].astype(np.float16)
-        arrays["text"] = np.concatenate([s.text_TD for s in first])[:300].astype(np.float16)
-    return arrays
-
-
-def _column(workdir, config, results, rows, figures) -> report.Run:
-    plans = [
-        report.Plan(
-            str(figures[f"set{i}"]), str(figures[f"id{i}"]), len(figures[f"mel{i}"]) / 100,
-            figures[f"mel{i}"].astype(np.float32), figures[f"plan{i}"], list(figures[f"tokens{i}"]),
-        )
-        for i in range(2)
-        if f"id{i}" in figures
-    ]  # fmt: skip
-    files = rundir.of(workdir)
-    return report.Run(
-        name=files.root.name, sets=results["sets"], hypotheses=rows,
-        curve=tracking.read(files), config=config_lib.flatten(config), plans=plans,
-        speech_ND=figures.get("speech"), text_ND=figures.get("text"),
-        style=results["normalizer"]["style"],
-    )  # fmt: skip
+def _column(files: rundir.Files, config, results, rows, figures) -> report.Run:
+    flat, curve = config_lib.flatten(config), tracking.read(files)
+    return report.column(files.root.name, flat, results, rows, curve, figures)
 
 
 def _stored(workdir, settings, which: str):
@@ -274,28 +245,6 @@ def _stored(workdir, settings, which: str):
 def _fingerprint(utterances: sets.Sets) -> str:
     asked = [(name, u.id, u.text, u.duration) for name, found in utterances.items() for u in found]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-
-
-def _notes(results, skipped_path) -> list[str]:
-    notes = []
-    if skipped_path.exists():
-        problems = rundir.read_lines(skipped_path, "delete it")
-        shown = [f"Not evaluated: {p['where']}: {p['message']}" for p in problems]
-        notes += shown[:8] + ([f"… and {len(shown) - 8} more"] if len(shown) > 8 else [])
-    for name, row in results["sets"].items():
-        if row["empty_references"]:
-            notes.append(
-                f"{name}: {row['empty_references']} references are empty, {row['empty_answered']} "
-                f"of them were answered, with {row['empty_words']} words."
-            )
-        if row["empty_hypotheses"]:
-            notes.append(f"{name}: {row['empty_hypotheses']} hypotheses are empty.")
-        if row["unfinished"]:
-            notes.append(
-                f"{name}: {row['unfinished']} hypotheses are unfinished: they ran into the limit "
-                f"of {results['decode']['max_tokens']} tokens."
-            )
-    return notes
 
 
 def _versions() -> dict[str, str]:

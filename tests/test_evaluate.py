@@ -16,9 +16,18 @@ import pytest
 import soundfile
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from toy_run import make_run, write_set
+from toy_run import make_run, serve_buckets, write_set
 
-from otreg_jax import alignment, build, decoding, evaluate, recognition, sharding, transcribe
+from otreg_jax import (
+    alignment,
+    build,
+    decoding,
+    evaluate,
+    recognition,
+    rundir,
+    sharding,
+    transcribe,
+)
 from otreg_jax.data import sets, sources
 
 
@@ -145,6 +154,23 @@ def test_interrupted_evaluation_goes_on_where_it_stopped(runs, results, monkeypa
     for name, row in results["sets"].items():
         assert again["sets"][name]["wer"] == row["wer"] and again["sets"][name]["n"] == row["n"]
     assert not path.exists()
+
+
+def test_a_remote_run_is_evaluated_into_its_bucket(runs, results, tmp_path, monkeypatch):
+    """Everything but its checkpoint, which is another's."""
+    serve_buckets()
+    monkeypatch.chdir(tmp_path)
+    run = build.load_run(runs / "ours")
+    monkeypatch.setattr(build, "load_run", lambda *_: run)
+    found = evaluate.evaluate("gs://bucket/ours", batch_size=8)
+    assert {name: row["wer"] for name, row in found["sets"].items()} == {
+        name: row["wer"] for name, row in results["sets"].items()
+    }
+    folder = rundir.of("gs://bucket/ours").eval
+    written = {path.name for path in folder.iterdir()}
+    assert written == {path.name for path in (runs / "ours" / "eval").iterdir()}
+    assert "<h1>ours</h1>" in (folder / "report.html").read_text()
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_sets_can_be_named(runs, tmp_path):

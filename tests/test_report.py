@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from otreg_jax import metrics, report
+from otreg_jax.report import drawings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCRIPT = "<script>document.title='pwned';alert(1)</script>"
@@ -86,9 +87,9 @@ def test_page_of_one_run_with_nothing_but_scores():
 def test_plan_heat_map_holds_the_plan():
     plan = np.zeros((4, 2))
     plan[:2, 0] = plan[2:, 1] = 0.25
-    svg = report.plan_svg(report.Plan("dev", "u", 1.0, np.zeros((8, 5)), plan, ["a", "b"]))
+    svg = drawings.plan_svg(report.Plan("dev", "u", 1.0, np.zeros((8, 5)), plan, ["a", "b"]))
     data = re.findall(r"base64,([^']+)", svg)[1]
-    pixels = report.matplotlib.image.imread(report.io.BytesIO(base64.b64decode(data)))
+    pixels = drawings.matplotlib.image.imread(drawings.io.BytesIO(base64.b64decode(data)))
     dark = pixels[..., :3].sum(axis=-1) < 1.5
     np.testing.assert_array_equal(dark, [[1, 1, 0, 0], [0, 0, 1, 1]])
 
@@ -97,7 +98,7 @@ def test_projection_keeps_the_two_widest_directions():
     rng = np.random.default_rng(0)
     gap = np.zeros(8)
     gap[3] = 5.0
-    speech, text, explained = report.project(
+    speech, text, explained = drawings.project(
         rng.normal(size=(50, 8)) * 0.01 + gap, rng.normal(size=(50, 8)) * 0.01 - gap
     )
     assert abs(speech[:, 0].mean() - text[:, 0].mean()) == pytest.approx(2.0, abs=1e-2)

@@ -10,12 +10,11 @@ import sys
 import threading
 import time
 
-import fsspec.implementations.memory
 import jax
 import numpy as np
 import pytest
 from etils import epath
-from toy_run import metrics_of, tone_config, write_recipe, write_tones
+from toy_run import metrics_of, serve_buckets, tone_config, write_recipe, write_tones
 
 from otreg_jax import build, checkpoint, cluster, rundir, sharding, tracking
 from otreg_jax import config as config_lib
@@ -320,15 +319,7 @@ def test_impossible_settings_end_before_anything_is_made(manifest, tmp_path, cha
 
 def test_a_remote_workdir_gets_every_file(manifest):
     """Everything except the arrays of checkpoints, on a bucket in memory."""
-
-    class Bucket(fsspec.implementations.memory.MemoryFileSystem):
-        protocol = ("gs", "gcs")
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return "/" + path.removeprefix("gs://").removeprefix("gcs://").strip("/")
-
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    serve_buckets()
     workdir = epath.Path("gs://bucket/run")
     config = tone_config(manifest, otreg__weight=2.0)
     config_lib.save(config, workdir / "config.json")

@@ -19,6 +19,7 @@ PLACES = ("host", "step")  # where log-mel is computed: on the host, or inside t
 SAMPLE_RATE = 16000
 WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
+FRAME_RATE = SAMPLE_RATE // HOP  # frames a second
 # Frames centred on or after the last sample whose window still reaches back into the audio.
 TAIL = -(-(WINDOW // 2) // HOP)
 

@@ -1,42 +1,22 @@
-"""One self-contained HTML page about one run, or several side by side.
+"""The report's page: tables, sentences and where each drawing stands.
 
 Everything comes in as plain dicts and numpy arrays; nothing is read from disk or the network. Every
 piece of text is escaped, and charts enter as `<img>` data, so a transcript cannot become markup.
 """
 
-import base64
-import html
-import io
 import json
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 
 from otreg_jax import metrics
 from otreg_jax.normalize import normalize
+from otreg_jax.report import drawings
+from otreg_jax.report.data import Run
+from otreg_jax.report.drawings import color, esc, legend, short
 
-RUN_COLORS = ("#1f5f8b", "#c2571a", "#3f8052", "#7b5aa6", "#6b6b6b")
-SPEECH_COLOR, TEXT_COLOR = "#1f5f8b", "#c2571a"
-PLAN_COLORS = LinearSegmentedColormap.from_list("plan", ["#fff", "#9cc4dd", "#1f5f8b", "#0a2438"])
 NUM_WORST = 12
-
-# metrics.jsonl key → caption; a chart is drawn for each that was logged.
-CURVES = {
-    "ce": "Cross-entropy (nats a token)",
-    "otreg": "OTReg: transport cost",
-    "ctc": "CTC auxiliary (nats a token)",
-    "marginal_error": "Marginal error of the plan (L1)",
-    "entropy": "Entropy of the plan (nats)",
-    "nearest_cosine": "Cosine to the nearest transcript vector",
-    "dev_ce": "Cross-entropy, dev",
-    "dev_wer": "WER, dev",
-    "grad_norm": "Gradient norm",
-}
 # Figure of results.json["sets"][name]["alignment"] → (heading, digits).
 ALIGNMENT = {
     "transport_cost": ("Transport cost", 3),
@@ -51,38 +31,6 @@ ALIGNMENT = {
 }
 
 
-class Plan(NamedTuple):
-    """Transport plan of one utterance: S speech positions, T transcript tokens, F mel frames."""
-
-    set: str
-    id: str
-    seconds: float
-    mel_FM: np.ndarray
-    plan_ST: np.ndarray
-    tokens: Sequence[str]
-
-
-class Run(NamedTuple):
-    """One run's column of the report.
-
-    sets, hypotheses: as in results.json ("sets") and hypotheses.jsonl. curve: rows of
-    metrics.jsonl. config: flat {"data.train": value}. speech_ND, text_ND: embeddings of a few
-    utterances for the map, or None. differences: {set: paired_difference of the first run − this}.
-    style: how texts were normalised.
-    """
-
-    name: str
-    sets: dict[str, dict[str, Any]]
-    hypotheses: Sequence[dict[str, Any]] = ()
-    curve: Sequence[dict[str, float]] = ()
-    config: dict[str, Any] | None = None
-    plans: Sequence[Plan] = ()
-    speech_ND: np.ndarray | None = None
-    text_ND: np.ndarray | None = None
-    differences: dict[str, dict[str, Any]] | None = None
-    style: str = "whisper"
-
-
 def page(runs: Sequence[Run], *, versions: dict[str, str], notes: Sequence[str] = ()) -> str:
     """The whole HTML document. The first run is the one reported on, the others are compared.
 
@@ -90,61 +38,28 @@ def page(runs: Sequence[Run], *, versions: dict[str, str], notes: Sequence[str] 
     """
     sections = [
         ("Error rates", _error_rates(runs)),
-        ("Training", _curves(runs)),
-        ("Transport plans", _plans(runs)),
-        ("Speech and text embeddings", _maps(runs)),
+        ("Training", drawings.curves(runs)),
+        ("Transport plans", drawings.plans(runs)),
+        ("Speech and text embeddings", drawings.maps(runs)),
         ("Alignment figures", _alignment_table(runs)),
         ("Worst utterances", _worst(runs[0])),
         ("Configuration and versions", _configuration(runs, versions)),
     ]
     body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections if text)
-    warning = "".join(f"<li>{_e(note)}</li>" for note in notes)
+    warning = "".join(f"<li>{esc(note)}</li>" for note in notes)
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         "<link rel='icon' href='data:,'>"
-        f"<title>{_e(runs[0].name)} · OTReg evaluation</title><style>{_STYLE}</style></head><body>"
-        f"<header><p class='kind'>OTReg evaluation</p><h1>{_e(runs[0].name)}</h1>{_summary(runs)}"
+        f"<title>{esc(runs[0].name)} · OTReg evaluation</title><style>{_STYLE}</style></head><body>"
+        f"<header><p class='kind'>OTReg evaluation</p><h1>{esc(runs[0].name)}</h1>{_summary(runs)}"
         f"{f'<ul class=notes>{warning}</ul>' if warning else ''}</header><main>{body}</main>"
-        f"<footer>{_e(' · '.join(f'{k} {v}' for k, v in versions.items()))}</footer></body></html>"
+        f"<footer>{esc(' · '.join(f'{k} {v}' for k, v in versions.items()))}</footer></body></html>"
     )
-
-
-def _e(value: Any) -> str:
-    return html.escape(str(value))
 
 
 def _percent(rate: float) -> str:
     return f"{100 * rate:.1f}"
-
-
-def _chart(draw: Callable[[Figure], None], width: float, height: float, alt: str) -> str:
-    """A matplotlib chart of width × height inches as an `<img>` holding its own SVG."""
-    style = {
-        "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.grid": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999",
-        "axes.labelcolor": "#555555", "xtick.color": "#555555", "ytick.color": "#555555",
-        "grid.color": "#ececec", "axes.axisbelow": True, "lines.linewidth": 1.4,
-        "svg.hashsalt": "otreg",
-    }  # fmt: skip
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        # A run named in a script that matplotlib's font lacks is no reason to fail.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure((width, height), layout="constrained")
-        draw(figure)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img src='data:image/svg+xml;base64,{data}' alt='{_e(alt)}'>"
-
-
-def _png(rgba: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    matplotlib.image.imsave(buffer, rgba, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-# Error rates -----------------------------------------------------------------------------------
 
 
 def _macro(sets: dict[str, dict[str, Any]], in_domain: bool) -> float | None:
@@ -160,7 +75,7 @@ def _summary(runs: Sequence[Run]) -> str:
             continue
         count = sum(row["in_domain"] == in_domain for row in runs[0].sets.values())
         against = "".join(
-            f"<br>{_e(run.name)}: {_percent(theirs)} %"
+            f"<br>{esc(run.name)}: {_percent(theirs)} %"
             for run in runs[1:]
             if (theirs := _macro(run.sets, in_domain)) is not None
         )
@@ -175,7 +90,7 @@ def _summary(runs: Sequence[Run]) -> str:
 def _error_rates(runs: Sequence[Run]) -> str:
     ours = runs[0]
     head = "".join(
-        f"<th class='num' style='color:{_color(i)}'>{_e(run.name)}</th>"
+        f"<th class='num' style='color:{color(i)}'>{esc(run.name)}</th>"
         + ("<th class='num'>difference</th>" if i else "")
         for i, run in enumerate(runs)
     )
@@ -191,7 +106,7 @@ def _error_rates(runs: Sequence[Run]) -> str:
                 cells.append(_difference_cell((run.differences or {}).get(name)))
         mark = f"<span class='{domain.split()[0]}'>{domain}</span>"
         cells.insert(0, f"<td class='num'>{row['n']}</td>")
-        rows.append(f"<tr><th>{_e(name)} {mark}</th>{''.join(cells)}</tr>")
+        rows.append(f"<tr><th>{esc(name)} {mark}</th>{''.join(cells)}</tr>")
     compared = (
         " A difference is this run minus the other on the same utterances, with its paired "
         "interval; bold where that excludes zero."
@@ -201,12 +116,8 @@ def _error_rates(runs: Sequence[Run]) -> str:
         "95 % bootstrap interval."
         f"{compared if len(runs) > 1 else ''}</p><div class='scroll'><table><thead><tr><th>set</th>"
         f"<th class='num'>n</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        f"{_forest(runs)}{_details_table(runs)}"
+        f"{drawings.forest(runs)}{_details_table(runs)}"
     )
-
-
-def _color(i: int) -> str:
-    return RUN_COLORS[i % len(RUN_COLORS)]
 
 
 def _rate_cell(row: dict[str, Any] | None, best: float | None) -> str:
@@ -228,40 +139,6 @@ def _difference_cell(paired: dict[str, Any] | None) -> str:
     return cell.replace("-", "\N{MINUS SIGN}")
 
 
-def _forest(runs: Sequence[Run]) -> str:
-    names = sorted(runs[0].sets, key=lambda name: not runs[0].sets[name]["in_domain"])
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for i, run in enumerate(runs):
-            for y, name in enumerate(names):
-                if name not in run.sets:
-                    continue
-                row = run.sets[name]
-                at = y + (i - (len(runs) - 1) / 2) * 0.2
-                axes.plot([100 * x for x in row["interval"]], [at, at], color=_color(i), alpha=0.45)
-                axes.plot(100 * row["wer"], at, "o", color=_color(i), markersize=5)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("WER (%)")
-        axes.grid(axis="y", visible=False)
-
-    height = 0.7 + 0.3 * len(names) + 0.06 * len(names) * (len(runs) - 1)
-    chart = _chart(draw, 6, height, "Word error rates with 95 % intervals, by evaluation set")
-    return f"<figure>{chart}{_legend(runs)}</figure>"
-
-
-def _legend(runs: Sequence[Run]) -> str:
-    if len(runs) == 1:
-        return ""
-    marks = " ".join(
-        f"<span class='key'><i style='background:{_color(i)}'></i>{_e(run.name)}</span>"
-        for i, run in enumerate(runs)
-    )
-    return f"<figcaption>{marks}</figcaption>"
-
-
 def _details_table(runs: Sequence[Run]) -> str:
     rows = []
     for name in runs[0].sets:
@@ -273,8 +150,8 @@ def _details_table(runs: Sequence[Run]) -> str:
             odd = (row["empty_hypotheses"], row["unfinished"], row["empty_words"])
             values = [*map(_percent, rates), *counts, *odd]
             cells = "".join(f"<td class='num'>{cell}</td>" for cell in values)
-            label = f"<i style='background:{_color(i)}'></i>" if len(runs) > 1 else ""
-            rows.append(f"<tr><th>{label}{_e(name)}</th>{cells}</tr>")
+            label = f"<i style='background:{color(i)}'></i>" if len(runs) > 1 else ""
+            rows.append(f"<tr><th>{label}{esc(name)}</th>{cells}</tr>")
     return (
         "<details><summary>Characters, raw text and kinds of error</summary><div class='scroll'>"
         "<table><thead><tr><th>set</th><th class='num'>CER</th><th class='num'>raw WER</th>"
@@ -284,149 +161,6 @@ def _details_table(runs: Sequence[Run]) -> str:
         "<th class='num'>words on silence</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
-
-
-# Training --------------------------------------------------------------------------------------
-
-
-def _curves(runs: Sequence[Run]) -> str:
-    charts = []
-    for key, caption in CURVES.items():
-        if not any(key in row for run in runs for row in run.curve):
-            continue
-
-        def draw(figure: Figure, key=key, caption=caption) -> None:
-            axes = figure.subplots()
-            for i, run in enumerate(runs):
-                points = [(row["step"], row[key]) for row in run.curve if key in row]
-                if points:
-                    axes.plot(*zip(*points, strict=True), color=_color(i))
-            axes.set_title(caption)
-            axes.set_xlabel("step")
-            axes.margins(x=0.02)
-
-        charts.append(_chart(draw, 3.6, 2.2, f"{caption} against the training step"))
-    if not charts:
-        return ""
-    return f"<figure><div class='grid'>{''.join(charts)}</div>{_legend(runs)}</figure>"
-
-
-# Transport plans -------------------------------------------------------------------------------
-
-
-def _plans(runs: Sequence[Run]) -> str:
-    if not any(run.plans for run in runs):
-        return ""
-    panels = []
-    for example in range(max(len(run.plans) for run in runs)):
-        for i, run in enumerate(runs):
-            if example < len(run.plans):
-                plan = run.plans[example]
-                name = f"<span style='color:{_color(i)}'>{_e(run.name)}</span>"
-                caption = f"<figcaption>{name} · {_e(plan.set)} · {_short(plan.id)}</figcaption>"
-                panels.append(f"<figure>{caption}{plan_svg(plan)}</figure>")
-    return (
-        "<p>Above, the log-mel spectrogram; below, where each moment of speech sends its mass by "
-        "the similarity of embeddings alone, one row a transcript token, the darker the more. "
-        "A dark staircase from top left to bottom right is an alignment; an even tint says that "
-        "the embeddings tell nothing apart.</p>"
-        f"<div class='grid {'' if len(runs) % 3 == 0 else 'wide'}'>{''.join(panels)}</div>"
-    )
-
-
-def _short(utterance_id: str) -> str:
-    """The id without the folders, where it is a path."""
-    return _e(utterance_id.rsplit("/", 1)[-1])
-
-
-def plan_svg(plan: Plan) -> str:
-    """The plan under its spectrogram on one time axis, as inline SVG.
-
-    Tokens are SVG text, so that the browser's fonts draw every script. A cell is the share of a
-    speech position's mass, S · P_st in [0, 1].
-    """
-    left, width, mel_height, row, gap = 78, 290, 60, 13, 5
-    speech_positions, num_tokens = plan.plan_ST.shape
-    top = mel_height + gap
-    height = top + row * num_tokens
-    low, high = np.percentile(plan.mel_FM, [2, 99.5])
-    mel = np.clip((plan.mel_FM.T[::-1] - low) / max(high - low, 1e-6), 0, 1)
-    share = np.clip(plan.plan_ST.T * speech_positions, 0, 1)
-    image = "<image x='{}' y='{}' width='{}' height='{}' preserveAspectRatio='none' href='{}' {}/>"
-    parts = [
-        image.format(left, 0, width, mel_height, _png(matplotlib.colormaps["gray_r"](mel)), ""),
-        image.format(
-            left, top, width, row * num_tokens, _png(PLAN_COLORS(share)),
-            "style='image-rendering:pixelated'",
-        ),
-        f"<rect class='frame' x='{left}' y='{top}' width='{width}' height='{row * num_tokens}'/>",
-        f"<rect class='frame' x='{left}' y='0' width='{width}' height='{mel_height}'/>",
-    ]  # fmt: skip
-    for t, token in enumerate(plan.tokens):
-        y = top + row * (t + 0.5) + 3.5
-        parts.append(f"<text class='token' x='{left - 5}' y='{y}'>{_e(_visible(token))}</text>")
-    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 1e9) if plan.seconds / s <= 8)
-    for second in np.arange(0, plan.seconds, step):
-        x = left + width * second / plan.seconds
-        parts.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{height}' y2='{height + 4}'/>")
-        parts.append(f"<text class='tick' x='{x:.1f}' y='{height + 14}'>{second:g}</text>")
-    parts.append(f"<text class='tick' x='{left + width}' y='{height + 14}'>s</text>")
-    label = f"Transport plan of {plan.id} under its spectrogram"
-    return (
-        f"<svg class='plan' viewBox='0 0 {left + width + 6} {height + 18}' role='img' "
-        f"aria-label='{_e(label)}'>{''.join(parts)}</svg>"
-    )
-
-
-def _visible(token: str) -> str:
-    token = token.replace("▁", " ")
-    return (token if len(token) <= 12 else token[:11] + "…").replace(" ", "␣") or "∅"
-
-
-# Embeddings ------------------------------------------------------------------------------------
-
-
-def _maps(runs: Sequence[Run]) -> str:
-    shown = [run for run in runs if run.speech_ND is not None and len(run.speech_ND)]
-    if not shown:
-        return ""
-    panels = []
-    for run in shown:
-        speech, text, explained = project(run.speech_ND, run.text_ND)
-
-        def draw(figure: Figure, speech=speech, text=text, explained=explained) -> None:
-            axes = figure.subplots()
-            axes.scatter(*speech.T, s=5, color=SPEECH_COLOR, alpha=0.35, linewidths=0)
-            axes.scatter(*text.T, s=14, color=TEXT_COLOR, alpha=0.8, linewidths=0)
-            axes.set(xticks=[], yticks=[])
-            axes.set_xlabel(f"first two principal directions, {explained:.0%} of the variance")
-            axes.spines[:].set_visible(False)
-
-        alt = f"Two-dimensional map of speech and text embeddings of {run.name}"
-        chart = _chart(draw, 3.6, 3.2, alt)
-        panels.append(f"<figure><figcaption>{_e(run.name)}</figcaption>{chart}</figure>")
-    key = "".join(
-        f"<span class='key'><i style='background:{color}'></i>{name}</span> "
-        for color, name in ((SPEECH_COLOR, "speech positions"), (TEXT_COLOR, "transcript tokens"))
-    )
-    return (
-        "<p>Where the modality gap is closed, speech lies among the tokens and not in a cloud of "
-        f"its own.</p><p>{key}</p><div class='grid'>{''.join(panels)}</div>"
-    )
-
-
-def project(speech_ND: np.ndarray, text_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Unit vectors of both sides on their two leading common principal directions.
-
-    Returns speech [N, 2], text [M, 2] and the share of the variance the two directions hold.
-    """
-    both = np.concatenate([speech_ND, text_ND]).astype(np.float64)
-    both /= np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-12)
-    both -= both.mean(axis=0)
-    _, singular, directions = np.linalg.svd(both, full_matrices=False)
-    flat = both @ directions[:2].T
-    explained = (singular[:2] ** 2).sum() / max((singular**2).sum(), 1e-12)
-    return flat[: len(speech_ND)], flat[len(speech_ND) :], float(explained)
 
 
 def _alignment_table(runs: Sequence[Run]) -> str:
@@ -442,14 +176,14 @@ def _alignment_table(runs: Sequence[Run]) -> str:
     head = "".join(f"<th class='num'>{ALIGNMENT[key][0]}</th>" for key in keys)
     body = []
     for i, name, figures in rows:
-        label = f"<i style='background:{_color(i)}'></i>" if len(runs) > 1 else ""
+        label = f"<i style='background:{color(i)}'></i>" if len(runs) > 1 else ""
         cells = "".join(
             f"<td class='num'>{figures[key]:.{ALIGNMENT[key][1]}f}</td>"
             if figures.get(key) is not None
             else "<td class='num'>–</td>"
             for key in keys
         )
-        body.append(f"<tr><th>{label}{_e(name)}</th>{cells}</tr>")
+        body.append(f"<tr><th>{label}{esc(name)}</th>{cells}</tr>")
     return (
         "<p>On spoken word: the share of the plan's mass on the word spoken at the time, and what "
         "tokens spread evenly over the utterance would reach. Retrieval: the mean of the speech "
@@ -458,11 +192,8 @@ def _alignment_table(runs: Sequence[Run]) -> str:
         "the nearest token rises in runs that learn nothing useful as well: it is no evidence of "
         "alignment.</p>"
         f"<div class='scroll'><table><thead><tr><th>set</th>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>{_legend(runs).replace('figcaption', 'p')}"
+        f"<tbody>{''.join(body)}</tbody></table></div>{legend(runs).replace('figcaption', 'p')}"
     )
-
-
-# Utterances and configuration --------------------------------------------------------------------
 
 
 def _worst(run: Run) -> str:
@@ -474,10 +205,10 @@ def _worst(run: Run) -> str:
     for row in rows:
         words = "".join(
             {
-                "equal": f"<span>{_e(said)}</span> ",
-                "delete": f"<del>{_e(said)}</del> ",
-                "insert": f"<ins>{_e(heard)}</ins> ",
-                "substitute": f"<del>{_e(said)}</del> <ins>{_e(heard)}</ins> ",
+                "equal": f"<span>{esc(said)}</span> ",
+                "delete": f"<del>{esc(said)}</del> ",
+                "insert": f"<ins>{esc(heard)}</ins> ",
+                "substitute": f"<del>{esc(said)}</del> <ins>{esc(heard)}</ins> ",
             }[operation]
             for operation, said, heard in metrics.word_diff(
                 normalize(row["reference"], row.get("lang"), run.style),
@@ -486,7 +217,7 @@ def _worst(run: Run) -> str:
         )
         count = f"{row['errors']} error{'s' if row['errors'] > 1 else ''}"
         items.append(
-            f"<li><p class='where'>{_e(row['set'])} · {_short(row['id'])} · {count}</p>"
+            f"<li><p class='where'>{esc(row['set'])} · {short(row['id'])} · {count}</p>"
             f"<p dir='auto'>{words}</p></li>"
         )
     return (
@@ -505,11 +236,11 @@ def _configuration(runs: Sequence[Run], versions: dict[str, str]) -> str:
             if any(_setting(config, key) != _setting(configs[0], key) for config in configs)
         )
         head = "".join(
-            f"<th style='color:{_color(i)}'>{_e(run.name)}</th>" for i, run in enumerate(runs)
+            f"<th style='color:{color(i)}'>{esc(run.name)}</th>" for i, run in enumerate(runs)
         )
         rows = "".join(
-            f"<tr><th>{_e(key)}</th>"
-            + "".join(f"<td>{_e(_setting(config, key))}</td>" for config in configs)
+            f"<tr><th>{esc(key)}</th>"
+            + "".join(f"<td>{esc(_setting(config, key))}</td>" for config in configs)
             + "</tr>"
             for key in keys
         )
@@ -519,7 +250,7 @@ def _configuration(runs: Sequence[Run], versions: dict[str, str]) -> str:
         )
     for title, table in (("All settings", configs[0]), ("Versions", versions)):
         rows = "".join(
-            f"<tr><th>{_e(key)}</th><td>{_e(_setting(table, key))}</td></tr>" for key in table
+            f"<tr><th>{esc(key)}</th><td>{esc(_setting(table, key))}</td></tr>" for key in table
         )
         if rows:
             parts.append(
