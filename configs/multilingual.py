@@ -12,7 +12,8 @@ Common Voice.
     python -m otreg_jax.train --config=configs/multilingual.py:runlocal --workdir=runs/multi-local
 
 Languages are drawn with temperature 2: small ones more often than their share. Arms as in
-configs/librispeech.py, and `full`: the whole LLM trains, without LoRA.
+configs/librispeech.py, and `full`: the whole LLM trains, without LoRA, and OTReg aims at a frozen
+copy of what lies below (embedding table and one layer: 1.5 GiB, 93 MiB on each of 16 chips).
 """
 
 import runpy

@@ -131,6 +131,7 @@ def abstract_step(config, devices, frames: int, tokens: int):
     mesh = sharding.make_mesh(config, devices)
     slm = modules_of(config, mesh)
     params, frozen = build.abstract_params(slm, config)
+    frozen |= jax.eval_shape(functools.partial(build.text_target, config=config), params)
     optimizer = optim.make_optimizer(config)
     state = train_step.abstract_state(params, optimizer, mesh)
     place = lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)

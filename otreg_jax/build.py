@@ -75,8 +75,13 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
 
 
 def split(params, config):
-    """(trained parameters in float32, frozen ones in the compute dtype or, their largest, int8)."""
+    """(trained parameters in float32, frozen ones in the compute dtype or, their largest, int8).
+
+    Raises:
+      ValueError: `freeze` leaves nothing to train, matches nothing, or is at odds with LoRA.
+    """
     trained, frozen = optim.split(params, config.freeze)
+    _check_freezing(optim.flat_paths(trained), optim.flat_paths(frozen), config)
     trained = jax.tree.map(lambda x: x.astype("float32"), trained)
     is_float = lambda path, x: (
         jnp.issubdtype(x.dtype, jnp.floating) and not quantize.is_part(path, x)
@@ -87,6 +92,58 @@ def split(params, config):
     }
     frozen = traverse_util.unflatten_dict(frozen, sep="/")
     return trained, quantize.to_int8(frozen) if config.frozen_int8 else frozen
+
+
+def _check_freezing(trained, frozen, config) -> None:
+    """Raises one ValueError that lists what `freeze` does and cannot be meant to; by real paths."""
+    problems = []
+    if config.freeze and not frozen:
+        problems.append(f"matches no parameter; there are e.g. {', '.join(list(trained)[:5])}")
+    if not trained:
+        problems.append("matches every parameter: nothing is left to train")
+    pairs = [path for path in frozen if path.endswith(lora.PAIR)]
+    if pairs:
+        problems.append(
+            f"matches low-rank pairs, which then never train: {', '.join(pairs[:4])} "
+            f"({len(pairs)} in all); leave them out by (?!.*/lora_[ab]$)"
+        )
+    kernels = [path.replace("lora_a", "kernel") for path in trained if path.endswith("/lora_a")]
+    loose = [path for path in kernels if path in trained]
+    if loose:
+        problems.append(
+            f"does not match kernels that lora.pattern adapts: {', '.join(loose[:4])} "
+            f"({len(loose)} in all) would train beside their low-rank pairs"
+        )
+    if problems:
+        raise ValueError("\n".join(f"freeze={config.freeze!r} {problem}" for problem in problems))
+
+
+def text_target(trained, config) -> dict:
+    """{"target": {"llm": ...}}, to be frozen: a copy, in the compute dtype, of trained weights that
+    turn a transcript into what OTReg and InfoNCE draw speech to (the embedding table and the layers
+    up to `otreg.layer`); {} if there are none.
+
+    Speech would else be drawn to a target that its own loss moves. An LLM from scratch has no start
+    worth keeping: its target moves as it learns. `trained` has to be what training starts from, and
+    is so again in a run that resumes, since it comes from where the configuration says. Evaluation
+    does without: it measures alignment to the LLM as it has become.
+    """
+    layers = [
+        stage.config.otreg.layer
+        for stage in stages.stages_of(config)
+        if stage.config.otreg.weight or stage.config.infonce.weight
+    ]
+    if not layers or not (config.llm.path or config.llm.pretrain.num_steps):
+        return {}
+    copies = {}
+    for path, x in optim.flat_paths(trained).items():
+        if path == "llm/embed/embedding":
+            copies[f"target/{path}"] = x
+        elif path.startswith("llm/layers/") and not path.endswith(lora.PAIR) and max(layers):
+            copies[f"target/{path}"] = x[: max(layers)]
+    # Not the arrays themselves: those are donated to the first step.
+    copies = jax.tree.map(lambda x: jnp.array(x, config.compute_dtype, copy=True), copies)
+    return traverse_util.unflatten_dict(copies, sep="/")
 
 
 def llm_path(config, workdir) -> str:
@@ -285,19 +342,17 @@ def plain(slm: SLM) -> SLM:
 
 
 def _placement(config, part: str, mesh, keep_trained: bool = True) -> dict:
-    """In which dtype (a frozen part never needs float32) and shards to read a part's weights, and
+    """In which dtype (what is frozen never needs float32) and shards to read a part's weights, and
     what to make of each that is frozen; others are kept as they are, or let go."""
     is_frozen = lambda path: config.freeze and re.search(config.freeze, f"{part}/{path}")
-    dtype = config.compute_dtype
 
     def read(path, leaf):
         if not is_frozen(path):
             return {path: leaf} if keep_trained else {}
-        parts = quantize.leaf_to_int8(path, leaf) if config.frozen_int8 else {path: leaf}
-        return {p: x if quantize.is_part(p, x) else x.astype(dtype) for p, x in parts.items()}
+        return quantize.leaf_to_int8(path, leaf) if config.frozen_int8 else {path: leaf}
 
     return {
-        "dtype": dtype if is_frozen("weights") else "float32",
+        "dtypes": lambda path: config.compute_dtype if is_frozen(path) else "float32",
         "shardings": mesh and (lambda shapes: sharding.tree_shardings({part: shapes}, mesh)[part]),
         "read": read,
     }

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+# What weight decay pulls towards zero: matrices that multiply activations. Scales of norms have a
+# level of their own to keep, and biases too, stacked over the layers as they are; rows of embedding
+# tables would shrink in every step in which their token does not occur.
+DECAYED = r"(^|/)(kernel|lora_a|lora_b)$"
+
 
 def flat_paths(params) -> dict[str, jax.Array]:
     """{"llm/embed/embedding": array, ...}"""
@@ -57,14 +62,17 @@ def learning_rate(config) -> optax.Schedule:
 
 
 def make_optimizer(config, train: str = "") -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW; decay on matrices only; `optim.multipliers`, a tuple
-    of (regex, factor), scales the update of parameters whose path matches (first match wins); with
-    `optim.ema_decay` the state also holds an average of the weights, for `averaged`.
+    """Clipping by the global norm, then AdamW with decay of `DECAYED` alone; `optim.multipliers`, a
+    tuple of (regex, factor), scales the update of parameters whose path matches (first match wins);
+    with `optim.ema_decay` the state also holds an average of the weights, for `averaged`.
 
     train: regex of the parameters that a stage trains; all others stay as they are. "": all.
     """
     c = config.optim
-    is_matrix = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
+
+    def is_decayed(params):
+        decayed = {path: bool(re.search(DECAYED, path)) for path in flat_paths(params)}
+        return traverse_util.unflatten_dict(decayed, sep="/")
 
     def scale_by_path(updates, params=None):
         del params
@@ -78,7 +86,7 @@ def make_optimizer(config, train: str = "") -> optax.GradientTransformation:
     steps = [
         optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
         optax.adamw(
-            learning_rate(config), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=is_matrix
+            learning_rate(config), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=is_decayed
         ),
         optax.stateless(scale_by_path) if c.multipliers or train else optax.identity(),
     ]

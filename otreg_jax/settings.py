@@ -307,7 +307,7 @@ _ROWS = (
     ("optim.warmup_steps", 50, COUNT, "the learning rate rises linearly over these"),
     ("optim.final_fraction", 0.1, SHARE, "of the learning rate, at the end of the cosine"),
     ("optim.restart_step", 0, COUNT, "warm-up and cosine begin anew here (stage 2); 0: never"),
-    ("optim.weight_decay", 0.0, WEIGHT, "on matrices only"),
+    ("optim.weight_decay", 0.0, WEIGHT, "on kernels and low-rank pairs only"),
     ("optim.b1", 0.9, number(0, below=1), "AdamW"),
     ("optim.b2", 0.98, number(0, below=1), "AdamW"),
     ("optim.clip_norm", 1.0, POSITIVE, "largest global norm of a gradient"),

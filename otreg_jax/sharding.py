@@ -171,7 +171,7 @@ def gather_vocabulary(params, mesh: Mesh | None):
 
     def gather(path, x):
         name = _name(path)
-        if not re.search(r"llm/(embed/embedding|head/kernel)$", name):
+        if not re.search(r"^llm/(embed/embedding|head/kernel)$", name):
             return x
         kept = P(*(axis if axis == "tensor" else None for axis in _spec(name, RULES)))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, kept))

@@ -74,6 +74,7 @@ def train(config, workdir) -> step_lib.TrainState:
 
     # ---- state, sharded over the mesh ------------------------------------------------------------
     params, frozen = build.split(params, config)
+    frozen |= build.text_target(params, config)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
     optimizer = optim.make_optimizer(config)
     abstract_state = step_lib.abstract_state(params, optimizer, mesh)

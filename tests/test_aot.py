@@ -26,6 +26,7 @@ def config_of(**changes):
         "llm.num_heads": 2, "llm.num_kv_heads": 1, "llm.head_dim": 8, "adapter.hidden_dim": 16,
         "adapter.stack": 2, "otreg.weight": 1.0, "otreg.layer": 1, "otreg.center": "mean",
         "otreg.text_set": "sequence", "mesh.data": 1, "mesh.fsdp": 8, "otreg.num_iters": 30,
+        "llm.pretrain.num_steps": 1,
     } | changes  # fmt: skip
     config = toy_config()
     config.update_from_flattened_dict(changes)
@@ -59,8 +60,11 @@ def test_the_state_is_donated_and_frozen_weights_have_no_gradient():
     # The gradient of a layer stack is a stack that a loop fills slice by slice.
     stacked = r"= f32\[3,(3|24),(40|5)\]\S* dynamic-update-slice\("
     assert "llm" in frozen and not re.search(stacked, hlo)
-    trained, _, _ = compiled("^encoder/positions/")
+    trained, _, (_, frozen, _) = compiled("^encoder/positions/")
     assert re.search(stacked, trained)
+    # What OTReg aims at stays: a copy of the layers below, in shards like theirs.
+    target = frozen["target"]["llm"]
+    assert target["layers"]["mlp"]["up"]["kernel"].sharding.shard_shape((1, 24, 40)) == (1, 3, 40)
 
 
 def test_activations_are_spread_by_rows_though_weights_are_split_by_width():

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from otreg_jax import sharding
@@ -108,11 +109,11 @@ def assemble(
     if text_BTD is not None:
         parts.append(text_BTD.astype(speech_BSD.dtype))
     unpacked_BLD = jnp.concatenate(parts, axis=1)
-    index_L = jnp.arange(unpacked_BLD.shape[1])
+    index_1L = jnp.arange(unpacked_BLD.shape[1])[None]
     # Behind the valid speech positions, everything moves left over the padding.
     speech_end_B = len(prefix) + speech_length_B
     shift_B = num_speech - speech_length_B
-    source_BL = index_L + jnp.where(index_L >= speech_end_B[:, None], shift_B[:, None], 0)
+    source_BL = index_1L + jnp.where(index_1L >= speech_end_B[:, None], shift_B[:, None], 0)
     source_BL = jnp.minimum(source_BL, unpacked_BLD.shape[1] - 1)
     x_BLD = jnp.take_along_axis(unpacked_BLD, source_BL[..., None], axis=1)
     x_BLD = sharding.over_batch(x_BLD, slm.mesh)
@@ -121,7 +122,7 @@ def assemble(
 
 def predicting(hidden_BLD: jax.Array, start_B: jax.Array, count: int) -> jax.Array:
     """The hidden states [B, count, D] at start_B, start_B + 1, ..."""
-    index_BT = start_B[:, None] + jnp.arange(count)
+    index_BT = start_B[:, None] + jnp.arange(count)[None]
     index_BT = jnp.clip(index_BT, 0, hidden_BLD.shape[1] - 1)
     return jnp.take_along_axis(hidden_BLD, index_BT[..., None], axis=1)
 
@@ -177,11 +178,13 @@ def forward(
 def text_embeddings(slm: SLM, params, tokens_BT: jax.Array, layer: int = 0) -> jax.Array:
     """What OTReg draws speech to [B, T, D]: for layer 0 rows of the embedding table; for layer k
     the transcript alone through the LLM's first k layers, without LoRA and without gradient: a
-    target that training the speech side cannot move."""
-    if not layer:
-        return embed(slm, params, tokens_BT)
+    target that training the speech side cannot move. Where training moves these weights themselves,
+    `params["target"]["llm"]` may hold what they were (`build.text_target`)."""
     base = jax.lax.stop_gradient(lora.strip(params["llm"]))
-    below, lower_params = sublayers(slm.llm, base, 0, layer)
-    x_BTD = slm.llm.apply({"params": base}, tokens_BT, method="embed")
-    hidden_BTD, _ = below.apply({"params": lower_params}, x_BTD, method="hidden")
-    return hidden_BTD
+    below, base = sublayers(slm.llm, base, 0, layer)
+    flat = traverse_util.flatten_dict(base)
+    for path, x in traverse_util.flatten_dict(params.get("target", {}).get("llm", {})).items():
+        flat[path] = x[:layer] if path[0] == "layers" else x
+    variables = {"params": traverse_util.unflatten_dict(flat)}
+    x_BTD = below.apply(variables, tokens_BT, method="embed")
+    return below.apply(variables, x_BTD, method="hidden")[0]

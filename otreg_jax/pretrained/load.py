@@ -30,6 +30,7 @@ SINGLE = "model.safetensors"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")  # never pickles, never code
 
+Dtypes = Callable[[str], str]
 Shardings = Callable[[dict], dict]
 Read = Callable[[str, jax.Array], dict[str, jax.Array]]
 
@@ -38,6 +39,7 @@ def load_llm(
     source: str | pathlib.Path,
     revision: str | None = None,
     dtype: str = "float32",
+    dtypes: Dtypes | None = None,
     shardings: Shardings | None = None,
     read: Read | None = None,
 ) -> tuple[LLM, dict]:
@@ -47,6 +49,7 @@ def load_llm(
       source: a directory, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct" with its `revision`, the
         commit to pin. Only JSON, safetensors and tokenizer files are fetched; no code is run.
       dtype: of the params and of the computation.
+      dtypes: from a param's path ("layers/attn/q/kernel") to its own dtype.
       shardings: from the tree of the params' shapes to a tree of the shardings they are loaded
         into; all on the default device when None.
       read: called with the path and the array of each parameter once it is read; what takes its
@@ -63,7 +66,7 @@ def load_llm(
     directory = resolve(source, revision)
     config = llm_config(directory)
     model = LLM(dataclasses.replace(config, dtype=dtype))
-    shapes = _shapes(model, dtype, jnp.zeros((1, 1), jnp.int32))
+    shapes = _shapes(model, dtypes or (lambda _: dtype), jnp.zeros((1, 1), jnp.int32))
     return model, read_params(directory, tables.llm_table(config), shapes, shardings, read)
 
 
@@ -71,6 +74,7 @@ def load_speech_encoder(
     source: str | pathlib.Path,
     revision: str | None = None,
     dtype: str = "float32",
+    dtypes: Dtypes | None = None,
     shardings: Shardings | None = None,
     read: Read | None = None,
 ) -> tuple[SpeechEncoder, dict]:
@@ -78,7 +82,8 @@ def load_speech_encoder(
     directory = resolve(source, revision)
     config = speech_encoder_config(directory)
     model = SpeechEncoder(dataclasses.replace(config, dtype=dtype))
-    shapes = _shapes(model, dtype, jnp.zeros((1, 8, config.num_mels)), jnp.array([8]))
+    inputs = jnp.zeros((1, 8, config.num_mels)), jnp.array([8])
+    shapes = _shapes(model, dtypes or (lambda _: dtype), *inputs)
     table = tables.speech_encoder_table(config)
     return model, read_params(directory, table, shapes, shardings, read)
 
@@ -142,9 +147,11 @@ def read_json(path: pathlib.Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
-def _shapes(model, dtype: str, *inputs) -> dict:
+def _shapes(model, dtypes: Dtypes, *inputs) -> dict:
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    flat = {path: jax.ShapeDtypeStruct(x.shape, dtypes(path)) for path, x in flat.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 class _Tensor(NamedTuple):
