@@ -19,7 +19,12 @@ def pieces(x_BT, size: int):
     return jnp.moveaxis(x_BT.reshape(len(x_BT), -1, size, *x_BT.shape[2:]), 1, 0)
 
 
+def inverse_norm(x: jax.Array) -> jax.Array:
+    """1 / |x| of vectors [..., D], float32 [...]; of a zero vector 0, with gradient 0."""
+    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
+    return jnp.where(square > 1e-12, jax.lax.rsqrt(jnp.maximum(square, 1e-12)), 0.0)
+
+
 def unit(x: jax.Array) -> jax.Array:
-    """x [..., D] divided by its norm; zero stays zero, with gradient 0."""
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+    """Vectors [..., D] divided by their norms, float32."""
+    return x.astype(jnp.float32) * inverse_norm(x)[..., None]

@@ -24,10 +24,10 @@ def cross_entropy(
       num_tokens: what the sums are divided by, if these rows are a part of a batch.
     """
     num_predictions = hidden_BTD.shape[1]
-    index_T = jnp.arange(num_predictions)
+    index_1T = jnp.arange(num_predictions)[None]
     padded_BT = jnp.pad(tokens_BT, ((0, 0), (0, 1)))
-    labels_BT = jnp.where(index_T < length_B[:, None], padded_BT, eos)
-    mask_BT = (index_T <= length_B[:, None]) & real_B[:, None]
+    labels_BT = jnp.where(index_1T < length_B[:, None], padded_BT, eos)
+    mask_BT = (index_1T <= length_B[:, None]) & real_B[:, None]
 
     def sums(hidden_BnD, labels_Bn, mask_Bn):
         logits_BnV = to_logits(hidden_BnD)
@@ -48,4 +48,4 @@ def cross_entropy(
         arrays = [pieces(x, size) for x in (hidden_BTD, labels_BT, mask_BT)]  # added: masked out
         (loss, correct), _ = jax.lax.scan(add, zero, arrays)
     count = jnp.maximum(mask_BT.sum() if num_tokens is None else num_tokens, 1)
-    return loss / count, correct / count
+    return loss / count.astype(jnp.float32), correct / count

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otreg_jax.losses.common import pieces, positions_at_a_time, unit
+from otreg_jax.losses.common import inverse_norm, pieces, positions_at_a_time, unit
 from otreg_jax.models.layers import length_mask
 
 
@@ -48,33 +48,34 @@ def ctc_loss(
       (loss per transcript token, number of utterances left out).
     """
     speech_mask_BS = length_mask(speech_length_B, speech_BSD.shape[1])
-    speech_BSD = unit(jnp.where(speech_mask_BS[..., None], speech_BSD, 0).astype(jnp.float32))
+    speech_BSD = jnp.where(speech_mask_BS[..., None], speech_BSD, 0)
     table_VD = jax.lax.stop_gradient(table_VD)
     fits_B = ctc_feasible(speech_length_B, tokens_BT, text_mask_BT, ctc_params)
     if "classes" in ctc_params:
         tokens_BT = _class_of(tokens_BT, ctc_params["classes"])
         table_VD = table_VD[ctc_params["classes"]]
+    scale_BS = jnp.exp(ctc_params["log_scale"]) * inverse_norm(speech_BSD)
+    blank_BS = _dot("bsd,d->bs", speech_BSD, unit(ctc_params["blank"])) * scale_BS
     size = positions_at_a_time(len(table_VD) + 1)
     if speech_BSD.shape[1] <= size:
-        classes_VD = unit(
-            jnp.concatenate([table_VD.astype(jnp.float32), ctc_params["blank"][None]])
-        )
-        cosine_BSV = jnp.einsum("bsd,vd->bsv", speech_BSD, classes_VD)
-        logits_BSV = cosine_BSV * jnp.exp(ctc_params["log_scale"])
-        labels_BT, left_out_BS = tokens_BT, 0.0
+        logits_BSV = _of_table(speech_BSD, scale_BS, table_VD, inverse_norm(table_VD))
+        logits_BSV = jnp.concatenate([logits_BSV, blank_BS[..., None]], axis=-1)
+        labels_BT, left_out_BS = tokens_BT, jnp.zeros_like(scale_BS)
     else:
         logits_BSV, labels_BT, left_out_BS = _ctc_of_few_classes(
-            speech_BSD, tokens_BT, table_VD, ctc_params, size
+            speech_BSD, scale_BS, blank_BS, tokens_BT, table_VD, size
         )
 
     length_B = text_mask_BT.sum(axis=1)
+    is_padding = lambda mask: (~mask).astype(jnp.float32)
     loss_B = optax.ctc_loss(
-        logits_BSV, 1.0 - speech_mask_BS, labels_BT, 1.0 - text_mask_BT,
+        logits_BSV, is_padding(speech_mask_BS), labels_BT, is_padding(text_mask_BT),
         blank_id=logits_BSV.shape[2] - 1,
-    ) + jnp.sum(left_out_BS * speech_mask_BS, axis=1)  # fmt: skip
+    )  # fmt: skip
+    loss_B += jnp.sum(left_out_BS, axis=1, where=speech_mask_BS)
     if num_tokens is None:
         num_tokens = jnp.sum(length_B, where=fits_B)
-    loss = jnp.sum(loss_B, where=fits_B) / jnp.maximum(num_tokens, 1)
+    loss = jnp.sum(loss_B, where=fits_B) / jnp.maximum(num_tokens, 1).astype(jnp.float32)
     return loss, jnp.sum((length_B > 0) & ~fits_B)
 
 
@@ -83,7 +84,7 @@ def _class_of(tokens_BT, classes_C):
     return jnp.minimum(jnp.searchsorted(classes_C, tokens_BT), len(classes_C) - 1)
 
 
-def _ctc_of_few_classes(speech_BSD, tokens_BT, table_VD, ctc_params, size: int):
+def _ctc_of_few_classes(speech_BSD, scale_BS, blank_BS, tokens_BT, table_VD, size: int):
     """CTC needs the probabilities of the transcript's tokens and of the blank alone; the others
     only take part in the softmax's sum, which is made from `size` positions at a time.
 
@@ -93,25 +94,36 @@ def _ctc_of_few_classes(speech_BSD, tokens_BT, table_VD, ctc_params, size: int):
       its sum to that over all classes. Each path takes one class a position, so the sum of these
       differences is what CTC over few classes lacks of CTC over all.
     """
-    scale = jnp.exp(ctc_params["log_scale"])
-    blank_D = unit(ctc_params["blank"])
-    squares_V = jnp.sum(jnp.square(table_VD.astype(jnp.float32)), axis=-1)
-    inverse_V = jax.lax.rsqrt(jnp.maximum(squares_V, 1e-12))
+    norm_V = inverse_norm(table_VD)
 
     @jax.checkpoint
-    def log_sum(speech_BnD):  # over all classes; the table is not copied to be normalised
-        dot_BnV = jnp.einsum(
-            "bnd,vd->bnv", speech_BnD.astype(table_VD.dtype), table_VD,
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        log_sum_Bn = jax.nn.logsumexp(dot_BnV * inverse_V * scale, axis=-1)
-        return jnp.logaddexp(log_sum_Bn, speech_BnD @ blank_D * scale)
+    def log_sum(piece):  # over all classes
+        speech_BnD, scale_Bn, blank_Bn = piece
+        logits_BnV = _of_table(speech_BnD, scale_Bn, table_VD, norm_V)
+        return jnp.logaddexp(jax.nn.logsumexp(logits_BnV, axis=-1), blank_Bn)
 
-    all_BS = jnp.moveaxis(jax.lax.map(log_sum, pieces(speech_BSD, size)), 0, 1)
+    cut = [pieces(x, size) for x in (speech_BSD, scale_BS, blank_BS)]
+    all_BS = jnp.moveaxis(jax.lax.map(log_sum, cut), 0, 1)
     all_BS = all_BS.reshape(len(speech_BSD), -1)[:, : speech_BSD.shape[1]]
-    text_BTD = unit(table_VD[tokens_BT].astype(jnp.float32))
-    cosine_BST = jnp.einsum("bsd,btd->bst", speech_BSD, text_BTD)
-    logits_BST = jnp.concatenate([cosine_BST, (speech_BSD @ blank_D)[..., None]], axis=-1) * scale
+    text_BTD, norm_BT = table_VD[tokens_BT], norm_V[tokens_BT]
+    logits_BST = jax.vmap(_logits)(speech_BSD, scale_BS, text_BTD, norm_BT)
+    logits_BST = jnp.concatenate([logits_BST, blank_BS[..., None]], axis=-1)
     # Equal tokens are one class, that of the first: CTC asks for a blank between them.
     first_BT = jnp.argmax(tokens_BT[:, :, None] == tokens_BT[:, None], axis=2)
     return logits_BST, first_BT, all_BS - jax.nn.logsumexp(logits_BST, axis=-1)
+
+
+def _logits(speech_SD, scale_S, class_VD, norm_V):
+    """Float32 logits [S, V]: products, scaled by inverse norms afterwards. Neither side is rounded,
+    and a table in bfloat16 is copied neither to be normalised nor to be widened."""
+    return _dot("sd,vd->sv", speech_SD, class_VD) * scale_S[:, None] * norm_V[None]
+
+
+_of_table = jax.vmap(_logits, in_axes=(0, 0, None, None))  # one table for all examples
+
+
+def _dot(equation: str, x, y):
+    dtype = x.dtype if x.dtype == y.dtype else jnp.float32
+    return jnp.einsum(
+        equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
+    )

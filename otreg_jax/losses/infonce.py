@@ -26,4 +26,4 @@ def infonce_loss(speech_BSD, speech_mask_BS, text_BTD, text_mask_BT, temperature
     for logits_BB in (similarity_BB, similarity_BB.T):
         log_p_BB = jax.nn.log_softmax(jnp.where(valid_B[None], logits_BB, -1e9), axis=1)
         loss -= 0.5 * jnp.sum(jnp.diagonal(log_p_BB), where=valid_B)
-    return loss / jnp.maximum(valid_B.sum(), 1)
+    return loss / jnp.maximum(valid_B.sum(), 1).astype(jnp.float32)
