@@ -1,17 +1,14 @@
-"""The method against its definition: exact padding, envelope gradient, linear program, sharding."""
+"""The method against its definition: exact padding, envelope gradient, text sets, sharding."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ot
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ott.geometry import costs, geometry, pointcloud
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import sinkhorn
+from ott.geometry import costs, pointcloud
 
 from otreg_jax import otreg
 
@@ -31,11 +28,6 @@ def make_batch(speech_length_B=SPEECH_LENGTH_B, text_length_B=TEXT_LENGTH_B, see
     speech_BSD[~speech_mask_BS] = fill
     text_BTD[~text_mask_BT] = fill
     return speech_BSD, text_BTD, speech_mask_BS, text_mask_BT
-
-
-transport_plan = jax.jit(
-    otreg.transport_plan, static_argnames=["epsilon", "num_iters", "speech_tau", "backend"]
-)
 
 
 @functools.partial(jax.jit, static_argnames=["options"])
@@ -207,7 +199,7 @@ def test_gradient_is_that_of_the_regularized_optimal_value():
         np.testing.assert_allclose(B * grad_BSD[0, s, d], difference, rtol=1e-4, atol=1e-6)
 
 
-def test_no_gradient_flows_into_text_or_through_the_plan():
+def test_no_gradient_flows_into_text():
     speech_BSD, text_BTD, *masks = make_batch()
 
     @jax.jit
@@ -216,31 +208,6 @@ def test_no_gradient_flows_into_text_or_through_the_plan():
         return otreg.regularizer(speech_BSD, text_BTD, *masks, center="mean").loss
 
     assert not np.any(text_gradient(text_BTD))
-    cost_BST, a_BS, b_BT = random_problem()
-    for backend in otreg.BACKENDS:
-
-        def one_entry(cost_BST, backend=backend):
-            options = dict(epsilon=0.1, num_iters=3, backend=backend)
-            return transport_plan(cost_BST, a_BS, b_BT, **options)[0, 0, 0]
-
-        assert not np.any(jax.grad(one_entry)(cost_BST))
-
-
-def random_problem(size=3, seed=0):
-    cost_BST = np.random.default_rng(seed).uniform(size=(size, S, T)).astype(np.float32)
-    return cost_BST, np.full((size, S), 1 / S, np.float32), np.full((size, T), 1 / T, np.float32)
-
-
-def test_plan_tends_to_the_exact_linear_program():
-    cost_BST, a_BS, b_BT = random_problem()
-    plan_BST = np.asarray(
-        transport_plan(cost_BST, a_BS, b_BT, epsilon=1e-3, num_iters=5000), np.float64
-    )
-    for b in range(len(cost_BST)):
-        exact_ST = ot.emd(np.full(S, 1 / S), np.full(T, 1 / T), cost_BST[b].astype(np.float64))
-        assert np.abs(plan_BST[b] - exact_ST).sum() < 1e-3
-        cost, exact_cost = np.sum(plan_BST[b] * cost_BST[b]), np.sum(exact_ST * cost_BST[b])
-        np.testing.assert_allclose(cost, exact_cost, rtol=1e-3)
 
 
 def test_relaxed_speech_side_drops_outlier_frames():
@@ -260,19 +227,6 @@ def test_relaxed_speech_side_drops_outlier_frames():
             cost_ST, np.full(S, 1 / S), np.full(T, 1 / T), 0.1, num_iters=50, speech_tau=0.5
         )
         assert np.abs(relaxed.plan[b] - reference_ST).sum() < 1e-5
-
-
-def test_relaxed_plan_is_pots_unbalanced_plan():
-    """speech_tau = rho means a Kullback-Leibler price of epsilon * rho / (1 - rho)."""
-    cost_BST, a_BS, b_BT = random_problem()
-    plan_BST = transport_plan(cost_BST, a_BS, b_BT, epsilon=0.1, num_iters=1000, speech_tau=0.8)
-    for b in range(len(cost_BST)):
-        reference_ST = ot.unbalanced.sinkhorn_unbalanced(
-            a_BS[b].astype(np.float64), b_BT[b].astype(np.float64), cost_BST[b].astype(np.float64),
-            reg=0.1, reg_m=(0.1 * 0.8 / 0.2, np.inf), reg_type="kl", numItermax=5000,
-            stopThr=1e-12,
-        )  # fmt: skip
-        assert np.abs(plan_BST[b] - reference_ST).sum() < 1e-5
 
 
 def test_mean_centring_removes_a_common_offset():
@@ -391,46 +345,6 @@ def data_sharding():
     return NamedSharding(Mesh(np.array(jax.devices()[:8]), ("data",)), P("data"))
 
 
-def while_bodies(compiled_text):
-    """The text of every computation that a while loop of the HLO module runs, nested ones too."""
-    computations = {}
-    for block in compiled_text.split("\n\n"):
-        header = block.strip().split("\n", 1)[0].removeprefix("ENTRY ")
-        computations[header.split(" ", 1)[0].lstrip("%")] = block
-    names = set(computations)
-    calls = {
-        name: {other for other in names - {name} if f"%{other}," in block or f"%{other}\n" in block}
-        for name, block in computations.items()
-    }
-    reached = set()
-    frontier = {
-        part.split("%", 1)[1].split(",")[0].split("\n")[0]
-        for block in computations.values()
-        for part in block.replace("condition=", "body=").split("body=")[1:]
-    }
-    while frontier:
-        reached |= frontier
-        frontier = {callee for name in frontier for callee in calls.get(name, ())} - reached
-    return "\n".join(computations[name] for name in reached)
-
-
-def test_sinkhorn_loop_of_a_sharded_batch_has_no_collective():
-    problem = jax.device_put(random_problem(size=8), data_sharding())
-    ours = functools.partial(otreg.transport_plan, epsilon=0.1, num_iters=20)
-
-    def adaptive(cost_BST, a_BS, b_BT):
-        def solve(cost_ST, a_S, b_T):
-            geom = geometry.Geometry(cost_matrix=cost_ST, epsilon=0.1)
-            return sinkhorn.Sinkhorn()(linear_problem.LinearProblem(geom, a_S, b_T)).matrix
-
-        return jax.vmap(solve)(cost_BST, a_BS, b_BT)
-
-    loops = while_bodies(jax.jit(ours).lower(*problem).compile().as_text())
-    assert loops and "all-reduce" not in loops and "all-gather" not in loops
-    # a convergence test on the batch makes every iteration wait for every device
-    assert "all-reduce" in while_bodies(jax.jit(adaptive).lower(*problem).compile().as_text())
-
-
 def test_sharded_equals_unsharded():
     batch = make_batch([11, 7, 0, 9, 3, 1, 11, 4], [6, 4, 3, 1, 2, 6, 0, 5], fill=np.nan)
     one, one_grad_BSD = loss_and_grad(*batch, center="pcs")
@@ -444,55 +358,12 @@ def test_sharded_equals_unsharded():
 # Traps that the obvious implementations fall into
 
 
-def ott_plan(cost_ST, a_S, b_T, epsilon, **options):
-    geom = geometry.Geometry(cost_matrix=cost_ST, epsilon=epsilon)
-    problem = linear_problem.LinearProblem(geom, a_S, b_T)
-    return sinkhorn.Sinkhorn(**options)(problem).matrix
-
-
-def test_costs_at_padding_do_not_reach_the_plan():
-    cost_BST, a_BS, b_BT = random_problem()
-    a_BS[:, -2:], b_BT[:, -2:] = 0, 0
-    a_BS, b_BT = a_BS / a_BS.sum(1, keepdims=True), b_BT / b_BT.sum(1, keepdims=True)
-    far_BST = cost_BST.copy()
-    far_BST[:, -2:], far_BST[:, :, -2:] = 100, 100
-    options = dict(epsilon=0.05, num_iters=50)
-    np.testing.assert_array_equal(
-        transport_plan(cost_BST, a_BS, b_BT, **options),
-        transport_plan(far_BST, a_BS, b_BT, **options),
-    )
-    # ott's default epsilon is relative to a statistic of all costs, padded ones included
-    default = jax.jit(functools.partial(ott_plan, a_S=a_BS[0], b_T=b_BT[0], epsilon=None))
-    assert np.abs(default(cost_BST[0]) - default(far_BST[0])).sum() > 0.1
-
-
-def test_sharp_costs_keep_their_mass():
-    cost_BST, a_BS, b_BT = random_problem()
-    sharp_BST = 1 + cost_BST  # bounded away from 0, so that exp(-cost / epsilon) is 0 in float32
-    plan_BST = transport_plan(sharp_BST, a_BS, b_BT, epsilon=5e-4, num_iters=50)
-    # float32 carries cost / epsilon = 4000 to 2.4e-4, and so the plan's entries
-    np.testing.assert_allclose(plan_BST.sum(axis=(1, 2)), 1, rtol=5e-4)
-    kernel_mode = functools.partial(
-        ott_plan, epsilon=5e-4, lse_mode=False, min_iterations=50, max_iterations=50
-    )
-    lost_ST = jax.jit(kernel_mode)(sharp_BST[0], a_BS[0], b_BT[0])
-    assert not lost_ST.sum() > 0.5  # ott's kernel mode returns nothing, silently
-
-
-def test_bfloat16_costs_are_solved_in_float32():
-    cost_BST, a_BS, b_BT = random_problem()
-    low_BST = jnp.asarray(cost_BST, jnp.bfloat16)
-    plan_BST = transport_plan(low_BST, a_BS, b_BT, epsilon=0.05, num_iters=50)
-    exact_BST = transport_plan(low_BST.astype(jnp.float32), a_BS, b_BT, epsilon=0.05, num_iters=50)
-    assert plan_BST.dtype == jnp.float32
-    np.testing.assert_allclose(plan_BST, exact_BST, atol=1e-7)
-
-
 def test_zero_vectors_have_finite_gradients():
     speech_BSD, text_BTD, *masks = make_batch()
     speech_BSD[:, 0] = 0  # a valid position, not padding
     out, grad_BSD = loss_and_grad(speech_BSD, text_BTD, *masks)
     assert np.isfinite(out.loss) and np.all(np.isfinite(grad_BSD))
+    assert not np.any(grad_BSD[:, 0]) and np.any(grad_BSD[:, 1])
 
     @jax.jit
     @jax.grad
@@ -525,8 +396,3 @@ def test_zero_vectors_have_finite_gradients():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         otreg.regularizer(*make_batch(), **options)
-
-
-def test_transport_plan_names_an_unknown_backend():
-    with pytest.raises(ValueError, match="backend='cuda' is not one of auto, xla, pallas, ott"):
-        otreg.transport_plan(*random_problem(), epsilon=0.1, num_iters=5, backend="cuda")
