@@ -97,7 +97,7 @@ def split(params, config):
 def _check_freezing(trained, frozen, config) -> None:
     """Raises one ValueError that lists what `freeze` does and cannot be meant to; by real paths."""
     problems = []
-    if config.freeze and not frozen:
+    if config.freeze and not any(re.search(config.freeze, path) for path in frozen):
         problems.append(f"matches no parameter; there are e.g. {', '.join(list(trained)[:5])}")
     if not trained:
         problems.append("matches every parameter: nothing is left to train")

@@ -139,8 +139,10 @@ def regularizer(
     if num_examples is None:
         num_examples = nonempty_B.sum()
 
+    count = jnp.maximum(num_examples, 1).astype(jnp.float32)
+
     def mean(x_B):
-        return jnp.sum(x_B) / jnp.maximum(num_examples, 1)
+        return jnp.sum(x_B) / count
 
     loss = mean(jnp.sum(plan_BST * feature_cost_BST, axis=(1, 2)))
     metrics = jax.lax.stop_gradient(
@@ -169,12 +171,15 @@ def pairwise_cost(
         "bsd,btd->bst", speech_BSD, text_BTD, precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    speech_scale_BS = jax.lax.rsqrt(jnp.maximum(speech_sq_BS, 1e-12))
-    text_scale_BT = jax.lax.rsqrt(jnp.maximum(text_sq_BT, 1e-12))
+    speech_scale_BS, text_scale_BT = _inverse_root(speech_sq_BS), _inverse_root(text_sq_BT)
     cosine_BST = dot_BST * speech_scale_BS[:, :, None] * text_scale_BT[:, None]
     if cost == "cosine":
         return cosine_BST, 1.0 - cosine_BST
     return cosine_BST, speech_sq_BS[:, :, None] + text_sq_BT[:, None] - 2.0 * dot_BST
+
+
+def _inverse_root(square: jax.Array) -> jax.Array:
+    return jnp.where(square > 1e-12, jax.lax.rsqrt(jnp.maximum(square, 1e-12)), 0.0)
 
 
 def position_cost(speech_mask_BS: jax.Array, text_mask_BT: jax.Array) -> jax.Array:
@@ -202,11 +207,11 @@ def text_centering(text_BTD: jax.Array, mask_BT: jax.Array, how: str) -> Centeri
     if how == "none":
         return None
     text_BTD = jax.lax.stop_gradient(jnp.where(mask_BT[..., None], text_BTD, 0)).astype(jnp.float32)
-    mean_D = text_BTD.sum(axis=(0, 1)) / jnp.maximum(mask_BT.sum(), 1)
+    mean_D = text_BTD.sum(axis=(0, 1)) / jnp.maximum(mask_BT.sum(), 1).astype(jnp.float32)
     width = text_BTD.shape[-1]
     if how == "mean":
         return Centering(mean_D, jnp.zeros((0, width)))
-    centred_BTD = jnp.where(mask_BT[..., None], text_BTD - mean_D, 0)
+    centred_BTD = jnp.where(mask_BT[..., None], text_BTD - mean_D[None, None], 0)
 
     def iterate(_, basis_DN):
         projected_BTN = jnp.einsum("btd,dn->btn", centred_BTD, basis_DN, precision="highest")
@@ -220,7 +225,7 @@ def text_centering(text_BTD: jax.Array, mask_BT: jax.Array, how: str) -> Centeri
 
 def remove_common(x_BND: jax.Array, mask_BN: jax.Array, center: Centering) -> jax.Array:
     """x minus the mean, with the directions projected out; float32, zero where masked out."""
-    x_BND = x_BND.astype(jnp.float32) - center.mean_D
+    x_BND = x_BND.astype(jnp.float32) - center.mean_D[None, None]
     along = jnp.einsum("bnd,kd->bnk", x_BND, center.directions_ND, precision="highest")
     x_BND = x_BND - jnp.einsum("bnk,kd->bnd", along, center.directions_ND, precision="highest")
     return jnp.where(mask_BN[..., None], x_BND, 0)
@@ -372,7 +377,7 @@ def _marginal_error(plan_BST, a_BS, b_BT, speech_tau):
 
 def _nearest_cosine(cosine_BST, speech_mask_BS, text_mask_BT):
     nearest_BS = jnp.max(cosine_BST, axis=2, where=text_mask_BT[:, None], initial=-1.0)
-    count_B = jnp.maximum(speech_mask_BS.sum(axis=1), 1)
+    count_B = jnp.maximum(speech_mask_BS.sum(axis=1), 1).astype(jnp.float32)
     return jnp.sum(nearest_BS, axis=1, where=speech_mask_BS) / count_B
 
 

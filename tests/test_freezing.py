@@ -73,7 +73,7 @@ def test_only_what_trains_is_loaded_in_float32(tmp_path, monkeypatch, freeze):
     pretrained.save_llm(tmp_path / "llm", slm.llm, params["llm"], tokenizer)
     config.llm.path = str(tmp_path / "llm")
     loaded = []
-    monkeypatch.setattr(build, "init_params", lambda slm, config, parts: loaded.append(parts))
+    monkeypatch.setattr(build, "init_params", lambda slm, config, parts, *_: loaded.append(parts))
     build.build(config, tokenizer, config.llm.path)
     is_frozen = functools.partial(re.search, freeze)
     flat = optim.flat_paths(loaded[0])

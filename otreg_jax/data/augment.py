@@ -106,16 +106,17 @@ def spec_augment(key: jax.Array, mel_BFM: jax.Array, mel_length_B: jax.Array, co
     def spans(key, count, width_B, length_B, size):
         """bool [B, size]: inside any of `count` spans of 0 … width positions below length."""
         width_key, start_key = jax.random.split(key)
-        width_BC = jnp.floor(jax.random.uniform(width_key, (batch, count)) * (width_B[:, None] + 1))
-        room_BC = length_B[:, None] - width_BC + 1
+        widest_B1 = width_B[:, None].astype(jnp.float32)
+        width_BC = jnp.floor(jax.random.uniform(width_key, (batch, count)) * (widest_B1 + 1))
+        room_BC = length_B[:, None].astype(jnp.float32) - width_BC + 1
         start_BC = jnp.floor(jax.random.uniform(start_key, (batch, count)) * room_BC)
-        position = jnp.arange(size)
+        position = jnp.arange(size, dtype=jnp.float32)[None, None]
         after = position >= start_BC[..., None]
         return (after & (position < (start_BC + width_BC)[..., None])).any(axis=1)
 
-    valid_BF1 = (jnp.arange(frames) < mel_length_B[:, None])[..., None]
+    valid_BF1 = (jnp.arange(frames)[None] < mel_length_B[:, None])[..., None]
     total_B = jnp.where(valid_BF1, mel_BFM, 0).sum(axis=(1, 2), dtype=jnp.float32)
-    mean_B = total_B / (jnp.maximum(mel_length_B, 1) * bins)
+    mean_B = total_B / (jnp.maximum(mel_length_B, 1) * bins).astype(jnp.float32)
     widest_B = jnp.minimum(config.time_width, mel_length_B // 5)
     time_BF = spans(time_key, config.time_masks, widest_B, mel_length_B, frames)
     bins_B = jnp.full(batch, bins)

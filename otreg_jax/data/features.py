@@ -104,12 +104,12 @@ def log_mel_jnp(
         audio_BN = audio_BN.astype(jnp.float32) / 32768
     _, samples = audio_BN.shape
     frames, reach = num_frames(samples), WINDOW // 2
-    audio_BN = jnp.where(jnp.arange(samples) < length_B[:, None], audio_BN, 0)
+    audio_BN = jnp.where(jnp.arange(samples)[None] < length_B[:, None], audio_BN, 0)
     room = (frames + TAIL) * HOP + reach - samples
     audio_BN = jnp.pad(audio_BN, ((0, 0), (0, room)))
     padded = jnp.concatenate([audio_BN[:, reach:0:-1], audio_BN], axis=1)
     starts_F1 = jnp.arange(frames + TAIL)[:, None] * HOP
-    windows_BFW = padded[:, starts_F1 + jnp.arange(WINDOW)] * _window()
+    windows_BFW = padded[:, starts_F1 + jnp.arange(WINDOW)[None]] * _window()[None, None]
     spectrum = jnp.fft.rfft(windows_BFW)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     mel_BFM = jnp.matmul(power, mel_filters(num_mels), precision=jax.lax.Precision.HIGHEST)
@@ -118,5 +118,5 @@ def log_mel_jnp(
     # Frames past length + TAIL hold only zeros, the smallest value there is: never the peak.
     peak_B11 = log_BFM.max(axis=(1, 2), keepdims=True)
     log_BFM = (jnp.maximum(log_BFM[:, :frames], peak_B11 - 8) + 4) / 4
-    valid_BF1 = (jnp.arange(frames) < mel_length_B[:, None])[..., None]
+    valid_BF1 = (jnp.arange(frames)[None] < mel_length_B[:, None])[..., None]
     return jnp.where(valid_BF1, log_BFM, 0), mel_length_B.astype(jnp.int32)

@@ -5,6 +5,7 @@ the LLM's width.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -80,13 +81,11 @@ class CrossBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BQE: jax.Array, length_B: jax.Array, memory_BSE: jax.Array):
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
-
+        norm = functools.partial(layers.layer_norm, dtype=self.dtype)
         attend = layers.EncoderAttention(self.num_heads, self.dtype, name="attn")
         mlp = layers.EncoderMLP(self.mlp_dim, dtype=self.dtype, name="mlp")
-        x_BQE = x_BQE + attend(norm("attn_norm")(x_BQE), length_B, memory_BSE)
-        return x_BQE + mlp(norm("mlp_norm")(x_BQE)), None
+        x_BQE = x_BQE + attend(norm("attn_norm", x_BQE), length_B, memory_BSE)
+        return x_BQE + mlp(norm("mlp_norm", x_BQE)), None
 
 
 class ConformerBlock(nn.Module):
@@ -102,9 +101,7 @@ class ConformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BSE: jax.Array, length_B: jax.Array) -> tuple[jax.Array, None]:
         width = x_BSE.shape[-1]
-
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+        norm = functools.partial(layers.layer_norm, dtype=self.dtype)
 
         def mlp(name: str) -> layers.EncoderMLP:
             return layers.EncoderMLP(4 * width, "silu", self.dtype, name=name)
@@ -116,15 +113,15 @@ class ConformerBlock(nn.Module):
                 width, (CONFORMER_WIDTH,), feature_group_count=width, dtype=self.dtype,
                 name="depthwise",
             )  # fmt: skip
-            x_BSE = jax.nn.silu(norm("depthwise_norm")(depthwise(x_BSE)))
+            x_BSE = jax.nn.silu(norm("depthwise_norm", depthwise(x_BSE)))
             return layers.Dense(width, True, dtype=self.dtype, name="pointwise_out")(x_BSE)
 
         attend = layers.EncoderAttention(self.num_heads, self.dtype, name="attn")
-        x_BSE += 0.5 * mlp("mlp1")(norm("mlp1_norm")(x_BSE))
-        x_BSE += attend(norm("attn_norm")(x_BSE), length_B)
-        x_BSE += convolve(norm("conv_norm")(x_BSE))
-        x_BSE += 0.5 * mlp("mlp2")(norm("mlp2_norm")(x_BSE))
-        return norm("norm")(x_BSE), None
+        x_BSE += 0.5 * mlp("mlp1")(norm("mlp1_norm", x_BSE))
+        x_BSE += attend(norm("attn_norm", x_BSE), length_B)
+        x_BSE += convolve(norm("conv_norm", x_BSE))
+        x_BSE += 0.5 * mlp("mlp2")(norm("mlp2_norm", x_BSE))
+        return norm("norm", x_BSE), None
 
 
 class Adapter(nn.Module):
@@ -182,14 +179,14 @@ class Adapter(nn.Module):
         blocks = layers.scanned(block, c.num_layers, (nn.broadcast,), remat="none")
         block = blocks(c.num_heads, *shape, dtype=c.dtype, name="layers")
         x_BSH, _ = block(x_BSH, output_length(c, length_B))
-        return nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x_BSH)
+        return layers.layer_norm("norm", x_BSH, c.dtype)
 
     def _queried(self, x_BSE, length_B):
         c = self.config
         windows = _windows(x_BSE, c.stack)
         B, W = windows.shape[:2]
         memory = self._project(windows).reshape(B * W, c.stack, c.hidden_dim)
-        valid_BW = jnp.clip(length_B[:, None] - c.stack * jnp.arange(W), 0, c.stack)
+        valid_BW = jnp.clip(length_B[:, None] - c.stack * jnp.arange(W)[None], 0, c.stack)
         queries = self.param(
             "queries", nn.initializers.normal(1.0), (c.num_queries, c.hidden_dim)
         ).astype(c.dtype)
@@ -199,5 +196,5 @@ class Adapter(nn.Module):
         x, _ = blocks(c.num_heads, 4 * c.hidden_dim, c.dtype, name="layers")(
             x, valid_BW.reshape(-1), memory
         )
-        x = nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x)
+        x = layers.layer_norm("norm", x, c.dtype)
         return x.reshape(B, W * c.num_queries, c.hidden_dim)

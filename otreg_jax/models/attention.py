@@ -52,7 +52,7 @@ def choose_kernel(
 
 def length_mask(length_B: jax.Array, size: int) -> jax.Array:
     """bool [B, size], true at positions below each length."""
-    return jnp.arange(size) < length_B[:, None]
+    return jnp.arange(size)[None] < length_B[:, None]
 
 
 def attention(
@@ -87,19 +87,20 @@ def attention(
     if softcap is None:
         if length_B is not None and kernel == "cudnn":
             length_B = jnp.maximum(length_B, 1)  # a softmax over nothing is not defined
-        return jax.nn.dot_product_attention(
-            q_BLHd, k_BSKd, v_BSKd, mask=None if mask_BLS is None else mask_BLS[:, None],
-            scale=scale, is_causal=is_causal, key_value_seq_lengths=length_B,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation=kernel,
-        )  # fmt: skip
+        with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes: softmax is in float32
+            return jax.nn.dot_product_attention(
+                q_BLHd, k_BSKd, v_BSKd, mask=None if mask_BLS is None else mask_BLS[:, None],
+                scale=scale, is_causal=is_causal, key_value_seq_lengths=length_B,
+                local_window_size=None if window is None else (window - 1, 0),
+                implementation=kernel,
+            )  # fmt: skip
     B, L, H, d = q_BLHd.shape
     S, K = k_BSKd.shape[1:3]
     if mask_BLS is None:
-        behind_LS = jnp.arange(L)[:, None] - jnp.arange(S)
+        behind_LS = jnp.arange(L)[:, None] - jnp.arange(S)[None]
         mask_BLS = jnp.ones((1, L, S), bool)
         if is_causal:
-            mask_BLS &= (behind_LS >= 0) & (behind_LS < (window or S))
+            mask_BLS &= ((behind_LS >= 0) & (behind_LS < (window or S)))[None]
         if length_B is not None:
             mask_BLS &= length_mask(length_B, S)[:, None]
     q_BLKGd = q_BLHd.reshape(B, L, K, H // K, d)

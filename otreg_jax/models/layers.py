@@ -64,14 +64,15 @@ class Dense(nn.Module):
             kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
             y = x @ kernel.astype(self.dtype)
         if self.has_variable("params", "kernel_max"):  # see quantize
-            y = (y * (self.get_variable("params", "kernel_max") / 127)).astype(self.dtype)
+            scale = self.get_variable("params", "kernel_max") / 127
+            y = (y.astype(jnp.float32) * jnp.broadcast_to(scale, y.shape)).astype(self.dtype)
         if self.has_variable("params", "lora_a"):
             lora_a = self.get_variable("params", "lora_a").astype(self.dtype)
             lora_b = self.get_variable("params", "lora_b").astype(self.dtype)
             y += (x @ lora_a) @ lora_b
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y += bias.astype(self.dtype)
+            y += jnp.broadcast_to(bias.astype(self.dtype), y.shape)
         return y
 
 
@@ -88,7 +89,14 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],)).astype(jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * (self.offset + scale)).astype(self.dtype)
+        return (x * jnp.broadcast_to(self.offset + scale, x.shape)).astype(self.dtype)
+
+
+def layer_norm(name: str, x: jax.Array, dtype: str) -> jax.Array:
+    """LayerNorm over the last axis, by a submodule called `name` with a scale and a bias."""
+    norm = nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+    with jax.numpy_dtype_promotion("standard"):  # flax mixes dtypes: it computes in float32
+        return norm(x)
 
 
 class EncoderAttention(nn.Module):
@@ -149,16 +157,14 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSE: jax.Array, length_B: jax.Array) -> tuple[jax.Array, None]:
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
-
+        norm = functools.partial(layer_norm, dtype=self.dtype)
         attend = EncoderAttention(
             self.num_heads, self.dtype, self.attention, self.mesh, name="attn"
         )
         mlp = EncoderMLP(self.mlp_dim, self.activation, self.dtype, name="mlp")
         spread = functools.partial(sharding.over_batch, mesh=self.mesh)
-        x_BSE = spread(x_BSE + attend(norm("attn_norm")(x_BSE), length_B))
-        return spread(x_BSE + mlp(norm("mlp_norm")(x_BSE))), None
+        x_BSE = spread(x_BSE + attend(norm("attn_norm", x_BSE), length_B))
+        return spread(x_BSE + mlp(norm("mlp_norm", x_BSE))), None
 
 
 # What the backward pass finds kept of each block beside its input; the rest is computed again.

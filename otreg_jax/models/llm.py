@@ -155,7 +155,7 @@ def _rope_tables(config: LLMConfig, positions_BL: jax.Array) -> tuple[jax.Array,
     cos, sin = [], []
     for theta, scaling in bases:
         freqs, gain = rope_frequencies(config.head_dim, theta, scaling)
-        angles = positions_BL[..., None].astype(jnp.float32) * freqs
+        angles = positions_BL[..., None].astype(jnp.float32) * freqs[None, None]
         cos.append(gain * jnp.cos(angles))
         sin.append(gain * jnp.sin(angles))
     return jnp.stack(cos), jnp.stack(sin)
@@ -163,7 +163,7 @@ def _rope_tables(config: LLMConfig, positions_BL: jax.Array) -> tuple[jax.Array,
 
 def _masks(config: LLMConfig, query_BL: jax.Array, slots: int) -> jax.Array:
     """bool [kind, B, L, slots]: a query sees slots up to its own, local layers the last few."""
-    behind = query_BL[..., None] - jnp.arange(slots)
+    behind = query_BL[..., None] - jnp.arange(slots)[None, None]
     causal = behind >= 0
     window = config.sliding_window
     return jnp.stack([causal, causal if window is None else causal & (behind < window)])

@@ -90,11 +90,11 @@ class SpeechEncoder(nn.Module):
             embedding_init=lambda _, shape, dtype: jnp.asarray(sinusoids(*shape), dtype),
             name="positions",
         )
-        x_BSE = x + positions(jnp.arange(size))
+        x_BSE = x + positions(jnp.arange(size)[None])
         blocks = layers.scanned(layers.EncoderBlock, c.num_layers, (nn.broadcast,), c.remat)
         block = blocks(
             c.num_heads, c.mlp_dim, c.activation, c.dtype, c.attention, self.mesh, name="layers"
         )
         x_BSE, _ = block(x_BSE, length_B)
-        x_BSE = nn.LayerNorm(epsilon=1e-5, dtype=c.dtype, name="norm")(x_BSE)
+        x_BSE = layers.layer_norm("norm", x_BSE, c.dtype)
         return layers.zero_padding(x_BSE, length_B), length_B
