@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import study
+from benchmarks import study, study_questions, study_report
 from otreg_jax import config as config_lib
 from otreg_jax import losses, optim
 from otreg_jax.data import sets
@@ -30,10 +30,10 @@ def test_every_arm_is_a_valid_configuration_in_every_world(arm):
 
 
 def test_every_question_asks_for_known_runs():
-    for question in study.QUESTIONS:
+    for question in study_questions.QUESTIONS:
         for run in question.runs():
             get_config(run)
-    assert {arm for pair in study.PAIRS for arm in pair} <= set(RECIPE["ARMS"])
+    assert {arm for pair in study_report.PAIRS for arm in pair} <= set(RECIPE["ARMS"])
 
 
 def test_names_that_mean_nothing_are_all_listed():
@@ -67,7 +67,7 @@ def test_the_splits_share_no_voice_that_is_tested_and_no_text():
 
 def line(arm: str, seed: int, errors, world="trimmed", step_seconds=0.1):
     """A run with `errors` on each of the sentences of every set, five words each."""
-    names = [name for members in study.SHIFTS.values() for name in members]
+    names = [name for members in study_questions.SHIFTS.values() for name in members]
     one = {"errors": list(errors), "lengths": [5] * len(errors), "hallucinated": 0.25}
     return {
         "run": f"{world},{arm},{seed}", "world": world, "arm": arm, "seed": seed, "changes": [],
@@ -78,10 +78,10 @@ def line(arm: str, seed: int, errors, world="trimmed", step_seconds=0.1):
 
 @pytest.fixture
 def results(monkeypatch):
-    question = study.Question("Made up", "trimmed", ("ce", "better", "same"), (1, 2, 3))
-    monkeypatch.setattr(study, "PAIRS", (("better", "ce"), ("same", "ce")))
-    monkeypatch.setattr(study, "QUESTIONS", (question,))
-    monkeypatch.setitem(study.RECIPE, "ARMS", dict.fromkeys(question.arms))
+    question = study_questions.Question("Made up", "trimmed", ("ce", "better", "same"), (1, 2, 3))
+    monkeypatch.setattr(study_report, "PAIRS", (("better", "ce"), ("same", "ce")))
+    monkeypatch.setattr(study_report, "QUESTIONS", (question,))
+    monkeypatch.setitem(study_questions.RECIPE, "ARMS", dict.fromkeys(question.arms))
     return [
         line("ce", 1, [2, 2, 2, 2]), line("ce", 2, [3, 3, 3, 3]), line("ce", 3, [4, 4, 4, 4]),
         line("better", 1, [1, 1, 1, 1], step_seconds=0.15), line("better", 2, [1, 1, 1, 1]),
@@ -95,7 +95,7 @@ def test_the_report_holds_what_the_lines_say(results, tmp_path):
         {"run": f"trimmed,ce,{seed}", "step": step, "wer": 0.5, "spoken_mass": mass}
         for seed, step, mass in [(1, 0, 0.1), (1, 50, 0.2), (2, 0, 0.2), (2, 50, 0.4)]
     ]
-    text = study.report(results, courses, tmp_path)
+    text = study_report.report(results, courses, tmp_path)
     assert "| trimmed: mass at step | seeds | 0 | 50 |" in text
     assert "| ce | 2 | 0.15 | 0.30 |" in text and "untrimmed: mass" not in text
     # ce: 8/20, 12/20 and 16/20 words wrong.
@@ -113,17 +113,17 @@ def test_the_report_holds_what_the_lines_say(results, tmp_path):
 
 
 def test_the_report_says_which_runs_are_missing(results, tmp_path):
-    text = study.report(results[:-1], [], tmp_path)
+    text = study_report.report(results[:-1], [], tmp_path)
     assert "1 of 9 runs were not made" in text
     # Two seeds show their interval, but no claim is made of it.
     assert re.search(r"\| same − ce \| [^*|]* 0/2 \|", text) and "**same**" not in text
-    assert "Not run." in study.report([], [], tmp_path)
+    assert "Not run." in study_report.report([], [], tmp_path)
 
 
 def test_outputs_run_away_beyond_their_text():
     one = {"errors": [7, 6, 0], "lengths": [5, 5, 5]}
     line = {"sets": {"a": one, "b": {"errors": [13], "lengths": [10]}}}
-    assert study.runaway(line, ("a", "b")) == 0.5
+    assert study_report.runaway(line, ("a", "b")) == 0.5
 
 
 def test_infonce_is_the_mean_of_both_directions_over_real_rows():
@@ -167,12 +167,13 @@ def test_learning_rate_restarts():
 
 
 def test_the_pages_say_what_the_committed_results_say(tmp_path):
-    results = study.read_results()
+    results = study_questions.read_results()
+    courses = study_questions.read_results(study_questions.COURSE_RESULTS)
     for path, generated in (
-        (study.PAGE, study.report(results, study.read_results(study.COURSE_RESULTS), tmp_path)),
-        (study.README, study.headline(results)),
+        (study_report.PAGE, study_report.report(results, courses, tmp_path)),
+        (study_report.README, study_report.headline(results)),
     ):
         page = path.read_text()
-        assert study.with_generated(page, generated) == page, "run benchmarks.study --report"
+        assert study_report.with_generated(page, generated) == page, "run benchmarks.study --report"
     for figure in tmp_path.iterdir():
-        assert (study.PAGE.parent / figure.name).exists()
+        assert (study_report.PAGE.parent / figure.name).exists()
