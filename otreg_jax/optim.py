@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from otreg_jax import stages
+
 # What weight decay pulls towards zero: matrices that multiply activations. Scales of norms have a
 # level of their own to keep, and biases too, stacked over the layers as they are; rows of embedding
 # tables would shrink in every step in which their token does not occur.
@@ -59,6 +61,17 @@ def learning_rate(config) -> optax.Schedule:
     if not c.restart_step:
         return second
     return optax.join_schedules([cycle(c.restart_step), second], [c.restart_step])
+
+
+def learning_rates(plan: tuple[stages.Stage, ...]):
+    """A function of a step of a run of these stages: its learning rate."""
+    rates = {stage.name: learning_rate(stage.config) for stage in plan}
+
+    def rate(step: int):
+        stage = stages.at(plan, step)
+        return rates[stage.name](step - stage.start)
+
+    return rate
 
 
 def make_optimizer(config, train: str = "") -> optax.GradientTransformation:

@@ -168,6 +168,16 @@ def stored_config(workdir, config: ConfigDict) -> ConfigDict | None:
     return stored
 
 
+def position_weight(config: ConfigDict):
+    """A function of a step of the run: gamma."""
+
+    def weight(step: int):
+        stage = stages.at(stages.stages_of(config), step)
+        return losses.make_schedules(stage.config, stage.start).position_weight(step)
+
+    return weight
+
+
 def resume_notes(stored: ConfigDict, config: ConfigDict, step: int) -> list[str]:
     """Lines about what goes on otherwise from `step` than it would have with the stored
     configuration: schedules are stretched over `num_steps`."""
@@ -176,9 +186,9 @@ def resume_notes(stored: ConfigDict, config: ConfigDict, step: int) -> list[str]
         return []
     if step >= now:
         return [f"num_steps={now}: the run is at step {step} already, nothing is left to train"]
-    schedules = {"the learning rate": optim.learning_rate}
-    if config.otreg.weight:
-        schedules["otreg's position_weight"] = lambda c: losses.make_schedules(c).position_weight
+    schedules = {"the learning rate": lambda c: optim.learning_rates(stages.stages_of(c))}
+    if stages.at(stages.stages_of(config), step).config.otreg.weight:
+        schedules["otreg's position_weight"] = position_weight
     values = {
         name: [float(schedule(c)(step)) for c in (stored, config)]
         for name, schedule in schedules.items()

@@ -24,6 +24,7 @@ class Files(NamedTuple):
     tokenizer: epath.Path  # the tokenizer's path up to its suffix
     llm: epath.Path  # the LLM in Hugging Face layout, if it was pretrained on text here
     data: epath.Path  # synthetic speech
+    encoded: epath.Path  # a frozen encoder's outputs (`encoder.keep`)
     checkpoints: epath.Path  # a directory a step
     metrics: epath.Path
     profile: epath.Path  # traces of the profiler
@@ -56,6 +57,7 @@ def of(workdir: str | os.PathLike) -> Files:
         tokenizer=root / "tokenizer",
         llm=root / "llm",
         data=root / "data",
+        encoded=root / "encoded",
         checkpoints=absolute / "checkpoints",
         metrics=root / "metrics.jsonl",
         profile=root / "profile",

@@ -61,7 +61,8 @@ class MetricsWriter:
             self.count = dict.fromkeys(self.count, 0)
         if step % self.log_every:
             return None
-        line = {key: float(np.mean([m[key] for m in self.window])) for key in metrics}
+        # Where a stage begins, some steps have no such metric.
+        line = {key: float(np.mean([m[key] for m in self.window if key in m])) for key in metrics}
         line["learning_rate"] = float(self.learning_rate(step - 1))
         elapsed = time.perf_counter() - self.time
         steps = len(self.window) + self.timed
@@ -165,14 +166,16 @@ class OneStepLate:
 
 
 def phases():
-    """A function of each batch in turn: how its step's time is accounted for (`cluster.Watch`)."""
-    shapes, compiled = set(), False
+    """A function of each batch in turn and its stage: how its step's time is accounted for
+    (`cluster.Watch`)."""
+    programs, compiled = set(), False
 
-    def phase_of(batch) -> str:
+    def phase_of(stage: int, batch) -> str:
         nonlocal compiled
+        program = (stage, *(x.shape for x in batch.values()))
         # The step after a compilation waits for that of the other processes.
-        waited, compiled = compiled, batch["tokens"].shape not in shapes
-        shapes.add(batch["tokens"].shape)
+        waited, compiled = compiled, program not in programs
+        programs.add(program)
         return "compilation" if compiled or waited else "step"
 
     return phase_of

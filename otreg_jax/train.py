@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ from otreg_jax import (
     build,
     checkpoint,
     cluster,
+    encode_once,
     flops,
     optim,
     preflight,
@@ -41,6 +42,7 @@ from otreg_jax import (
     pretrained,
     rundir,
     sharding,
+    stages,
     tracking,
 )
 from otreg_jax import config as config_lib
@@ -70,13 +72,14 @@ def train(config, workdir) -> step_lib.TrainState:
 
     # ---- data, tokenizer, model ------------------------------------------------------------------
     data = load_data(config, files)
-    slm, params = build.build(config, data.tokenizer, data.llm_dir, mesh)
+    slm, params = build.build(config, data.tokenizer, data.llm_dir, mesh, data.ctc_classes)
 
     # ---- state, sharded over the mesh ------------------------------------------------------------
     params, frozen = build.split(params, config)
     frozen |= build.text_target(params, config)
     frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
-    optimizer = optim.make_optimizer(config)
+    plan = stages.stages_of(config)
+    optimizer = optim.make_optimizer(plan[0].config)
     abstract_state = step_lib.abstract_state(params, optimizer, mesh)
     made_of = checkpoint.provenance(config, data.tokenizer, frozen)
     state = checkpoint.restore(workdir, abstract_state, made_of)
@@ -86,9 +89,8 @@ def train(config, workdir) -> step_lib.TrainState:
     announce(config, mesh, start, stored, abstract_state.params, frozen)
 
     # ---- the loop --------------------------------------------------------------------------------
-    step_fn = step_lib.make_step(slm, config, optimizer, abstract_state)
+    functions = {s.name: stage_functions(slm, s, abstract_state, frozen) for s in plan}
     eval_fn = step_lib.make_eval_step(slm)
-    flops_of = flops_counter(step_fn, slm, config, optimizer, abstract_state, frozen)
 
     def save(dev_metrics=None):
         late.read()  # no checkpoint before the lines of its steps
@@ -96,9 +98,9 @@ def train(config, workdir) -> step_lib.TrainState:
         checkpoints.save(state, int(state.step), made_of, dev_metrics)
         watch.lap("checkpoint", int(state.step))
 
-    batches = train_batches(config, data, files, share, start, save)
+    batches = train_batches(config, data, files, share, start, save, slm, frozen)
     watch = cluster.Watch(config.stall_seconds, *tracking.time_before(files, start))
-    rate = optim.learning_rate(config)
+    rate = optim.learning_rates(plan)
     writer = tracking.MetricsWriter(files, start, config.log_every, rate, watch, share[1])
     profiler = tracking.Profiler(files.profile, *config_lib.profile_window(config))
     progress = progress_bar(batches, start, config.num_steps)
@@ -108,14 +110,16 @@ def train(config, workdir) -> step_lib.TrainState:
     with closing(checkpoints, profiler, watch, writer, progress, signals):
         for step, batch in progress:
             profiler.before(step)
+            run = functions[stages.at(plan, step).name]
+            state = run.restart(state) if 0 < step == run.start else state
             placed = sharding.to_global(batch, mesh)
-            state, metrics = step_fn(state, frozen, placed)
-            late.add(step + 1, metrics, batch, flops_of(placed))
-            watch.lap(phase_of(batch), step + 1)
+            state, metrics = run.step(state, frozen, placed)
+            late.add(step + 1, metrics, batch, run.flops_of(placed))
+            watch.lap(phase_of(run.start, batch), step + 1)
             profiler.after(step, state)
             checkpoints.look()
             stop, dev_metrics = signals.told_to_stop(step), None
-            if data.dev and not stop and is_due(step + 1, config.eval_every, config):
+            if run.evaluates and not stop and is_due(step + 1, config.eval_every, config):
                 weights = optim.averaged(state.params, state.opt_state)
                 loss = dev_loss(eval_fn, weights, frozen, data, config, mesh, share)
                 dev_metrics = {"dev_ce": loss}
@@ -136,6 +140,7 @@ class Data(NamedTuple):
     dev: list[sources.Utterance]  # empty if it is not evaluated while training
     tokenizer: text.Tokenizer
     llm_dir: str  # the LLM's weights; "" builds one from scratch
+    ctc_classes: list[int] | None  # token ids, see `losses.init_ctc`; None: all
 
 
 def load_data(config, files: rundir.Files) -> Data:
@@ -156,7 +161,9 @@ def load_data(config, files: rundir.Files) -> Data:
         print(*report, sep="\n")
         config_lib.save(config, files.config)
         rundir.write_json(files.description, sets.describe(utterances))
-    return Data(utterances, dev, tokenizer, llm_dir)
+    are_used = stages.is_ever_on(config, "ctc") and config.ctc.classes == "used"
+    classes = text.used_tokens(tokenizer, texts) if are_used else None
+    return Data(utterances, dev, tokenizer, llm_dir, classes)
 
 
 def new_state(params, optimizer, abstract_state) -> step_lib.TrainState:
@@ -178,31 +185,65 @@ def announce(config, mesh, start: int, stored, trained, frozen) -> None:
             print(*preflight.resume_notes(stored, config, start), sep="\n")
 
 
-def flops_counter(step_fn, slm, config, optimizer, abstract_state, frozen):
-    """A function of a batch: the FLOPs of its step, the model's own, as MFU counts them.
+class StageFunctions(NamedTuple):
+    """What a stage runs: its step; what starts it from the state that the stage before left; of a
+    batch, the FLOPs of its step. start: its first step. evaluates: whether it has a dev loss."""
 
-    They are counted in the traced step. Recomputation would be counted as well there, and what a
-    fused attention kernel computes would not, so the step counted is that of the same model
-    without both (`build.plain`). It is traced and never compiled. Where the model has neither, it
-    is the very step that trains, whose trace is there already.
+    start: int
+    evaluates: bool
+    step: Callable
+    restart: Callable
+    flops_of: Callable
+
+
+def stage_functions(slm, stage: stages.Stage, abstract_state, frozen) -> StageFunctions:
+    """The functions of a stage, jitted and not yet compiled.
+
+    FLOPs are the model's own, as MFU counts them, counted in the traced step. Recomputation would
+    be counted as well there, and what a fused attention kernel computes would not, so the step
+    counted is that of the same model without both (`build.plain`). It is traced and never compiled.
+    Where the model has neither, it is the very step that trains, whose trace is there already.
     """
-    plain = build.plain(slm)
-    if plain != slm:
-        step_fn = step_lib.make_step(plain, config, optimizer, abstract_state)
-    return flops.of_batches(step_fn, abstract_state, frozen)
+    optimizer = optim.make_optimizer(stage.config, stage.train)
+
+    def make_step(slm):
+        return step_lib.make_step(
+            slm, stage.config, optimizer, abstract_state, stage.start, stage.train
+        )
+
+    step, plain = make_step(slm), build.plain(slm)
+    counted = step if plain == slm else make_step(plain)
+    return StageFunctions(
+        stage.start,
+        stage.config.eval_every > 0 and stage.config.ce.weight > 0,
+        step,
+        step_lib.make_restart(optimizer, abstract_state),
+        flops.of_batches(counted, abstract_state, frozen),
+    )
 
 
-def train_batches(config, data: Data, files: rundir.Files, share, start: int, save) -> Iterator:
+def keep_encoded(config, data: Data, files: rundir.Files, share, slm, frozen):
+    """The frozen encoder's outputs for the training set, read from where they are kept."""
+    skipped = str(files.skipped(jax.process_index()))
+    return encode_once.encode_once(
+        config, data.train, data.tokenizer, slm, frozen, share, files.encoded, skipped
+    )
+
+
+def train_batches(
+    config, data: Data, files: rundir.Files, share, start: int, save, slm, frozen
+) -> Iterator:
     """This process's rows of the batches from step `start` on.
 
     If one cannot be made (an unreadable file), `save` is called first, unless the last step was
     saved anyway; alone, for with several processes the others would not join in the save.
     """
+    kept = keep_encoded(config, data, files, share, slm, frozen) if config.encoder.keep else None
     batches = pipeline.train_batches(
         data.train, data.tokenizer, config.data, batch_size=config.batch_size,
         seed=config.seed, num_steps=config.num_steps, start_step=start,
         host_index=share[0], host_count=share[1],
-        skipped_path=str(files.skipped(jax.process_index())),
+        skipped_path=str(files.skipped(jax.process_index())), kept=kept,
     )  # fmt: skip
 
     def saving_first():

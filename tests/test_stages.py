@@ -1,13 +1,16 @@
 """Stages: what each computes and trains, and that a run crosses their boundary exactly."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import toy_batch, toy_config, toy_slm
+from toy_run import metrics_of, tone_config, write_tones
 
 from otreg_jax import config as config_lib
-from otreg_jax import flops, losses, optim, stages, train_step
+from otreg_jax import flops, losses, optim, stages, train, train_step
 from otreg_jax.models import slm as slm_lib
 
 ALIGN = {
@@ -165,3 +168,60 @@ def test_ctc_over_classes_in_use_is_ctc_over_a_table_of_them():
         speech_BSD[:1], length_B[:1], among_used_BT, mask_BT[:1], table_VD[used_C], plain
     )
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+
+
+def staged_config(manifest, **changes):
+    config = tone_config(
+        manifest, freeze="^(encoder|llm)/", data__augment__freq_masks=0, ctc__classes="used",
+        adapter__norm="table", keep_checkpoints=3, otreg__weight=0.0, **changes,
+    )  # fmt: skip
+    config.stages = {"align": ALIGN, "sft": {**SFT, "start": 4}}
+    return config
+
+
+def test_a_run_crosses_the_boundary_of_its_stages_and_resumes_on_either_side_to_the_bit(tmp_path):
+    config = staged_config(write_tones(tmp_path))
+    train.train(config, tmp_path / "straight")
+    wanted = metrics_of(tmp_path / "straight")
+    assert [("ce" in wanted[step], "ctc" in wanted[step]) for step in (4, 5)] == [
+        (False, True), (True, False),
+    ]  # fmt: skip
+    assert wanted[5]["learning_rate"] < wanted[4]["learning_rate"]  # the warm-up begins anew
+    for kept in (4, 8):
+        workdir = tmp_path / f"from{kept}"
+        shutil.copytree(tmp_path / "straight", workdir)
+        for step in (8, 12):
+            if step > kept:
+                shutil.rmtree(workdir / "checkpoints" / str(step))
+        train.train(config, workdir)
+        assert metrics_of(workdir) == wanted
+
+
+def test_kept_encoder_outputs_train_as_the_encoder_does_and_are_computed_once(tmp_path):
+    manifest = write_tones(tmp_path)
+    train.train(staged_config(manifest), tmp_path / "plain")
+    config = staged_config(manifest, encoder__keep=True)
+    train.train(config, tmp_path / "kept")
+    plain, kept = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "kept")
+    for name, value in plain[1].items():
+        np.testing.assert_allclose(kept[1][name], value, rtol=1e-5, err_msg=name)
+    for step, line in plain.items():  # Adam makes rounding larger, step by step
+        np.testing.assert_allclose(kept[step]["loss"], line["loss"], rtol=1e-3)
+    folder = tmp_path / "kept" / "encoded"
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {path.suffix for path in files} == {".npy", ".json"}
+    shutil.rmtree(tmp_path / "kept" / "checkpoints")
+    train.train(config, tmp_path / "kept")
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+    config.encoder.mlp_dim = 48  # another encoder: what is kept is not its
+    train.train(config, tmp_path / "other")
+    assert metrics_of(tmp_path / "other")[1]["ctc"] != kept[1]["ctc"]
+
+
+def test_an_encoder_that_is_trained_or_fed_at_random_is_not_kept(tmp_path):
+    manifest = write_tones(tmp_path)
+    with pytest.raises(ValueError, match="encoder.keep=True: the encoder is trained"):
+        plain = {"data__augment__freq_masks": 0}
+        train.train(tone_config(manifest, encoder__keep=True, **plain), tmp_path)
+    with pytest.raises(ValueError, match="encoder.keep=True.*cannot be augmented"):
+        train.train(tone_config(manifest, encoder__keep=True), tmp_path)

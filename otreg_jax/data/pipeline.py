@@ -124,7 +124,9 @@ def train_batches(
         bucket = buckets[plan.bucket_S[s]]
         return _assemble(corpus, rows_B, examples, bucket, data_config, kept)
 
-    return _iterate(batch, start_step, num_steps, data_config.num_workers)
+    # What is kept is read from a mapped file: workers would only copy it.
+    num_workers = 0 if kept else data_config.num_workers
+    return _iterate(batch, start_step, num_steps, num_workers)
 
 
 def for_evaluation(data_config: ConfigDict, **changes) -> ConfigDict:

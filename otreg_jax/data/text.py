@@ -345,6 +345,11 @@ def _chat(tokenizer: Tokenizer, turn: str, said: str) -> tuple[str, str]:
     return text, end
 
 
+def used_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+    """The ids of the tokens that these texts are made of, rising, each once."""
+    return sorted({i for text in texts for i in tokenizer.encode(text)})
+
+
 def check_transcripts(
     tokenizer: Tokenizer, texts: Sequence[str], max_unknown: float = 1.0
 ) -> list[str]:
