@@ -65,8 +65,7 @@ def train(config, workdir) -> step_lib.TrainState:
     """
     preflight.check(config)
     mesh = sharding.make_mesh(config)
-    share = cluster.batch_share(mesh)
-    files = rundir.of(workdir)
+    share, files = cluster.batch_share(mesh), rundir.of(workdir)
     stored = preflight.stored_config(workdir, config)
     preflight.check_model(config, mesh)
 
