@@ -30,7 +30,7 @@ import transformers
 from absl import app, flags
 
 from benchmarks.common import SHAPES, describe_machine, make_batch
-from otreg_jax import build, optim, pretrained, sharding, train_step
+from otreg_jax import build, command, optim, pretrained, sharding, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import text
 
@@ -236,5 +236,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config_lib.quiet_and_cached()
+    command.quiet_and_cached()
     app.run(main)

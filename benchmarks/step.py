@@ -22,8 +22,7 @@ import jax
 from absl import app, flags
 
 from benchmarks.common import SHAPES, describe_machine, make_batch
-from otreg_jax import aot, build, optim, sharding, train_step
-from otreg_jax import config as config_lib
+from otreg_jax import aot, build, command, optim, sharding, train_step
 from otreg_jax import flops as flops_lib
 
 # name: (encoder, LLM, batch size, seconds of audio, transcript tokens)
@@ -155,5 +154,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config_lib.quiet_and_cached()
+    command.quiet_and_cached()
     app.run(main)

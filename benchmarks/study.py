@@ -40,6 +40,7 @@ from otreg_jax import (
     alignment,
     build,
     cluster,
+    command,
     decoding,
     evaluate,
     metrics,
@@ -50,7 +51,6 @@ from otreg_jax import (
     tracking,
     train,
 )
-from otreg_jax import config as config_lib
 from otreg_jax.data import sets, text
 
 LAYER = 1  # where the plan of every arm is measured
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write docs/study.md only")
     args = parser.parse_args()
     if not args.report:
-        config_lib.quiet_and_cached()
+        command.quiet_and_cached()
         prepare(Path(args.folder))
         if args.human:
             prepare_human(args.human, Path(args.folder))

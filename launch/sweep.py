@@ -13,12 +13,11 @@ what was interrupted, and repeats what failed. Written at the end: table.md
 (mean and sample standard deviation over `seed`), results.jsonl, plot.png.
 """
 
-import argparse
+import functools
 import itertools
 import json
 import math
 import re
-import runpy
 import shlex
 import statistics
 import subprocess
@@ -29,29 +28,24 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from otreg_jax import command, rundir
 from otreg_jax import config as config_lib
-from otreg_jax import rundir
 
 Values = dict[str, str]  # one run: configuration key → value, as on the command line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def define_flags(define) -> None:
+    define.string("config", None, "Recipe of every run, unless `config` is an axis.")
+    define.multi_string("sweep", None, '"key=value,value;key=value,..."; repeatable.')
+    define.multi_string("set", [], "key=value, for all runs; repeatable.")
+    define.string("workdir", None, "Directory of all runs; by default runs/sweep-CONFIG.")
+    define.string("metric", "wer", "Key in the sets of results.json: cer, say.")
+    define.string(
+        "launcher",
+        f"{shlex.quote(sys.executable)} -m otreg_jax.train",
+        'Command that trains: "bash launch/train_slurm.sh", say.',
     )
-    add = parser.add_argument
-    add("--config", help="recipe of every run, unless `config` is an axis")
-    add("--sweep", action="append", required=True, help='"key=value,value;key=value,..."')
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="for all runs")
-    add("--workdir", type=Path, help="default: runs/sweep-CONFIG")
-    add("--metric", default="wer", help="key in the sets of results.json, e.g. cer (default: wer)")
-    add(
-        "--launcher",
-        default=f"{shlex.quote(sys.executable)} -m otreg_jax.train",
-        help='command that trains, e.g. "bash launch/train_slurm.sh" (default: on this machine)',
-    )
-    add("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    return parser.parse_args(argv)
+    define.integer("jobs", 1, "Runs at a time.", 1)
 
 
 # ------------------------------------------------------------------------------------- what to run
@@ -88,16 +82,14 @@ def parse_sweep(text: str, problems: list[str]) -> list[Values]:
 
 def load_recipe(name: str, problems: list[str]) -> set[str] | None:
     """Keys that the recipe 'file.py' or 'file.py:argument' can be given; None if it cannot load."""
-    path, _, argument = name.partition(":")
     try:
-        recipe = runpy.run_path(path)["get_config"](*([argument] if argument else []))
-    except Exception as error:  # a recipe is the user's own code
+        return set(config_lib.flatten(config_lib.load_recipe(name)))
+    except ValueError as error:
         problems.append(f"cannot load the recipe {name}: {error}")
         return None
-    return set(config_lib.flatten(recipe))
 
 
-def plan_runs(args: argparse.Namespace) -> dict[str, Values]:
+def plan_runs(args) -> dict[str, Values]:
     """Run name → its values, --set included. Raises ValueError listing every problem."""
     problems: list[str] = []
     fixed: Values = {}
@@ -170,8 +162,8 @@ def run_one(directory: Path, values: Values, launcher: list[str]) -> str:
     train = [*launcher, *flags, f"--workdir={directory}"]
     evaluate = [sys.executable, "-m", "otreg_jax.evaluate", f"--workdir={directory}"]
     (directory / "sweep.json").unlink(missing_ok=True)
-    for what, command in (("training", train), ("evaluation", evaluate)):
-        status = execute(command, log)
+    for what, arguments in (("training", train), ("evaluation", evaluate)):
+        status = execute(arguments, log)
         if status == 75:
             return f"{what} was interrupted; the same command resumes it"
         if status:
@@ -307,22 +299,20 @@ def write_results(workdir: Path, runs: dict[str, Values], metric: str) -> str:
     return text
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(values, _) -> int:
     """Returns the exit status: 0, or 1 if a run failed."""
-    args = parse_args(argv)
     try:
-        runs = plan_runs(args)
-        return sweep(runs, args)
+        return sweep(plan_runs(values), values)
     except ValueError as error:
         sys.exit(f"sweep: {error}")
     except KeyboardInterrupt:
         sys.exit("sweep: interrupted; the same command goes on from here")
 
 
-def sweep(runs: dict[str, Values], args: argparse.Namespace) -> int:
+def sweep(runs: dict[str, Values], args) -> int:
     """Runs what is not finished; returns the exit status."""
     recipe = Path(next(iter(runs.values()))["config"].partition(":")[0])
-    workdir = args.workdir or Path("runs") / f"sweep-{recipe.stem}"
+    workdir = Path(args.workdir or f"runs/sweep-{recipe.stem}")
     todo = {name: v for name, v in runs.items() if not finished(workdir / name, v)}
     print(f"sweep: {len(runs)} runs in {workdir}, {len(runs) - len(todo)} finished before")
 
@@ -354,5 +344,7 @@ def sweep(runs: dict[str, Values], args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+cli = functools.partial(command.run, main, define_flags, required=["sweep"])
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli())

@@ -9,14 +9,13 @@ Times are multiples of one speech position (80 ms with 12.5 positions a second).
 depends on the run: without OTReg or CTC, plans hold little of the alignment.
 """
 
-import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from otreg_jax import alignment, build, recognition
-from otreg_jax import config as config_lib
+from otreg_jax import alignment, build, command, recognition
 from otreg_jax.data import sources
 
 
@@ -46,35 +45,29 @@ def as_textgrid(words: alignment.Words, duration: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m otreg_jax.align", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("manifest", help="utterances with transcripts (JSONL)")
-    parser.add_argument("--workdir", required=True, help="directory of the run")
-    parser.add_argument("--checkpoint", default="newest", help="newest, best or a step")
-    parser.add_argument("--textgrid", help="folder for one Praat TextGrid an utterance")
-    parser.add_argument("--batch_size", type=int, default=16)
-    options = parser.parse_args(arguments)
-    config_lib.quiet_and_cached()
-    try:
-        utterances = sources.read_manifest(options.manifest)
-        run = build.load_run(options.workdir, options.checkpoint)
-        for utterance, words in recognition.aligned(run, utterances, options.batch_size):
-            if options.textgrid:
-                name = utterance.id.replace("/", "_").strip("._") + ".TextGrid"
-                path = Path(options.textgrid) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(as_textgrid(words, utterance.duration), encoding="utf-8")
-            else:
-                rounded = [[word, round(start, 3), round(end, 3)] for word, start, end in words]
-                print(json.dumps({"id": utterance.id, "words": rounded}, ensure_ascii=False))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def define_flags(define) -> None:
+    command.define_run(define)
+    define.string("textgrid", None, "Folder for one Praat TextGrid an utterance.")
+    define.integer("batch_size", 16, "Utterances aligned at once.", 1)
 
+
+def main(values, arguments: Sequence[str]) -> None:
+    if len(arguments) > 1:
+        raise ValueError(f"one manifest is aligned at a time, these are {len(arguments)}")
+    utterances = sources.read_manifest(arguments[0])
+    run = build.load_run(values.workdir, values.checkpoint)
+    for utterance, words in recognition.aligned(run, utterances, values.batch_size):
+        if values.textgrid:
+            name = utterance.id.replace("/", "_").strip("._") + ".TextGrid"
+            path = Path(values.textgrid) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(as_textgrid(words, utterance.duration), encoding="utf-8")
+        else:
+            rounded = [[word, round(start, 3), round(end, 3)] for word, start, end in words]
+            print(json.dumps({"id": utterance.id, "words": rounded}, ensure_ascii=False))
+
+
+cli = functools.partial(command.run, main, define_flags, required=["workdir"], arguments="MANIFEST")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli())

@@ -20,11 +20,9 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 
-from otreg_jax import build, flops, optim, pretrained, sharding, train_step
+from otreg_jax import build, command, flops, optim, pretrained, sharding, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import features, text
 from otreg_jax.models import slm as slm_lib
@@ -332,9 +330,8 @@ def describe(report: Report, devices, config, frames: int, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def main(argv):
-    del argv
-    config, values = flags.FLAGS.config, flags.FLAGS
+def main(values, _):
+    config = values.config
     config_lib.check(config)
     devices = devices_of(values.topology, values.slices)
     frames = round((values.seconds or config.data.max_duration) * features.SAMPLE_RATE)
@@ -368,13 +365,15 @@ def main(argv):
             file.write(json.dumps(result) + "\n")
 
 
+def define_flags(define) -> None:
+    command.define_config(define)
+    define.string("topology", None, "v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, cpu:8, ...")
+    define.integer("slices", 1, "How many such slices, joined by the data centre's network.", 1)
+    define.float("seconds", 0, "Of audio in every utterance; 0: data.max_duration.", 0)
+    define.integer("tokens", 0, "In every transcript; 0: data.max_tokens, or 8 a second.", 0)
+    define.bool("largest_batch", False, "Find it; compiles the step several times.")
+    define.string("out", "", "File that the result is appended to, as a line of JSON.")
+
+
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Recipe, a file of configs/.")
-    flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, cpu:8, ...")
-    flags.DEFINE_integer("slices", 1, "How many such slices, joined by the data centre's network.")
-    flags.DEFINE_float("seconds", 0, "Of audio in every utterance; 0: data.max_duration.")
-    flags.DEFINE_integer("tokens", 0, "In every transcript; 0: data.max_tokens, or 8 a second.")
-    flags.DEFINE_bool("largest_batch", False, "Find it; compiles the step several times.")
-    flags.DEFINE_string("out", "", "File that the result is appended to, as a line of JSON.")
-    flags.mark_flags_as_required(["config", "topology"])
-    config_lib.run(main)
+    sys.exit(command.run(main, define_flags, required=("config", "topology")))

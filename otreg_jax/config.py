@@ -11,19 +11,15 @@ table of all keys is in settings.py;
 import collections
 import difflib
 import json
-import os
 import runpy
 import sys
 import textwrap
 import traceback
 from pathlib import Path
 
-import jax
-from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from otreg_jax import rules, rundir, settings, stages
-from otreg_jax.data import text
 
 
 def default() -> ConfigDict:
@@ -192,50 +188,6 @@ def differences(stored: ConfigDict, config: ConfigDict) -> list[str]:
     ]
 
 
-def quiet_and_cached() -> None:
-    """Log warnings only, and keep compiled programs between processes."""
-    logging.set_verbosity(logging.WARNING)
-    if not jax.config.jax_compilation_cache_dir:
-        cache = os.path.expanduser("~/.cache/otreg_jax")
-        jax.config.update("jax_compilation_cache_dir", cache)
-
-
-def run(main) -> None:
-    """absl's app.run, as every command of this package wants it: warnings only, compiled programs
-    kept between processes, and one clear line instead of a stack trace where the user can act.
-
-    Errors raised on purpose by this package (their `raise` stands in its own files or in a recipe)
-    are such; anything else is a bug and keeps its trace.
-    """
-
-    def parse(argv):
-        if "config" in flags.FLAGS:
-            _check_flags(argv)
-        try:
-            rest = flags.FLAGS(argv)
-        except flags.Error as error:
-            sys.exit(f"error: {error}\ntry: python -m otreg_jax.{Path(argv[0]).stem} --help")
-        if "config" in flags.FLAGS and flags.FLAGS.config:
-            flags.FLAGS.config.prompt = text.from_shell(flags.FLAGS.config.prompt)
-        return rest
-
-    def guarded(argv):
-        if len(argv) > 1:
-            sys.exit(
-                f"error: unexpected arguments {argv[1:]}; flags look like --config.num_steps=10"
-            )
-        quiet_and_cached()
-        try:
-            return main(argv)
-        except (ValueError, OSError, FloatingPointError, ImportError) as error:
-            raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-            if os.path.dirname(os.path.abspath(__file__)) not in os.path.abspath(raised_in):
-                raise
-            sys.exit(f"error: {error}")
-
-    app.run(guarded, flags_parser=parse)
-
-
 def load_recipe(name: str) -> ConfigDict:
     """The configuration that a recipe gives: "configs/quickstart.py", or with its argument behind a
     colon, "configs/quickstart.py:ce".
@@ -246,7 +198,7 @@ def load_recipe(name: str) -> ConfigDict:
     path, _, argument = name.partition(":")
     if not Path(path).is_file():
         recipes = ", ".join(str(p) for p in sorted(Path("configs").glob("*.py"))) or "none here"
-        raise ValueError(f"--config={path}: no such file; configs/: {recipes}")
+        raise ValueError(f"{path}: no such file; configs/: {recipes}")
     try:
         return runpy.run_path(path)["get_config"](*([argument] if argument else []))
     except Exception as error:  # a recipe is the user's own code
@@ -270,27 +222,6 @@ def _import_hint(error: Exception, path: str) -> str:
         "; a recipe runs alone, it reads one beside it by "
         "runpy.run_path(str(Path(__file__).with_name('other.py')))"
     )
-
-
-def _check_flags(argv) -> None:
-    """Exits with one line if the --config file cannot be used or has not the keys that are set."""
-    flag_of = lambda argument: argument.lstrip("-").partition("=")
-    given = [(*flag_of(a), after) for a, after in zip(argv[1:], [*argv[2:], ""], strict=True)]
-    recipe = next((v if eq else after for name, eq, v, after in given if name == "config"), "")
-    if not recipe:
-        return  # absl says that it is required
-    try:
-        known = flatten(load_recipe(recipe)) | dict.fromkeys(settings.TABLE)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    names = [name for (name, *_), a in zip(given, argv[1:], strict=True) if a.startswith("-")]
-    keys = [name.removeprefix("config.") for name in names if name.startswith("config.")]
-    groups = {key[:i] for key in known for i, letter in enumerate(key) if letter == "."}
-    unknown = [key for key in keys if key not in known and key not in groups]
-    for key in unknown:
-        print(f"error: --config.{key}: unknown key{suggest(key, known)}", file=sys.stderr)
-    if unknown:
-        sys.exit(2)
 
 
 def as_text() -> str:

@@ -13,12 +13,12 @@ import io
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from etils import epath
 
 from otreg_jax import (
@@ -26,6 +26,7 @@ from otreg_jax import (
     build,
     checkpoint,
     cluster,
+    command,
     decoding,
     metrics,
     normalize,
@@ -37,20 +38,7 @@ from otreg_jax import (
 from otreg_jax import config as config_lib
 from otreg_jax.data import sets, sources
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", checkpoint.NEWEST, "newest, best (the lowest dev loss) or a step."
-)
-_COMPARE = flags.DEFINE_multi_string("compare", [], "Directory of a run to compare; repeatable.")
-_SETS = flags.DEFINE_string("sets", "", "name=manifest,...: instead of the configuration's sets.")
-_IN_DOMAIN = flags.DEFINE_list("in_domain", ["dev"], "Names of the in-domain sets.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Utterances decoded at once.", 1)
-_BEAM = flags.DEFINE_integer("beam_width", 1, "Hypotheses kept by beam search; 1: greedy.", 1)
-_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Exponent of the length in beam scores.")
-_NGRAM = flags.DEFINE_integer("no_repeat_ngram", 0, "Forbid repeated n-grams; 0: allow them.", 0)
-_NORMALIZER = flags.DEFINE_enum(
-    "normalizer", "whisper", list(normalize.STYLES), "What counts as the same text."
-)
+GREEDY = decoding.Settings(0)
 
 
 def evaluate(
@@ -61,9 +49,7 @@ def evaluate(
     manifests: str = "",
     in_domain: Sequence[str] = ("dev",),
     batch_size: int = 32,
-    beam_width: int = 1,
-    length_penalty: float = 1.0,
-    no_repeat_ngram: int = 0,
+    decode: decoding.Settings = GREEDY,
     normalizer: str = "whisper",
 ) -> dict[str, Any]:
     """Evaluates a run directory, and others beside it, and writes `workdir`/eval.
@@ -75,6 +61,8 @@ def evaluate(
       which: the checkpoint of every run: "newest", "best" or a step.
       manifests: "name=manifest,..."; "" for the sets of the run's configuration.
       in_domain: names of the sets that count as in-domain.
+      decode: how to; of max_tokens, 0 is `decode.max_tokens` of the run or, by default, half more
+        than the longest transcript.
       normalizer: the style in which texts are compared, one of `normalize.STYLES`.
       others: see the flags.
 
@@ -84,7 +72,7 @@ def evaluate(
     Raises:
       FileNotFoundError, ValueError: no run, no checkpoint, no evaluation set.
     """
-    decoding.check(decoding.Settings(0, beam_width, length_penalty, no_repeat_ngram))
+    decoding.check(decode)
     run = build.load_run(workdir, which)
     with cluster.process_0_first():
         utterances, problems = sets.load_eval(run.config, workdir, manifests)
@@ -99,8 +87,8 @@ def evaluate(
             f"--in_domain: no set {', '.join(unknown)}; there are {', '.join(utterances)}"
         )
     longest = max(len(run.tokenizer.encode(u.text)) for us in utterances.values() for u in us)
-    max_tokens = run.config.decode.max_tokens or 3 * longest // 2 + 8
-    decode = decoding.Settings(max_tokens, beam_width, length_penalty, no_repeat_ngram)
+    max_tokens = decode.max_tokens or run.config.decode.max_tokens or 3 * longest // 2 + 8
+    decode = decode._replace(max_tokens=max_tokens)
     layer = run.config.otreg.layer
     settings = {
         "decode": decode._asdict(),
@@ -278,20 +266,27 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv):
-    del argv
+def define_flags(define) -> None:
+    command.define_run(define)
+    define.multi_string("compare", [], "Directory of a run to compare; repeatable.")
+    define.string("sets", "", "name=manifest,...: instead of the configuration's sets.")
+    define.list("in_domain", ["dev"], "Names of the in-domain sets.")
+    define.integer("batch_size", 32, "Utterances decoded at once.", 1)
+    command.define_decoding(define)
+    define.enum("normalizer", "whisper", list(normalize.STYLES), "What counts as the same text.")
+
+
+def main(values, _):
     with cluster.membership():
         results = evaluate(
-            _WORKDIR.value, which=_CHECKPOINT.value, compare=_COMPARE.value, manifests=_SETS.value,
-            in_domain=_IN_DOMAIN.value, batch_size=_BATCH_SIZE.value, beam_width=_BEAM.value,
-            length_penalty=_PENALTY.value, no_repeat_ngram=_NGRAM.value,
-            normalizer=_NORMALIZER.value,
+            values.workdir, which=values.checkpoint, compare=values.compare, manifests=values.sets,
+            in_domain=values.in_domain, batch_size=values.batch_size,
+            decode=command.decode_settings(values), normalizer=values.normalizer,
         )  # fmt: skip
     if jax.process_index() == 0:
         print(table(results))
-        print(f"report: {rundir.of(_WORKDIR.value).report}")
+        print(f"report: {rundir.of(values.workdir).report}")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
-    config_lib.run(main)
+    sys.exit(command.run(main, define_flags, required=["workdir"]))

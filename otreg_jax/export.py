@@ -15,10 +15,10 @@ takes away a part of what LoRA learned: the command says how much.
 To go on from there: --config.llm.path=DIR2/llm --config.encoder.path=DIR2/encoder.
 """
 
-import argparse
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 
 import jax
@@ -27,8 +27,7 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from otreg_jax import build, pretrained
-from otreg_jax import config as config_lib
+from otreg_jax import build, command, pretrained
 from otreg_jax.models import lora, quantize
 
 GENERATION = "generation_config.json"
@@ -89,25 +88,21 @@ def _generation(run: build.Run) -> dict:
     return generation | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", required=True, help="a run directory of otreg_jax.train")
-    parser.add_argument("--checkpoint", default="newest", help="newest, best or a step")
-    parser.add_argument("--dtype", default="", choices=DTYPES, help="of encoder and LLM")
-    parser.add_argument("--out", required=True, help="where to write; new or empty")
-    args = parser.parse_args(argv)
-    config_lib.quiet_and_cached()
-    try:
-        run = build.load_run(args.workdir, args.checkpoint)
-        lost = export(run, args.out, args.dtype)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"wrote {args.out}/llm, encoder, adapter.safetensors and config.json")
+def define_flags(define) -> None:
+    command.define_run(define)
+    define.enum("dtype", "", ["", *DTYPES], "Of encoder and LLM: float32, bfloat16 or float16.")
+    define.string("out", None, "Where to write; new or empty.")
+
+
+def main(values, _) -> None:
+    run = build.load_run(values.workdir, values.checkpoint)
+    lost = export(run, values.out, values.dtype)
+    print(f"wrote {values.out}/llm, encoder, adapter.safetensors and config.json")
     if run.config.lora.pattern:
         print(f"LoRA merged in float32, then rounded: {lost:.1%} of the norm of its change is lost")
 
 
+cli = functools.partial(command.run, main, define_flags, required=["workdir", "out"])
+
 if __name__ == "__main__":
-    main()
+    sys.exit(cli())

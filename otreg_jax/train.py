@@ -26,14 +26,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import tqdm
-from absl import flags
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
 from otreg_jax import (
     build,
     checkpoint,
     cluster,
+    command,
     encode_once,
     flops,
     optim,
@@ -415,25 +414,26 @@ def read_metrics(step, metrics, batch, step_flops, writer, progress, utterances,
         progress.set_postfix({key: f"{logged[key]:.3f}" for key in shown if key in logged})
 
 
-def main(argv):
-    del argv
+def main(values, _):
     # Until the loop listens: nothing is there to be saved. Of several processes jax itself takes
     # SIGTERM and tells all of them.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: sys.exit(cluster.RESTART))
-    config = flags.FLAGS.config
+    config = values.config
     try:
         with cluster.membership(config.stall_seconds):
-            state = train(config, flags.FLAGS.workdir)
+            state = train(config, values.workdir)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if int(state.step) < config.num_steps:
         sys.exit(cluster.RESTART)
 
 
+def define_flags(define) -> None:
+    command.define_config(define)
+    define.string("workdir", None, "Directory of the run; made if missing.")
+
+
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Recipe, a file of configs/.")
-    flags.DEFINE_string("workdir", None, "Directory of the run; made if missing.")
-    flags.mark_flags_as_required(["config", "workdir"])
-    config_lib.run(main)
+    sys.exit(command.run(main, define_flags, required=("config", "workdir")))

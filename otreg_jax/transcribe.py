@@ -11,7 +11,7 @@ length; one that ran into the limit is unfinished, which is said. A file that ca
 reported and left out; the exit status is then 1.
 """
 
-import argparse
+import functools
 import glob
 import json
 import os
@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from otreg_jax import build, decoding, recognition, subtitles
-from otreg_jax import config as config_lib
+from otreg_jax import build, command, decoding, recognition, subtitles
 from otreg_jax.data import sets, sources
 
 MIN_CHUNK = 0.5  # of the longest allowed: where the search for a quiet moment begins
@@ -230,50 +229,33 @@ def expand(arguments: Iterable[str], stdin: Iterable[str]) -> list[str]:
     return list(paths)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m otreg_jax.transcribe", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def define_flags(define) -> None:
+    command.define_run(define)
+    define.bool("json", False, "Print one JSON object a file.")
+    define.bool("srt", False, "Print SubRip subtitles (of one file).")
+    define.bool("vtt", False, "Print WebVTT subtitles (of one file).")
+    longest = "Longest piece decoded at once; by default the longest that was trained on."
+    define.float("chunk_seconds", None, longest)
+    define.float("silence_db", None, "Pieces never louder than this (-60, say) say nothing.")
+    command.define_decoding(define)
+    define.integer("batch_size", 16, "Pieces decoded at once.", 1)
+
+
+def main(values, arguments: Sequence[str]) -> int:
+    if values.json + values.srt + values.vtt > 1:
+        raise ValueError("--json, --srt, --vtt: choose one of them")
+    kind = "srt" if values.srt else "vtt" if values.vtt else ""
+    paths = expand(arguments, sys.stdin)
+    if kind and len(paths) != 1:
+        raise ValueError(f"--srt and --vtt take one file, these are {len(paths)}")
+    run = build.load_run(values.workdir, values.checkpoint)
+    found, failures = transcribe(
+        run, paths, chunk_seconds=values.chunk_seconds, batch_size=values.batch_size,
+        silence_db=values.silence_db, settings=command.decode_settings(values),
     )  # fmt: skip
-    parser.add_argument("files", nargs="+", help='audio files or globs; "-": a list on stdin')
-    parser.add_argument("--workdir", required=True, help="directory of the run")
-    parser.add_argument("--checkpoint", default="newest", help="newest, best or a step")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="one JSON object a file")
-    output.add_argument("--srt", action="store_true", help="SubRip subtitles (one file)")
-    output.add_argument("--vtt", action="store_true", help="WebVTT subtitles (one file)")
-    parser.add_argument(
-        "--chunk_seconds", type=float,
-        help="longest piece decoded at once; by default the longest that was trained on",
-    )  # fmt: skip
-    parser.add_argument(
-        "--silence_db", type=float, help="pieces never louder than this (-60, say) say nothing"
-    )
-    parser.add_argument("--beam_width", type=int, default=1, help="hypotheses kept; 1: greedy")
-    parser.add_argument("--length_penalty", type=float, default=1.0, help="of a beam's scores")
-    parser.add_argument("--no_repeat_ngram", type=int, default=0, help="n-grams said once only")
-    parser.add_argument("--batch_size", type=int, default=16)
-    options = parser.parse_args(arguments)
-    config_lib.quiet_and_cached()
-    try:
-        paths = expand(options.files, sys.stdin)
-        if (options.srt or options.vtt) and len(paths) != 1:
-            raise ValueError(f"--srt and --vtt take one file, these are {len(paths)}")
-        run = build.load_run(options.workdir, options.checkpoint)
-        found, failures = transcribe(
-            run, paths, chunk_seconds=options.chunk_seconds, batch_size=options.batch_size,
-            silence_db=options.silence_db,
-            settings=decoding.Settings(
-                0, options.beam_width, options.length_penalty, options.no_repeat_ngram
-            ),
-        )  # fmt: skip
-        kind = "srt" if options.srt else "vtt" if options.vtt else ""
-        timed = {path: word_times(run, path, s) for path, s in found.items()} if kind else {}
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    timed = {path: word_times(run, path, s) for path, s in found.items()} if kind else {}
     for path, segments in found.items():
-        if options.json:
+        if values.json:
             print(as_json(path, segments))
         elif kind:
             print(subtitles.as_text(subtitles.cues(timed[path]), kind), end="")
@@ -290,5 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
+cli = functools.partial(command.run, main, define_flags, required=["workdir"], arguments="FILE...")
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli())

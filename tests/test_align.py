@@ -59,7 +59,7 @@ def test_textgrid_covers_the_utterance():
 def test_command_times_every_word_in_order(tmp_path, capsys):
     manifest = write_set(tmp_path / "dev", 9, seed=0)
     make_run(tmp_path / "run", dev=manifest)
-    assert align.main([str(manifest), f"--workdir={tmp_path / 'run'}", "--batch_size=8"]) == 0
+    assert align.cli([str(manifest), f"--workdir={tmp_path / 'run'}", "--batch_size=8"]) == 0
     printed = map(json.loads, capsys.readouterr().out.splitlines())
     aligned = {line["id"]: line["words"] for line in printed}
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
@@ -72,7 +72,7 @@ def test_command_times_every_word_in_order(tmp_path, capsys):
         assert times[0] == 0 and times[-1] == pytest.approx(line["duration"], abs=0.02)
     grids = tmp_path / "grids"
     command = [str(manifest), f"--workdir={tmp_path / 'run'}", f"--textgrid={grids}"]
-    assert align.main([*command, "--batch_size=8"]) == 0
+    assert align.cli([*command, "--batch_size=8"]) == 0
     assert len(list(grids.glob("utt-*.TextGrid"))) == 9
-    assert align.main(["missing.jsonl", "--workdir=x"]) == 1
+    assert align.cli(["missing.jsonl", "--workdir=x"]) == 1
     assert "no such manifest" in capsys.readouterr().err

@@ -285,7 +285,7 @@ def audio(tmp_path_factory):
 def test_files_are_transcribed_whole(runs, audio, capsys, monkeypatch):
     command = [f"--workdir={runs / 'ours'}"]
     files = [str(audio / "*.wav"), str(audio / "long.flac")]
-    assert transcribe.main([*command, *files, "--json"]) == 1
+    assert transcribe.cli([*command, *files, "--json"]) == 1
     out, err = capsys.readouterr()
     assert "broken.wav cannot be read as audio" in err
     short, long = map(json.loads, out.splitlines())
@@ -306,12 +306,12 @@ def test_files_are_transcribed_whole(runs, audio, capsys, monkeypatch):
     assert stamps == sorted(stamps) and stamps[-1] <= "00:00:05,000"
 
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{audio / 'short.wav'}\n\n"))
-    assert transcribe.main([*command, "-"]) == 0
+    assert transcribe.cli([*command, "-"]) == 0
     assert capsys.readouterr().out == f"{audio / 'short.wav'}\t{short['text']}\n"
 
-    assert transcribe.main([*command, str(audio / "nothing*.mp3")]) == 1
+    assert transcribe.cli([*command, str(audio / "nothing*.mp3")]) == 1
     assert "no such audio file" in capsys.readouterr().err
-    assert transcribe.main([*command, str(audio / "*"), "--srt"]) == 1
+    assert transcribe.cli([*command, str(audio / "*"), "--srt"]) == 1
     assert "take one file" in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def test_export_never_overwrites(run, tmp_path):
 def test_the_command_exports_a_run_directory(tmp_path, capsys):
     """What `load_run` gives computes on a mesh, which no config.json can hold."""
     workdir = make_run(tmp_path / "run")
-    export.main([f"--workdir={workdir}", f"--out={tmp_path / 'out'}"])
+    export.cli([f"--workdir={workdir}", f"--out={tmp_path / 'out'}"])
     assert f"wrote {tmp_path / 'out'}/llm" in capsys.readouterr().out
     run = build.load_run(workdir)
     llm, params = pretrained.load_llm(tmp_path / "out" / "llm")
@@ -129,6 +130,6 @@ def test_the_command_exports_a_run_directory(tmp_path, capsys):
     assert llm.config == dataclasses.replace(run.slm.llm.config, attention=llm.config.attention)
 
 
-def test_the_command_explains_a_missing_run(tmp_path):
-    with pytest.raises(SystemExit, match="error: .*no run here"):
-        export.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}"])
+def test_the_command_explains_a_missing_run(tmp_path, capsys):
+    assert export.cli([f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}"]) == 1
+    assert re.match("error: .*no run here", capsys.readouterr().err)

@@ -63,7 +63,7 @@ def work(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    return sweep.main(["--workdir=w", *arguments])
+    return sweep.cli(["--workdir=w", *arguments])
 
 
 def trained(work):
@@ -192,7 +192,7 @@ def test_every_problem_is_listed_and_nothing_is_started(work):
         "'weight' is not of the form key=value,value",
         "steps has the same value twice in 'steps=1,1'",
         "otreg.epsilon lacks a value in 'otreg.epsilon=1,,2'",
-        "cannot load the recipe none.py: [Errno 2] No such file or directory",
+        "cannot load the recipe none.py: none.py: no such file",
         "--sweep ';' names nothing",
         "'3' is not of the form key=value,value",
         "seed is both swept and in --set",

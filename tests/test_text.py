@@ -141,7 +141,7 @@ def test_unusable_tokenizer_files_are_named(tmp_path, hf_directory):
 
 def test_prints_the_loss_mask(piece_tokenizer, tmp_path, capsys):
     text.save_tokenizer(tmp_path, piece_tokenizer)
-    text.main([f"--tokenizer={tmp_path}", "--prompt={speech}\\n", "--speech=2", "lamp on"])
+    text.cli([f"--tokenizer={tmp_path}", "--prompt={speech}\\n", "--speech=2", "lamp on"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     ids = piece_tokenizer.encode("lamp on")
     assert len(rows) == 1 + 2 + 2 + len(ids)

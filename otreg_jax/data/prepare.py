@@ -24,13 +24,13 @@ import json
 import multiprocessing
 import os
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import tqdm
-from absl import app, flags
 
 from otreg_jax import languages
 from otreg_jax.data import audio, corpora, manifest, records, sources
@@ -268,51 +268,51 @@ def _write_metadata(output: Path) -> None:
     (output / "SHA256SUMS").write_text("".join(sums))
 
 
-def _machine(value: str) -> tuple[int, int]:
-    index, _, count = value.partition("/")
+def define_flags(define) -> None:
+    define.string("input", None, "Manifests separated by commas, or a corpus folder.")
+    define.string("output", None, "Folder of the data set; made if missing.")
+    layouts = ["manifest", *corpora.LAYOUTS]
+    define.enum("layout", "manifest", layouts, f"How the input is laid out: {', '.join(layouts)}.")
+    define.string("split", "train", "Split of the corpus; in the output with _ for -.")
+    define.bool("lower_case", False, "Transcripts in lower case, as the language has it.")
+    define.float("max_duration", 30.0, "Seconds; longer audio is refused.", 0)
+    define.float("shard_hours", 1.0, "Audio in a shard; an hour is 115 MB.", 0)
+    define.string("machine", "0/1", "Which of how many machines this is.")
+    define.string("beam", None, "Options of an Apache Beam pipeline to run as.")
+    define.integer("workers", os.cpu_count(), "Processes.", 1)
+
+
+def _machine(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ValueError(f"--machine={value} is not INDEX/COUNT, as in 0/4 … 3/4")
+        raise ValueError(f"--machine={text} is not INDEX/COUNT, as in 0/4 … 3/4")
     return int(index), int(count)
 
 
-def main(argv):
-    del argv
-    given = flags.FLAGS
-    split = given.split.replace("-", "_")  # as TFDS names splits
-    try:
-        found = read_corpus(given.layout, given.input, given.split, given.lower_case)
-        report = prepare(
-            *found,
-            given.output,
-            split,
-            max_duration=given.max_duration,
-            shard_hours=given.shard_hours,
-            workers=given.workers,
-            machine=_machine(given.machine),
-            beam=None if given.beam is None else shlex.split(given.beam),
-        )
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
+def main(values, _) -> None:
+    split = values.split.replace("-", "_")  # as TFDS names splits
+    machine = _machine(values.machine)
+    found = read_corpus(values.layout, values.input, values.split, values.lower_case)
+    report = prepare(
+        *found,
+        values.output,
+        split,
+        max_duration=values.max_duration,
+        shard_hours=values.shard_hours,
+        workers=values.workers,
+        machine=machine,
+        beam=None if values.beam is None else shlex.split(values.beam),
+    )
     if report is None:
         print("this machine's shards are written; others are still missing")
         return
     print(json.dumps(report, indent=2))
     refused = sum(report["refused"].values())
     if refused:
-        print(f"refused {refused} utterances: see {given.output}/refused-{split}.jsonl")
+        print(f"refused {refused} utterances: see {values.output}/refused-{split}.jsonl")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("input", None, "Manifests separated by commas, or a corpus folder.")
-    flags.DEFINE_string("output", None, "Folder of the data set; made if missing.")
-    layouts = ["manifest", *corpora.LAYOUTS]
-    flags.DEFINE_enum("layout", "manifest", layouts, "How the input is laid out.")
-    flags.DEFINE_string("split", "train", "Split of the corpus; in the output with _ for -.")
-    flags.DEFINE_bool("lower_case", False, "Transcripts in lower case, as the language has it.")
-    flags.DEFINE_float("max_duration", 30.0, "Seconds; longer audio is refused.")
-    flags.DEFINE_float("shard_hours", 1.0, "Audio in a shard; an hour is 115 MB.")
-    flags.DEFINE_string("machine", "0/1", "Which of how many machines this is.")
-    flags.DEFINE_string("beam", None, "Options of an Apache Beam pipeline to run as.")
-    flags.DEFINE_integer("workers", os.cpu_count(), "Processes.")
-    flags.mark_flags_as_required(["input", "output"])
-    app.run(main)
+    from otreg_jax import command  # here: it imports jax, which the worker processes need not
+
+    sys.exit(command.run(main, define_flags, required=["input", "output"]))

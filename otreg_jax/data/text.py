@@ -6,12 +6,12 @@ example as the model is trained on it, token by token with its loss mask:
     python -m otreg_jax.data.text --tokenizer=DIR --prompt="{speech}\\n" "turn on the light"
 """
 
-import argparse
 import hashlib
 import io
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -407,22 +407,22 @@ def layout(prompt: Prompt, tokens: Sequence[int], num_speech: int) -> list[Posit
     return [Position(part, i, t) for (part, i), t in zip(parts, targets, strict=True)]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a training example token by token with its loss mask."""
-    parser = argparse.ArgumentParser(prog="python -m otreg_jax.data.text", description=main.__doc__)
-    parser.add_argument("text", help="the transcript")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer.json, *.model or a directory")
-    parser.add_argument("--prompt", default="{speech}\n", help="prompt template")
-    parser.add_argument("--speech", type=int, default=3, help="number of speech positions")
-    args = parser.parse_args(argv)
-    tokenizer = load_tokenizer(args.tokenizer)
-    prompt = build_prompt(tokenizer, from_shell(args.prompt))
+def define_flags(define) -> None:
+    define.string("tokenizer", None, "tokenizer.json, *.model or a directory with one of them.")
+    define.string("prompt", "{speech}\n", "Prompt template.")
+    define.integer("speech", 3, "Number of speech positions.", 0)
+
+
+def main(values, arguments: Sequence[str]) -> None:
+    tokenizer = load_tokenizer(values.tokenizer)
+    prompt = build_prompt(tokenizer, from_shell(values.prompt))
 
     def name(i: int | None) -> str:
         return "-" if i is None else f"{i} {tokenizer.tokens([i])[0]!r}"
 
     print(f"{'':4} {'part':10} {'input':24} {'target':24} loss")
-    for i, position in enumerate(layout(prompt, tokenizer.encode(args.text), args.speech)):
+    tokens = tokenizer.encode(" ".join(arguments))
+    for i, position in enumerate(layout(prompt, tokens, values.speech)):
         in_loss = int(position.target is not None)
         print(
             f"{i:4} {position.part:10} {name(position.token):24} "
@@ -430,5 +430,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
+def cli(argv: Sequence[str] | None = None) -> int:
+    from otreg_jax import command  # here: it imports this file
+
+    return command.run(main, define_flags, argv, required=["tokenizer"], arguments="TRANSCRIPT")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(cli())
