@@ -152,10 +152,11 @@ def _definers(values: flags.FlagValues) -> SimpleNamespace:
 
 def _describe(values: flags.FlagValues) -> list[str]:
     lines = []
-    for name, value in sorted(values.flag_values_dict().items()):
+    for name in sorted(values.flag_values_dict()):
         if len(name) > 1:
-            default = "" if value in (None, "", [], False) else f"={value}"
-            lines.append(f"  --{name}{default}: {values[name].help}")
+            default = values[name].default
+            shown = "" if default in (None, "", [], False) else f"={default}"
+            lines.append(f"  --{name}{shown}: {values[name].help}")
     return lines
 
 

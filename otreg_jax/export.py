@@ -90,7 +90,7 @@ def _generation(run: build.Run) -> dict:
 
 def define_flags(define) -> None:
     command.define_run(define)
-    define.enum("dtype", "", ["", *DTYPES], "Of encoder and LLM: float32, bfloat16 or float16.")
+    define.enum("dtype", "", ["", *DTYPES], "Of encoder and LLM.")
     define.string("out", None, "Where to write; new or empty.")
 
 

@@ -272,7 +272,7 @@ def define_flags(define) -> None:
     define.string("input", None, "Manifests separated by commas, or a corpus folder.")
     define.string("output", None, "Folder of the data set; made if missing.")
     layouts = ["manifest", *corpora.LAYOUTS]
-    define.enum("layout", "manifest", layouts, f"How the input is laid out: {', '.join(layouts)}.")
+    define.enum("layout", "manifest", layouts, "How the input is laid out.")
     define.string("split", "train", "Split of the corpus; in the output with _ for -.")
     define.bool("lower_case", False, "Transcripts in lower case, as the language has it.")
     define.float("max_duration", 30.0, "Seconds; longer audio is refused.", 0)
