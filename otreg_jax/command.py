@@ -155,7 +155,7 @@ def _describe(values: flags.FlagValues) -> list[str]:
     for name in sorted(values.flag_values_dict()):
         if len(name) > 1:
             default = values[name].default
-            shown = "" if default in (None, "", [], False) else f"={default}"
+            shown = "" if default in (None, "", [], False) else f"={default}".replace("\n", "\\n")
             lines.append(f"  --{name}{shown}: {values[name].help}")
     return lines
 

@@ -297,7 +297,7 @@ def test_files_are_transcribed_whole(runs, audio, capsys, monkeypatch):
     assert long["text"] == " ".join(p["text"] for p in pieces if p["text"])
     assert any(p["unfinished"] for p in pieces) and "pieces ran into the limit of tokens" in err
 
-    assert transcribe.main([*command, files[1], "--srt"]) == 0
+    assert transcribe.cli([*command, files[1], "--srt"]) == 0
     blocks = [block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n")]
     assert [block[0] for block in blocks] == [str(i + 1) for i in range(len(blocks))]
     shown = " ".join(line for block in blocks for line in block[2:])
