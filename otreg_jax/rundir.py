@@ -12,7 +12,12 @@ import os
 import socket
 from typing import Any, NamedTuple
 
+import fsspec
 from etils import epath
+
+# gcsfs remembers what was in a folder. Other processes write there: one that still sees what a
+# killed save left would wait for ever for the folder that process 0 has made since.
+fsspec.config.conf["gs"] = {"use_listings_cache": False}
 
 
 class Files(NamedTuple):
@@ -26,6 +31,7 @@ class Files(NamedTuple):
     data: epath.Path  # synthetic speech
     encoded: epath.Path  # a frozen encoder's outputs (`encoder.keep`)
     checkpoints: epath.Path  # a directory a step
+    compiled: epath.Path  # programs, if this is remote: compiled once for all hosts and restarts
     metrics: epath.Path
     profile: epath.Path  # traces of the profiler
     eval: epath.Path  # what evaluation writes:
@@ -59,6 +65,7 @@ def of(workdir: str | os.PathLike) -> Files:
         data=root / "data",
         encoded=root / "encoded",
         checkpoints=absolute / "checkpoints",
+        compiled=root / "compiled",
         metrics=root / "metrics.jsonl",
         profile=root / "profile",
         eval=evaluation,

@@ -420,10 +420,13 @@ def main(values, _):
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: sys.exit(cluster.RESTART))
-    config = values.config
+    config, workdir = values.config, values.workdir
+    if rundir.is_remote(workdir) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # Compiled once: restarts on fresh disks, and the other hosts, load it from the bucket.
+        jax.config.update("jax_compilation_cache_dir", str(rundir.of(workdir).compiled))
     try:
         with cluster.membership(config.stall_seconds):
-            state = train(config, values.workdir)
+            state = train(config, workdir)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if int(state.step) < config.num_steps:

@@ -9,6 +9,7 @@ directory for each. In $PLAYED_CLOUD:
     workers       the number of workers of a slice; 2 if it is not there
     slices        the names of the slices, a line each
     environment/N.json   further variables of worker N, counted over all slices
+    skeleton/     what a new home holds, if anything
     NAME-N/       the home of worker N of slice NAME
 """
 
@@ -60,6 +61,8 @@ def reach(machine: str, worker: str | None) -> list[pathlib.Path]:
         fail("the node is not READY")
     found = [HOME / machine] if worker is None else homes(machine, worker)
     for home in found:
+        if (HOME / "skeleton").exists() and not (home / "otreg_jax").exists():
+            shutil.copytree(HOME / "skeleton", home, dirs_exist_ok=True)
         home.mkdir(exist_ok=True)
     return found
 
@@ -87,7 +90,7 @@ def create(name: str, flags: dict[str, str]) -> None:
 def delete() -> None:
     for slice_name in read("slices").splitlines():
         for home in HOME.glob(f"{slice_name}-[0-9]*"):
-            shutil.rmtree(home)
+            shutil.rmtree(home, ignore_errors=True)  # it may be a mount point
     for name in ("request", "slices"):
         (HOME / name).unlink(missing_ok=True)
 

