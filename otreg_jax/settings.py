@@ -189,7 +189,7 @@ _ROWS = (
         "encoder.keep",
         False,
         FLAG,
-        "compute what a frozen encoder gives once, and keep it in WORKDIR/encoded",
+        "compute what a frozen encoder gives once, and keep it in data.cache or WORKDIR/encoded",
     ),
     ("encoder.embed_dim", 96, integer(4, multiple_of=2), "width"),
     ("encoder.num_layers", 2, SIZE, "Transformer blocks"),

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 from jax.experimental import multihost_utils
 
 from otreg_jax import (
@@ -223,8 +224,9 @@ def stage_functions(slm, stage: stages.Stage, abstract_state, frozen) -> StageFu
 def keep_encoded(config, data: Data, files: rundir.Files, share, slm, frozen):
     """The frozen encoder's outputs for the training set, read from where they are kept."""
     skipped = str(files.skipped(jax.process_index()))
+    folder = epath.Path(config.data.cache) / "encoded" if config.data.cache else files.encoded
     return encode_once.encode_once(
-        config, data.train, data.tokenizer, slm, frozen, share, files.encoded, skipped
+        config, data.train, data.tokenizer, slm, frozen, share, folder, skipped
     )
 
 

@@ -20,7 +20,7 @@ import tqdm
 from otreg_jax.data import pipeline
 from otreg_jax.data.sources import Utterance
 
-SHARD_SIZE = 1024  # utterances; more where there would be over MAX_SHARDS, each of one batch shape
+SHARD_SIZE = 1024  # utterances; more where a manifest would make over MAX_SHARDS: each is compiled
 MAX_SHARDS = 16
 
 
@@ -84,9 +84,7 @@ def keep(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    order_N = np.argsort([u.duration for u in utterances], kind="stable")
-    size = max(SHARD_SIZE, -(-len(order_N) // MAX_SHARDS))
-    rows = [order_N[start : start + size] for start in range(0, len(order_N), size)]
+    rows = _shards(utterances)
     names = [_name([utterances[i] for i in part], data_config, fingerprint) for part in rows]
     missing = [k for k, name in enumerate(names) if not (folder / f"{name}.json").exists()]
     wait()  # all have looked before the first writes
@@ -102,7 +100,7 @@ def keep(
             _write_shard(folder / names[k], found, positions)
     progress.close()
     wait()
-    shards, frames_N = [], np.zeros(len(order_N), np.int64)
+    shards, frames_N = [], np.zeros(len(utterances), np.int64)
     shard_N, start_N = np.zeros_like(frames_N), np.zeros_like(frames_N)
     for k, (name, part) in enumerate(zip(names, rows, strict=True)):
         described = json.loads((folder / f"{name}.json").read_text())
@@ -114,6 +112,20 @@ def keep(
         bfloat16 = described["dtype"] == "bfloat16"  # of which .npy files know nothing
         shards.append(array.view(ml_dtypes.bfloat16) if bfloat16 else array)
     return Kept(shards, shard_N, start_N, frames_N, positions)
+
+
+def _shards(utterances: Sequence[Utterance]) -> list[np.ndarray]:
+    """Rows of each shard: of one manifest, so that a run on others too finds it again, and of
+    similar length."""
+    duration_N = np.array([u.duration for u in utterances])
+    corpus_N = np.array([u.where.rpartition(":")[0] for u in utterances])
+    shards = []
+    for corpus in np.unique(corpus_N):
+        rows = np.flatnonzero(corpus_N == corpus)
+        rows = rows[np.argsort(duration_N[rows], kind="stable")]
+        size = max(SHARD_SIZE, -(-len(rows) // MAX_SHARDS))
+        shards += [rows[start : start + size] for start in range(0, len(rows), size)]
+    return shards
 
 
 def _name(utterances: Sequence[Utterance], data_config, fingerprint: str) -> str:
