@@ -53,8 +53,6 @@ from otreg_jax.data import pipeline, sets, sources, text
 def train(config, workdir) -> step_lib.TrainState:
     """Trains to `config.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
-    Writes config.json, tokenizer files, metrics.jsonl, TensorBoard events and checkpoints.
-
     Returns:
       The final state; its step is below `num_steps` if the run was told to stop (SIGTERM, SIGHUP).
 

@@ -432,19 +432,10 @@ def test_parts_of_divided_audio_keep_the_spelling_of_the_transcript(tmp_path):
     times = [[0.1, 0.8], [1.0, 1.9], [2.1, 2.7], [2.9, 3.8]]
     line = {"audio_filepath": "long.wav", "duration": 4.0}
     timed = lambda words: [[word, *time] for word, time in zip(words, times, strict=True)]
+    english, japanese = timed("one two three four".split()), timed(["今日", "は", "いい", "天気。"])
     lines = [
-        line
-        | {
-            "id": "a",
-            "text": "One, two. Three: four!",
-            "words": timed("one two three four".split()),
-        },
-        line
-        | {
-            "id": "b",
-            "text": "今日は いい天気。",
-            "words": timed(["今日", "は", "いい", "天気。"]),
-        },
+        line | {"id": "a", "text": "One, two. Three: four!", "words": english},
+        line | {"id": "b", "text": "今日は いい天気。", "words": japanese},
         line | {"id": "c", "text": "one two three", "words": timed(["one", "two", "x", "y"])},
     ]
     path = str(write_lines(tmp_path / "m.jsonl", lines))
