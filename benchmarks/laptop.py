@@ -1,0 +1,202 @@
+"""A recogniser from pretrained parts on a laptop: what it learns from which speech.
+
+    python -m benchmarks.laptop --encoder=DIR --llm=DIR --corpora=read=DIR1,talk=DIR2 \\
+        --sentences=FILE --lang=en
+
+Trains configs/laptop.py on each corpus alone, on `--sentences` spoken by eSpeak NG alone, and on
+all together, then evaluates every run on the test set of every corpus. A corpus is a folder with
+train.jsonl, dev.jsonl and test.jsonl. The runs lie in --out and resume there; each finished one is
+a line of benchmarks/results/laptop.jsonl. --reference adds what the Whisper model in --encoder
+writes with its own decoder (needs torch and transformers). The table is printed.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from benchmarks import common
+from otreg_jax import metrics
+from otreg_jax.data import audio, manifest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "laptop.jsonl"
+SPOKEN, ALL = "spoken", "all"
+
+
+def corpora(text: str) -> dict[str, Path]:
+    """ "read=DIR1,talk=DIR2" as {"read": Path, ...}."""
+    return {name: Path(folder) for name, _, folder in (p.partition("=") for p in text.split(","))}
+
+
+def of_language(manifest: Path, lang: str, out: Path) -> Path:
+    """A copy of a manifest with the lines of one language; "": all of them."""
+    if not out.exists():
+        lines = map(json.loads, manifest.read_text().splitlines())
+        kept = [line for line in lines if not lang or line.get("lang") == lang]
+        for line in kept:
+            line["audio_filepath"] = str((manifest.parent / line["audio_filepath"]).absolute())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    return out
+
+
+def manifests(folders: dict[str, Path], lang: str, out: Path) -> dict[str, dict[str, Path]]:
+    """{corpus: {"train": manifest, "dev": ..., "test": ...}}"""
+    return {
+        name: {
+            split: of_language(
+                folder / f"{split}.jsonl", lang, out / "manifests" / f"{name}-{split}.jsonl"
+            )
+            for split in ("train", "dev", "test")
+        }
+        for name, folder in folders.items()
+    }
+
+
+def data_flags(condition: str, sets, values) -> list[str]:
+    """What training on one condition adds to the command."""
+    chosen = sets if condition == ALL else {n: s for n, s in sets.items() if n == condition}
+    train = ",".join(str(split["train"]) for split in chosen.values())
+    given = [f"--config.data.train={train}"] if train else []
+    if condition in (SPOKEN, ALL) and values.sentences:
+        given += [
+            f"--config.synthetic.sentences={values.sentences}",
+            f"--config.synthetic.num_train={values.num_spoken}",
+        ]
+    return given
+
+
+def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
+    """One run: a line of the results."""
+    workdir = out / f"{condition}-{values.arm}-{values.seed}"
+    tests = ",".join(f"{name}={split['test']}" for name, split in sets.items())
+    record = workdir / "minutes.json"
+    start = time.perf_counter()
+    command = [
+        sys.executable, "-m", "otreg_jax.train", f"--config=configs/laptop.py:{values.arm}",
+        f"--workdir={workdir}", f"--config.encoder.path={values.encoder}",
+        f"--config.llm.path={values.llm}", f"--config.seed={values.seed}",
+        *data_flags(condition, sets, values), *values.flags,
+    ]  # fmt: skip
+    print(" ".join(command), flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+    spent = json.loads(record.read_text()) if record.exists() else 0.0
+    record.write_text(json.dumps(spent + (time.perf_counter() - start) / 60))
+    evaluate = [
+        sys.executable, "-m", "otreg_jax.evaluate", f"--workdir={workdir}", f"--sets={tests}",
+        "--in_domain=" + (",".join(sets) if condition == ALL else condition if condition in sets
+                          else next(iter(sets))),
+    ]  # fmt: skip
+    subprocess.run(evaluate, cwd=ROOT, check=True)
+    results = json.loads((workdir / "eval" / "results.json").read_text())
+    lines = (workdir / "eval" / "hypotheses.jsonl").read_text().splitlines()
+    hypotheses = [json.loads(line) for line in lines]
+    return {
+        "trained_on": condition, "arm": values.arm, "seed": values.seed, "steps": results["step"],
+        "minutes": json.loads(record.read_text()),
+        "sets": {name: _scores(row) for name, row in results["sets"].items()},
+        "first_ten": {
+            name: [
+                [row["reference"], row["hypothesis"]] for row in hypotheses if row["set"] == name
+            ][:10]
+            for name in results["sets"]
+        },
+        "machine": common.describe_machine("flax", "ott-jax"),
+    }  # fmt: skip
+
+
+def _scores(row: dict) -> dict:
+    return {key: row[key] for key in ("n", "wer", "interval", "cer")}
+
+
+def whisper_itself(sets, values) -> dict:
+    """What the Whisper model writes with its own decoder, greedily, on each test set."""
+    import torch
+    import transformers
+
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(values.encoder).eval()
+    processor = transformers.WhisperProcessor.from_pretrained(values.encoder)
+    scores = {}
+    for name, split in sets.items():
+        utterances = manifest.read_manifest(split["test"])
+        hypotheses = []
+        for start in range(0, len(utterances), 16):
+            waves = [audio.load_audio(u) for u in utterances[start : start + 16]]
+            inputs = processor(waves, sampling_rate=16000, return_tensors="pt")
+            with torch.no_grad():
+                ids = model.generate(
+                    inputs.input_features, language=values.lang or None, task="transcribe",
+                    num_beams=1, do_sample=False,
+                )  # fmt: skip
+            hypotheses += processor.batch_decode(ids, skip_special_tokens=True)
+        references = [u.text for u in utterances]
+        scores[name] = _scores(metrics.score(references, hypotheses, [u.lang for u in utterances]))
+    return {"trained_on": "Whisper itself", "arm": "", "seed": 0, "sets": scores}
+
+
+def table(lines: list[dict]) -> str:
+    """WER with its 95 % interval: a row a run, a column a test set."""
+    names = list(dict.fromkeys(name for line in lines for name in line["sets"]))
+    rows = [
+        "| trained on | arm | steps | minutes | " + " | ".join(names) + " |",
+        "|---|---|---:|---:|" + "---|" * len(names),
+    ]
+    for line in lines:
+        cells = []
+        for name in names:
+            row = line["sets"][name]
+            wer, low, high = (100 * x for x in (row["wer"], *row["interval"]))
+            cells.append(f"{wer:.1f} ({low:.1f} … {high:.1f})")
+        minutes = f"{line['minutes']:.0f}" if "minutes" in line else ""
+        rows.append(
+            f"| {line['trained_on']} | {line['arm']} | {line.get('steps', '')} | {minutes} | "
+            + " | ".join(cells) + " |"
+        )  # fmt: skip
+    return "\n".join(rows)
+
+
+def main(argv):
+    del argv
+    values = flags.FLAGS
+    out = Path(values.out)
+    sets = manifests(corpora(values.corpora), values.lang, out)
+    done = [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    key = lambda line: (line["trained_on"], line["arm"], line["seed"])
+    known = {key(line) for line in done}
+    conditions = [*sets, *([SPOKEN] if values.sentences else []), ALL]
+    jobs = {
+        (name, values.arm, values.seed): lambda name=name: train_and_evaluate(
+            name, sets, values, out
+        )
+        for name in values.conditions or conditions
+    }
+    if values.reference:
+        jobs[("Whisper itself", "", 0)] = lambda: whisper_itself(sets, values)
+    for wanted, job in jobs.items():
+        if wanted not in known:
+            line = job()
+            done.append(line)
+            with open(RESULTS, "a") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    print(table(done))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("encoder", None, "Directory of a Whisper model.")
+    flags.DEFINE_string("llm", None, "Directory of a language model.")
+    flags.DEFINE_string("corpora", None, "name=folder,... with train.jsonl, dev.jsonl, test.jsonl.")
+    flags.DEFINE_string("sentences", "", "Text to be spoken, a sentence a line.")
+    flags.DEFINE_integer("num_spoken", 4000, "Spoken utterances to train on.")
+    flags.DEFINE_string("lang", "en", "Take only the lines of this language; empty: all.")
+    flags.DEFINE_string("arm", "otreg", "Of configs/laptop.py.")
+    flags.DEFINE_integer("seed", 0, "Of the run.")
+    flags.DEFINE_list("conditions", [], "Train on these alone: corpora, spoken, all.")
+    flags.DEFINE_multi_string("flags", [], "Further flags of otreg_jax.train; repeatable.")
+    flags.DEFINE_string("out", "runs/laptop", "Where the runs are.")
+    flags.DEFINE_bool("reference", False, "Also measure Whisper with its own decoder.")
+    flags.mark_flags_as_required(["encoder", "llm", "corpora"])
+    app.run(main)
