@@ -67,7 +67,9 @@ def test_evaluation_compares_the_arms_on_every_set(runs):
     assert set(results["sets"]) == {"dev", "fast"}
     for name, row in results["sets"].items():
         assert row["n"] == 4 and row["in_domain"] == (name == "dev")
-        assert row["wer"] >= 0 and row["cer"] >= 0
+        errors = row["substitutions"] + row["deletions"] + row["insertions"]
+        assert row["wer"] == pytest.approx(errors / row["words"])
+        assert row["wer"] > 0.5 and row["cer"] > 0.3  # after three steps it knows nothing yet
     assert set(results["compare"][str(control)]) == {"dev", "fast"}
     stored = json.loads((ours / "eval" / "results.json").read_text())
     assert stored == json.loads(json.dumps(results))
