@@ -11,7 +11,7 @@ import tempfile
 
 import harness
 
-NUMBERS = {"manifests": 2000, "audio_files": 1000}
+NUMBERS = {"manifests": 2000, "audio_files": 1000, "model_directories": 500, "configurations": 300}
 
 
 def main() -> int:
