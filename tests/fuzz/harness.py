@@ -12,18 +12,23 @@ Whatever else `case` raises is a trace that a user would have seen.
 
 import concurrent.futures
 import importlib
+import logging
 import multiprocessing
 import os
 import resource
 import sys
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 import otreg_jax
 
-SECONDS = 10  # that one input may take, beyond which it counts as hanging
+SECONDS = 10  # of its processor's time that one input may take, beyond which it counts as hanging
+PATIENCE = 60  # seconds that it may take by the clock, on a machine that does other work too
 MEMORY = 3 * 2**30  # bytes that one process may come to
 PACKAGE = os.path.dirname(otreg_jax.__file__)
 
@@ -61,12 +66,7 @@ def run(
         pool = _pool()
         pool.submit(_prepare, kind, work).result()
         for i in range(number):
-            try:
-                how, details = pool.submit(_one, kind, work, seed + i).result(timeout=SECONDS)
-            except concurrent.futures.TimeoutError:
-                how, details = "hang", f"over {SECONDS} s"
-            except concurrent.futures.process.BrokenProcessPool:
-                how, details = "memory", "the process died"
+            how, details = _watched(pool, kind, work, seed + i)
             if how in ("hang", "memory"):
                 _kill(pool)
                 pool = _pool()
@@ -77,6 +77,21 @@ def run(
                 print(f"\r{kind}: {i + 1} of {number}", end="", file=sys.stderr)
         pool.shutdown()
     return counts, failures
+
+
+def _watched(pool, kind: str, folder: str, seed: int) -> tuple[str, str]:
+    future, start = pool.submit(_one, kind, folder, seed), time.monotonic()
+    (process,) = pool._processes
+    used = lambda: sum(psutil.Process(process).cpu_times()[:2])
+    before = used()
+    while True:
+        try:
+            return future.result(timeout=1)
+        except concurrent.futures.TimeoutError:
+            if used() - before > SECONDS or time.monotonic() - start > PATIENCE:
+                return "hang", f"over {SECONDS} s"
+        except concurrent.futures.process.BrokenProcessPool:
+            return "memory", "the process died"
 
 
 def _pool() -> concurrent.futures.ProcessPoolExecutor:
@@ -95,6 +110,7 @@ def _prepare(kind: str, folder: str) -> None:
 
 
 def _one(kind: str, folder: str, seed: int) -> tuple[str, str]:
+    logging.disable(logging.CRITICAL)
     with open(os.devnull, "w") as nothing:  # what a command would print on the way
         out, sys.stdout = sys.stdout, nothing
         try:

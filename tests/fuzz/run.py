@@ -11,7 +11,13 @@ import tempfile
 
 import harness
 
-NUMBERS = {"manifests": 2000, "audio_files": 1000, "model_directories": 500, "configurations": 300}
+NUMBERS = {
+    "manifests": 2000,
+    "audio_files": 1000,
+    "model_directories": 500,
+    "configurations": 300,
+    "run_directories": 200,
+}
 
 
 def main() -> int:

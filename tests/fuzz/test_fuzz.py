@@ -5,7 +5,16 @@ import pytest
 import run
 
 
-@pytest.mark.parametrize("kind, number", [("manifests", 200), ("audio_files", 150)])
+@pytest.mark.parametrize(
+    "kind, number",
+    [
+        ("manifests", 200),
+        ("audio_files", 150),
+        ("model_directories", 40),
+        ("configurations", 12),
+        ("run_directories", 10),
+    ],
+)
 def test_every_input_is_used_rightly_or_named(kind, number, tmp_path):
     counts, failures = harness.run({kind: number}, str(tmp_path), seed=100_000)
     assert failures == []
