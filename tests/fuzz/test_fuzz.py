@@ -10,9 +10,9 @@ import run
     [
         ("manifests", 200),
         ("audio_files", 150),
-        ("model_directories", 40),
-        ("configurations", 12),
-        ("run_directories", 10),
+        ("model_directories", 20),
+        ("configurations", 8),
+        ("run_directories", 6),
     ],
 )
 def test_every_input_is_used_rightly_or_named(kind, number, tmp_path):
