@@ -24,7 +24,7 @@ LAYERS = {
     ),
     "parts of commands": (
         "pretrain_llm", "preflight", "encode_once", "tracking", "recognition", "decoding",
-        "alignment", "report/", "subtitles",
+        "alignment", "report/", "subtitles", "command",
     ),
     "assembly": ("build", "checkpoint"),
     "the step": ("optim", "train_step", "losses/"),
@@ -55,12 +55,15 @@ def modules() -> dict[str, Path]:
 
 
 def imports() -> dict[str, set[str]]:
-    """{module: the modules of this package that it imports, anywhere in its file}."""
+    """{module: the modules of this package that it imports, anywhere in its file}, but for what it
+    does as a program of its own."""
     known = modules()
     found = {}
     for name, path in known.items():
-        targets = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        targets, tree = set(), ast.parse(path.read_text())
+        is_main = lambda s: isinstance(s, ast.If) and "'__main__'" in ast.dump(s.test)
+        tree.body = [statement for statement in tree.body if not is_main(statement)]
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

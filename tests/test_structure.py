@@ -1,5 +1,6 @@
 """How the package is built: imports go down, files can be read in one sitting."""
 
+import ast
 import inspect
 
 import pytest
@@ -42,7 +43,10 @@ def test_imports_are_read_in_every_form(tmp_path, monkeypatch):
     (tmp_path / "losses").mkdir()
     sources = {
         "train.py": "import otreg_jax.build\nfrom otreg_jax import rundir, losses as l\n",
-        "build.py": "def f():\n    from otreg_jax.losses import ctc\n    import jax\n",
+        "build.py": (
+            "def f():\n    from otreg_jax.losses import ctc\n    import jax\n"
+            "if __name__ == '__main__':\n    from otreg_jax import train\n"
+        ),
         "rundir.py": "from otreg_jax.losses.ctc import loss\nfrom otreg_jax.losses import total\n",
         "losses/__init__.py": "",
         "losses/ctc.py": "",
@@ -79,6 +83,17 @@ def test_every_file_can_be_read_in_one_sitting():
 
 def test_the_training_loop_is_one_screen_and_a_half():
     assert len(inspect.getsource(train.train).splitlines()) < 80
+
+
+def test_a_command_can_be_imported_without_parsing_anything():
+    """No command looks at the command line, or defines flags, when it is imported."""
+    for name in structure.COMMANDS:
+        tree = ast.parse(structure.modules()[name].read_text())
+        for statement in tree.body:
+            if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If):
+                continue
+            calls = [ast.unparse(n.func) for n in ast.walk(statement) if isinstance(n, ast.Call)]
+            assert not [call for call in calls if "DEFINE" in call or "parse" in call], name
 
 
 def test_the_picture_is_of_this_package():

@@ -430,11 +430,7 @@ def main(values, arguments: Sequence[str]) -> None:
         )
 
 
-def cli(argv: Sequence[str] | None = None) -> int:
+if __name__ == "__main__":
     from otreg_jax import command  # here: it imports this file
 
-    return command.run(main, define_flags, argv, required=["tokenizer"], arguments="TRANSCRIPT")
-
-
-if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(command.run(main, define_flags, required=["tokenizer"], arguments="TRANSCRIPT"))
