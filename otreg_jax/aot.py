@@ -309,7 +309,8 @@ def describe(report: Report, devices, config, frames: int, tokens: int) -> str:
     lines = [
         f"{count} x {devices[0].device_kind}; mesh {mesh}; batch {report.batch_size}"
         + (f" in {config.accumulation} micro-batches" if config.accumulation > 1 else "")
-        + f" of {frames / 100:g} s and {tokens} tokens: sequences of {report.positions} positions",
+        + f" of {frames / features.FRAME_RATE:g} s and {tokens} tokens: "
+        f"sequences of {report.positions} positions",
         "",
         "memory of one device, GiB",
         *(f"  {name:32}{size / GIB:9.3f}" for name, size in report.memory.items()),
@@ -336,7 +337,9 @@ def main(values, _):
     devices = devices_of(values.topology, values.slices)
     frames = round((values.seconds or config.data.max_duration) * features.SAMPLE_RATE)
     frames //= features.HOP
-    tokens = values.tokens or config.data.max_tokens or round(frames * TOKENS_PER_SECOND / 100)
+    tokens = values.tokens or config.data.max_tokens or round(
+        frames * TOKENS_PER_SECOND / features.FRAME_RATE
+    )
 
     def compile_at(batch_size):
         print(f"compiling batch {batch_size} ...", file=sys.stderr)

@@ -16,7 +16,7 @@ import tqdm
 from jax.experimental import multihost_utils
 
 from otreg_jax import alignment, cluster, decoding, metrics, rundir, sharding
-from otreg_jax.data import pipeline, sets, sources
+from otreg_jax.data import features, pipeline, sets, sources
 from otreg_jax.models import slm as slm_lib
 
 PUBLISH_SECONDS = 60
@@ -163,7 +163,7 @@ def aligned(
             if i < 0 or not num_tokens:
                 continue
             starts_T, ends_T = alignment.monotone_spans(shares_ST[:length, :num_tokens])
-            seconds = frames / 100 / length
+            seconds = frames / features.FRAME_RATE / length
             yield (
                 utterances[i],
                 alignment.words_of(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otreg_jax import build, command, decoding, recognition, subtitles
-from otreg_jax.data import sets, sources
+from otreg_jax.data import features, sets, sources
 
 MIN_CHUNK = 0.5  # of the longest allowed: where the search for a quiet moment begins
 QUIET_WINDOW = 0.2  # seconds over which loudness is averaged
@@ -112,7 +112,8 @@ def _recognize(run, pieces, settings, batch_size) -> Iterator[tuple]:
     longest = max(piece.duration for piece in pieces)
     settings = settings._replace(max_tokens=fixed or int(_tokens(longest)))
     for batch in recognition.batches(run, pieces, batch_size, "transcribing"):
-        limit_B = None if fixed else _tokens(batch["mel_length"] / 100).astype("int32")
+        seconds_B = batch["mel_length"] / features.FRAME_RATE
+        limit_B = None if fixed else _tokens(seconds_B).astype("int32")
         decoded = decoding.recognize(
             run.slm, run.params, batch["mel"], batch["mel_length"], settings, limit_B
         )

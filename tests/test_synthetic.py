@@ -39,6 +39,7 @@ def spoken(tmp_path_factory):
 
 
 def test_manifest_is_one_the_sources_read(spoken):
+    assert synthetic.SAMPLE_RATE == sources.SAMPLE_RATE
     items, _, manifest = spoken
     utterances = sources.read_manifest(manifest)
     assert [u.text for u in utterances] == [item.text for item in items]

@@ -12,9 +12,8 @@ import soxr
 from etils import epath
 
 from otreg_jax.data import records, remote
-from otreg_jax.data.utterances import BadAudio, Problem, Utterance, in_threads
+from otreg_jax.data.utterances import SAMPLE_RATE, BadAudio, Problem, Utterance, in_threads
 
-SAMPLE_RATE = 16000
 RATES = (1000, 1_000_000)  # Hz that a header may give
 TOLERANCE = 0.1  # seconds between what a manifest says and what is there
 LOUDEST = 1e6  # times full scale: floats that are no audio

@@ -15,8 +15,9 @@ import numpy as np
 import scipy.fft
 import scipy.sparse
 
+from otreg_jax.data.utterances import SAMPLE_RATE
+
 PLACES = ("host", "step")  # where log-mel is computed: on the host, or inside the jitted step
-SAMPLE_RATE = 16000
 WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
 FRAME_RATE = SAMPLE_RATE // HOP  # frames a second

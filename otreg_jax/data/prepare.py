@@ -34,7 +34,7 @@ import tqdm
 
 from otreg_jax import languages
 from otreg_jax.data import audio, corpora, manifest, records, sources
-from otreg_jax.data.utterances import BadAudio, Problem, Utterance
+from otreg_jax.data.utterances import BadAudio, Problem, Utterance, too_long
 
 
 def read_corpus(
@@ -100,13 +100,10 @@ def prepare(
     output = Path(output)
     kept, refused = [], list(problems)
     for utterance in utterances:
-        if utterance.duration <= max_duration:
-            kept.append(utterance)
+        if problem := too_long(utterance, max_duration):
+            refused.append(problem)
         else:
-            length = (
-                f"{utterance.audio} is {utterance.duration:.2f} s long, over {max_duration:g} s"
-            )
-            refused.append(Problem("too_long", utterance.where, length))
+            kept.append(utterance)
     if not kept:
         raise ValueError(f"nothing is left to write: {sources.count(refused)}")
     shards = _divide(kept, 3600 * shard_hours)

@@ -16,11 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from otreg_jax.data.utterances import BadAudio
+from otreg_jax.data.utterances import SAMPLE_RATE, BadAudio
 
 PREFIX = "record:"  # an utterance's audio: "record:FOLDER:SPLIT:INDEX"
 NAME = "speech"  # of the data sets written here
-SAMPLE_RATE = 16000
 
 # Names that published data sets give to the same thing, the preferred one first.
 _TEXT = ("text", "transcription", "sentence", "normalized_text", "transcript", "raw_transcription")

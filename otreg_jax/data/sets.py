@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from otreg_jax import rundir
-from otreg_jax.data import sources, spoken, synthetic
+from otreg_jax.data import features, sources, spoken, synthetic
+from otreg_jax.data.utterances import too_long
 
 Sets = dict[str, list[sources.Utterance]]
 
@@ -102,12 +103,8 @@ def not_too_long(
 ) -> tuple[list[sources.Utterance], list[sources.Problem]]:
     """The utterances that the model takes whole, and a problem for each of the others."""
     longest = max_seconds(config)
-    refused = [
-        sources.Problem("too_long", u.where, f"{u.id} is {u.duration:.1f} s, over {longest:g}")
-        for u in utterances
-        if u.duration > longest
-    ]
-    return [u for u in utterances if u.duration <= longest], refused
+    refused = [problem for u in utterances if (problem := too_long(u, longest))]
+    return [u for u in utterances if not too_long(u, longest)], refused
 
 
 def max_seconds(config) -> float:
@@ -115,7 +112,7 @@ def max_seconds(config) -> float:
     (30 s, if it is a pretrained Whisper)."""
     encoder = config.encoder
     frames = encoder.max_positions * math.prod(encoder.strides)
-    return min(config.data.max_duration, 30.0 if encoder.path else frames / 100)
+    return min(config.data.max_duration, 30.0 if encoder.path else frames / features.FRAME_RATE)
 
 
 def describe(utterances: list[sources.Utterance]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from otreg_jax.data.utterances import (
     handle,
     in_threads,
     record_skipped,
+    too_long,
 )
 
 __all__ = [
@@ -115,7 +116,7 @@ def load_utterances(
         raise ValueError(f"data.long_audio={data_config.long_audio!r}: {' or '.join(LONG_AUDIO)}")
     kept, segments, refused = [], [], []
     for utterance in (u for utterances, _ in scans for u in utterances):
-        if utterance.duration <= max_duration:
+        if not too_long(utterance, max_duration):
             kept.append(utterance)
             continue
         parts, why = [utterance], ""
@@ -123,11 +124,10 @@ def load_utterances(
             parts = chunk(utterance, max_duration) or parts
             why = "" if len(parts) > 1 else ", and `words` are not those of its text"
         for part in parts:
-            if part.duration <= max_duration:
-                segments.append(part)
+            if problem := too_long(part, max_duration, why):
+                refused.append(problem)
             else:
-                length = f"{part.id} is {part.duration:.2f} s long, over {max_duration:g} s{why}"
-                refused.append(Problem("too_long", part.where, length))
+                segments.append(part)
     record_skipped(refused, skipped_path, note="refused")
     if segments and skipped_path:
         path = epath.Path(skipped_path).with_name("segments.jsonl")

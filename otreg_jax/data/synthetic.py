@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-SAMPLE_RATE = 16000
+SAMPLE_RATE = 16000  # utterances.SAMPLE_RATE, which these processes do not import
 CHUNK = 100  # utterances a process; changing it changes the audio
 VERSION = 3  # part of the cache key: raise it when the audio or the manifest changes
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import tqdm
 from etils import epath
 
+SAMPLE_RATE = 16000  # of all audio once it is read, mono
 THREADS = 16  # of readers that wait for files
 ON_BAD_AUDIO = ("raise", "skip")
 
@@ -34,6 +35,17 @@ class Problem(NamedTuple):
     kind: str  # "missing_file", "invalid_json", ...: what is counted
     where: str  # "train.jsonl:12"
     message: str
+
+
+def too_long(utterance: Utterance, longest: float, why: str = "") -> Problem | None:
+    """The problem with an utterance of more than `longest` seconds: audio is refused, never cut.
+
+    why: what else the message says.
+    """
+    if utterance.duration <= longest:
+        return None
+    length = f"{utterance.id} is {utterance.duration:.2f} s long, over {longest:g} s{why}"
+    return Problem("too_long", utterance.where, length)
 
 
 class BadAudio(ValueError):
