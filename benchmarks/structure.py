@@ -24,7 +24,7 @@ LAYERS = {
     ),
     "parts of commands": (
         "pretrain_llm", "preflight", "encode_once", "tracking", "recognition", "decoding",
-        "alignment", "report/", "subtitles", "command",
+        "alignment", "report/", "subtitles",
     ),
     "assembly": ("build", "checkpoint"),
     "the step": ("optim", "train_step", "losses/"),
@@ -32,7 +32,7 @@ LAYERS = {
     "models": ("models/", "pretrained/"),
     "data": ("data/",),
     "tools and the method": (
-        "rundir", "cluster", "flops", "sharding", "otreg", "sinkhorn/", "metrics",
+        "command", "rundir", "cluster", "flops", "sharding", "otreg", "sinkhorn/", "metrics",
         "normalize", "languages", "open_asr",
     ),
 }  # fmt: skip

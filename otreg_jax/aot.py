@@ -332,7 +332,7 @@ def describe(report: Report, devices, config, frames: int, tokens: int) -> str:
 
 
 def main(values, _):
-    config = values.config
+    config = config_lib.given(values)
     config_lib.check(config)
     devices = devices_of(values.topology, values.slices)
     frames = round((values.seconds or config.data.max_duration) * features.SAMPLE_RATE)
@@ -369,7 +369,7 @@ def main(values, _):
 
 
 def define_flags(define) -> None:
-    command.define_config(define)
+    config_lib.define_flag(define)
     define.string("topology", None, "v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, cpu:8, ...")
     define.integer("slices", 1, "How many such slices, joined by the data centre's network.", 1)
     define.float("seconds", 0, "Of audio in every utterance; 0: data.max_duration.", 0)
@@ -379,4 +379,5 @@ def define_flags(define) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, define_flags, required=("config", "topology")))
+    required = ("config", "topology")
+    sys.exit(command.run(main, define_flags, required=required, check=config_lib.check_flags))

@@ -15,11 +15,13 @@ import runpy
 import sys
 import textwrap
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from otreg_jax import rules, rundir, settings, stages
+from otreg_jax.data import text
 
 
 def default() -> ConfigDict:
@@ -222,6 +224,42 @@ def _import_hint(error: Exception, path: str) -> str:
         "; a recipe runs alone, it reads one beside it by "
         "runpy.run_path(str(Path(__file__).with_name('other.py')))"
     )
+
+
+def define_flag(define) -> None:
+    """The flag of a recipe, and with it those of its settings (--config.KEY=VALUE)."""
+    meaning = "Recipe, a file of configs/."
+    config_flags.DEFINE_config_file("config", None, meaning, flag_values=define.values)
+
+
+def check_flags(argv: Sequence[str]) -> list[str]:
+    """What is wrong with the --config file, or the settings that it has not and that are set."""
+    flag_of = lambda argument: argument.lstrip("-").partition("=")
+    given = [
+        (*flag_of(argument), after)
+        for argument, after in zip(argv[1:], [*argv[2:], ""], strict=True)
+        if argument.startswith("-")
+    ]
+    recipe = next((v if eq else after for name, eq, v, after in given if name == "config"), "")
+    if not recipe:
+        return []  # that is said elsewhere
+    try:
+        known = flatten(load_recipe(recipe)) | settings.TABLE
+    except ValueError as error:
+        return [str(error)]
+    keys = [name.removeprefix("config.") for name, *_ in given if name.startswith("config.")]
+    groups = {key[:i] for key in known for i, letter in enumerate(key) if letter == "."}
+    return [
+        f"--config.{key}: unknown key{suggest(key, known)}"
+        for key in keys
+        if key not in known and key not in groups
+    ]
+
+
+def given(values) -> ConfigDict:
+    """The configuration that the flags of a command give: a recipe's, with what was typed."""
+    values.config.prompt = text.from_shell(values.config.prompt)
+    return values.config
 
 
 def as_text() -> str:

@@ -65,6 +65,21 @@ def check(settings: Settings) -> None:
         raise ValueError("; ".join(problems))
 
 
+def define_flags(define) -> None:
+    """The flags of commands that decode; `settings_of` reads them."""
+    default = Settings(0)
+    define.integer("beam_width", default.beam_width, "Hypotheses kept; 1: greedy search.", 1)
+    penalty = "Exponent of the length in beam scores."
+    define.float("length_penalty", default.length_penalty, penalty)
+    ngram = "Forbid repeated n-grams; 0: allow them."
+    define.integer("no_repeat_ngram", default.no_repeat_ngram, ngram, 0)
+
+
+def settings_of(values) -> Settings:
+    """How the flags of `define_flags` say to decode; max_tokens 0 is left to the command."""
+    return Settings(0, values.beam_width, values.length_penalty, values.no_repeat_ngram)
+
+
 @functools.partial(jax.jit, static_argnames=("slm", "settings"))
 def recognize(
     slm: slm_lib.SLM, params: dict, mel_BFM: jax.Array, mel_length_B: jax.Array,

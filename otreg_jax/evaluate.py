@@ -272,7 +272,7 @@ def define_flags(define) -> None:
     define.string("sets", "", "name=manifest,...: instead of the configuration's sets.")
     define.list("in_domain", ["dev"], "Names of the in-domain sets.")
     define.integer("batch_size", 32, "Utterances decoded at once.", 1)
-    command.define_decoding(define)
+    decoding.define_flags(define)
     define.enum("normalizer", "whisper", list(normalize.STYLES), "What counts as the same text.")
 
 
@@ -281,7 +281,7 @@ def main(values, _):
         results = evaluate(
             values.workdir, which=values.checkpoint, compare=values.compare, manifests=values.sets,
             in_domain=values.in_domain, batch_size=values.batch_size,
-            decode=command.decode_settings(values), normalizer=values.normalizer,
+            decode=decoding.settings_of(values), normalizer=values.normalizer,
         )  # fmt: skip
     if jax.process_index() == 0:
         print(table(results))

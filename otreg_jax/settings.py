@@ -52,6 +52,8 @@ class Setting(NamedTuple):
 
 SIZE = integer(1)
 COUNT = integer(0)
+WIDTH = integer(1, 2**18)  # what is wider, or deeper, is a slip
+DEPTH = integer(1, 1024)
 SHARE = number(0, 1)
 WEIGHT = number(0)
 POSITIVE = number(above=0)
@@ -191,10 +193,10 @@ _ROWS = (
         FLAG,
         "compute what a frozen encoder gives once, and keep it in data.cache or WORKDIR/encoded",
     ),
-    ("encoder.embed_dim", 96, integer(4, multiple_of=2), "width"),
-    ("encoder.num_layers", 2, SIZE, "Transformer blocks"),
-    ("encoder.num_heads", 4, SIZE, "of attention; they divide the width"),
-    ("encoder.mlp_dim", 384, SIZE, "width inside a block's MLP"),
+    ("encoder.embed_dim", 96, integer(4, 2**18, multiple_of=2), "width"),
+    ("encoder.num_layers", 2, DEPTH, "Transformer blocks"),
+    ("encoder.num_heads", 4, DEPTH, "of attention; they divide the width"),
+    ("encoder.mlp_dim", 384, WIDTH, "width inside a block's MLP"),
     ("encoder.max_positions", 1500, SIZE, "at most, counted after the strides"),
     (
         "encoder.strides",
@@ -203,11 +205,11 @@ _ROWS = (
         "of the convolutions over 100 mel frames a second",
     ),
     ("adapter.kind", "mlp", one_of(*adapter.KINDS), "see otreg_jax/models/adapter.py"),
-    ("adapter.stack", 1, SIZE, "encoder positions to one speech embedding"),
-    ("adapter.hidden_dim", 192, SIZE, "width between encoder and LLM"),
-    ("adapter.num_layers", 2, SIZE, "of transformer, conformer and qformer"),
-    ("adapter.num_heads", 8, SIZE, "likewise"),
-    ("adapter.num_queries", 1, SIZE, "qformer: embeddings a window"),
+    ("adapter.stack", 1, DEPTH, "encoder positions to one speech embedding"),
+    ("adapter.hidden_dim", 192, WIDTH, "width between encoder and LLM"),
+    ("adapter.num_layers", 2, DEPTH, "of transformer, conformer and qformer"),
+    ("adapter.num_heads", 8, DEPTH, "likewise"),
+    ("adapter.num_queries", 1, DEPTH, "qformer: embeddings a window"),
     ("adapter.dropout", 0.0, number(0, below=1), "of its last hidden layer"),
     (
         "adapter.norm",
@@ -217,12 +219,12 @@ _ROWS = (
     ),
     ("llm.path", "", MODEL, '"": from scratch'),
     ("llm.revision", "", TEXT, "the commit of a hub id"),
-    ("llm.embed_dim", 96, SIZE, "width"),
-    ("llm.num_layers", 2, SIZE, "Transformer blocks"),
-    ("llm.num_heads", 4, SIZE, "of attention: queries"),
-    ("llm.num_kv_heads", 4, SIZE, "of keys and values; they divide num_heads"),
-    ("llm.head_dim", 24, integer(2, multiple_of=2), "even: rotary embeddings turn pairs"),
-    ("llm.mlp_dim", 288, SIZE, "width inside a block's MLP"),
+    ("llm.embed_dim", 96, WIDTH, "width"),
+    ("llm.num_layers", 2, DEPTH, "Transformer blocks"),
+    ("llm.num_heads", 4, DEPTH, "of attention: queries"),
+    ("llm.num_kv_heads", 4, DEPTH, "of keys and values; they divide num_heads"),
+    ("llm.head_dim", 24, integer(2, 2**12, multiple_of=2), "even: rotary embeddings turn pairs"),
+    ("llm.mlp_dim", 288, WIDTH, "width inside a block's MLP"),
     ("llm.tie_embeddings", True, FLAG, "the output layer is the embedding table"),
     (
         "llm.pretrain.num_steps",
@@ -243,7 +245,7 @@ _ROWS = (
         REGEX,
         'whole paths of kernels to adapt: "llm/layers/attn/[qv]/kernel"; "": none',
     ),
-    ("lora.rank", 8, SIZE, "of the update of a kernel"),
+    ("lora.rank", 8, DEPTH, "of the update of a kernel"),
     ("lora.scale", 1.0, POSITIVE, "of the update; what other libraries call alpha / rank"),
     ("otreg.weight", 0.0, WEIGHT, "lambda at its full value; 0: cross-entropy alone"),
     ("otreg.start_step", 0, COUNT, "stage 1 (SFT, lambda = 0) lasts until here"),

@@ -420,7 +420,7 @@ def main(values, _):
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: sys.exit(cluster.RESTART))
-    config, workdir = values.config, values.workdir
+    config, workdir = config_lib.given(values), values.workdir
     if rundir.is_remote(workdir) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Compiled once: restarts on fresh disks, and the other hosts, load it from the bucket.
         jax.config.update("jax_compilation_cache_dir", str(rundir.of(workdir).compiled))
@@ -434,9 +434,10 @@ def main(values, _):
 
 
 def define_flags(define) -> None:
-    command.define_config(define)
+    config_lib.define_flag(define)
     define.string("workdir", None, "Directory of the run; made if missing.")
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, define_flags, required=("config", "workdir")))
+    required = ("config", "workdir")
+    sys.exit(command.run(main, define_flags, required=required, check=config_lib.check_flags))

@@ -238,7 +238,7 @@ def define_flags(define) -> None:
     longest = "Longest piece decoded at once; by default the longest that was trained on."
     define.float("chunk_seconds", None, longest)
     define.float("silence_db", None, "Pieces never louder than this (-60, say) say nothing.")
-    command.define_decoding(define)
+    decoding.define_flags(define)
     define.integer("batch_size", 16, "Pieces decoded at once.", 1)
 
 
@@ -252,7 +252,7 @@ def main(values, arguments: Sequence[str]) -> int:
     run = build.load_run(values.workdir, values.checkpoint)
     found, failures = transcribe(
         run, paths, chunk_seconds=values.chunk_seconds, batch_size=values.batch_size,
-        silence_db=values.silence_db, settings=command.decode_settings(values),
+        silence_db=values.silence_db, settings=decoding.settings_of(values),
     )  # fmt: skip
     timed = {path: word_times(run, path, s) for path, s in found.items()} if kind else {}
     for path, segments in found.items():

@@ -12,6 +12,7 @@ from toy_run import write_recipe
 
 import otreg_jax
 from otreg_jax import command
+from otreg_jax import config as config_lib
 
 
 def define_flags(define):
@@ -82,8 +83,12 @@ def test_a_prompt_typed_in_a_shell_has_line_ends(tmp_path, monkeypatch, capsys):
     recipe = write_recipe(tmp_path, toy_config())
     argv = [f"--config={recipe}", r"--config.prompt=a {speech}\nb", "--config.seed", "7"]
     monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    show = lambda values, _: print(repr(values.config.prompt), values.config.seed)
-    assert command.run(show, command.define_config) == 0
+
+    def show(values, _):
+        config = config_lib.given(values)
+        print(repr(config.prompt), config.seed)
+
+    assert command.run(show, config_lib.define_flag, check=config_lib.check_flags) == 0
     assert capsys.readouterr().out == "'a {speech}\\nb' 7\n"
 
 
@@ -91,7 +96,7 @@ def test_settings_that_a_recipe_has_not_are_named_however_they_are_written(tmp_p
     recipe = str(write_recipe(tmp_path, toy_config()))
     keys = ["--config.otreg.wieght=1", "--config.sead", "3", "--config.optim={}", "--config.seed=1"]
     for config in (["--config", recipe], [f"--config={recipe}"], [f"-config={recipe}"]):
-        assert command.check_settings(["train.py", *config, *keys]) == [
+        assert config_lib.check_flags(["train.py", *config, *keys]) == [
             "--config.otreg.wieght: unknown key (did you mean 'otreg.weight'?)",
             "--config.sead: unknown key (did you mean 'seed'?)",
         ]

@@ -1,6 +1,7 @@
 """Tokenizers, prompts and the printed training example."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,13 @@ def test_unusable_tokenizer_files_are_named(tmp_path, hf_directory):
         text.load_tokenizer(hf_directory)
     with pytest.raises(ValueError, match="no chat layout 'vicuna'"):
         text.chat("vicuna", "{speech}")
+
+
+def test_a_vocabulary_too_small_for_the_characters_says_how_large_it_must_be(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.vocab_size=9: the text needs 1[0-9]") as error:
+        text.train_sentencepiece(["abc def ghi"], tmp_path / "t", 9)
+    needed = int(re.search(r"needs (\d+)", str(error.value))[1])
+    text.train_sentencepiece(["abc def ghi"], tmp_path / "t", needed)
 
 
 def test_prints_the_loss_mask(piece_tokenizer, tmp_path, capsys):

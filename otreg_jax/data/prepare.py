@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from otreg_jax import languages
+from otreg_jax import command, languages
 from otreg_jax.data import audio, corpora, manifest, records, sources
 from otreg_jax.data.utterances import BadAudio, Problem, Utterance, too_long
 
@@ -310,6 +310,4 @@ def main(values, _) -> None:
 
 
 if __name__ == "__main__":
-    from otreg_jax import command  # here: it imports jax, which the worker processes need not
-
     sys.exit(command.run(main, define_flags, required=["input", "output"]))

@@ -6,6 +6,7 @@ example as the model is trained on it, token by token with its loss mask:
     python -m otreg_jax.data.text --tokenizer=DIR --prompt="{speech}\\n" "turn on the light"
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
+from otreg_jax import command
 from otreg_jax.data import chat as chat_lib
 
 SPEECH = "{speech}"  # where a prompt template puts the speech embeddings
@@ -246,24 +248,31 @@ def train_sentencepiece(
     vocab_size: an upper bound; a small text yields fewer pieces. model_type: of MODEL_TYPES.
     byte_fallback: 256 byte pieces, so that any text can be written. symbols: always one token each;
     by default the line end that closes a prompt. The text is taken as it is, not normalised.
+
+    Raises ValueError when `vocab_size` is too small for the text's characters (unigram, bpe).
     """
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        model_type=model_type,
-        byte_fallback=byte_fallback,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        user_defined_symbols=list(symbols),
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            model_type=model_type,
+            byte_fallback=byte_fallback,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            user_defined_symbols=list(symbols),
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        needed = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error))
+        reason = f"the text needs {needed[1]}: its characters, and 4" if needed else str(error)
+        raise ValueError(f"tokenizer.vocab_size={vocab_size}: {reason}") from None
     epath.Path(f"{path_prefix}.model").write_bytes(model.getvalue())
     return SentencePieceTokenizer(model.getvalue())
 
@@ -430,7 +439,9 @@ def main(values, arguments: Sequence[str]) -> None:
         )
 
 
-if __name__ == "__main__":
-    from otreg_jax import command  # here: it imports this file
+cli = functools.partial(
+    command.run, main, define_flags, required=["tokenizer"], arguments="TRANSCRIPT"
+)
 
-    sys.exit(command.run(main, define_flags, required=["tokenizer"], arguments="TRANSCRIPT"))
+if __name__ == "__main__":
+    sys.exit(cli())
