@@ -1,12 +1,15 @@
-"""Compiles the training step for devices that are not there: does it fit, and what does it cost?
+"""Compiles the training step, or what evaluation runs, for devices that are not there: does it fit,
+and what does it cost?
 
     python -m otreg_jax.aot --config=configs/multilingual.py --topology=v5p:4x4x4
     python -m otreg_jax.aot --config=configs/multilingual.py --topology=v5p:4x4x4 --slices=2
     python -m otreg_jax.aot --config=configs/quickstart.py --topology=cpu:8
+    python -m otreg_jax.aot --config=configs/multilingual.py --topology=v5e:4x4 --program=decode
 
 Needs no TPU and no weights, only the pretrained models' config.json; for TPU topologies it needs
 libtpu (pip install 'jax[tpu]'). The whole step is compiled as training compiles it: loss, OTReg,
-gradients, optimizer, donated state, over the mesh of `config.mesh`.
+gradients, optimizer, donated state, over the mesh of `config.mesh`. `--program=decode` compiles
+what evaluation runs, on the mesh it would take: the prompt, and a loop of which one token counts.
 """
 
 import collections
@@ -15,22 +18,32 @@ import functools
 import json
 import math
 import os
-import re
 import sys
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from otreg_jax import build, command, flops, optim, pretrained, sharding, train_step
+from otreg_jax import (
+    build,
+    command,
+    compiler,
+    decoding,
+    flops,
+    optim,
+    pretrained,
+    recognition,
+    sharding,
+    train_step,
+)
 from otreg_jax import config as config_lib
 from otreg_jax.data import features, text
+from otreg_jax.models import llm
 from otreg_jax.models import slm as slm_lib
 
 GIB = 2**30
 TOKENS_PER_SECOND = 8  # of transcripts, when neither a flag nor data.max_tokens says
 PROMPT_TOKENS = 16  # on either side of the speech, when no tokenizer is at hand
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +52,9 @@ class Report:
 
     memory: by what it holds. peak: of all of it at once. capacity: of the device, None if unknown.
     flops: model FLOPs over all devices. collectives: {kind: (count, bytes of results)}.
-    positions: the length of the LLM's sequence.
+    positions: the length of the LLM's sequence. mesh: {axis: devices}.
+    of: what FLOPs and collectives are counted of.
+    host: memory of a host while it loads the weights, about.
     """
 
     batch_size: int
@@ -49,6 +64,9 @@ class Report:
     flops: int
     collectives: dict[str, tuple[int, int]]
     positions: int
+    mesh: dict[str, int]
+    of: str = "a step"
+    host: int | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -98,12 +116,15 @@ def modules_of(config, mesh):
     return build.modules(config, vocab_size, prompt, path, mesh)
 
 
-def abstract_batch(config, mesh, frames: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of `config.batch_size` utterances of so many mel frames and transcript tokens."""
+def abstract_batch(
+    config, mesh, frames: int, tokens: int, on_host: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `config.batch_size` utterances of so many mel frames and transcript tokens; of mel
+    features `on_host`, whatever `data.features` says."""
     placed = sharding.batch_sharding(mesh)
     rows = config.batch_size
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
-    if config.data.features == "step":
+    if config.data.features == "step" and not on_host:
         speech = {
             "audio": array(jnp.float32, frames * features.HOP), "audio_length": array(jnp.int32)
         }  # fmt: skip
@@ -132,45 +153,107 @@ def abstract_step(config, devices, frames: int, tokens: int):
     frozen |= jax.eval_shape(functools.partial(build.text_target, config=config), params)
     optimizer = optim.make_optimizer(config)
     state = train_step.abstract_state(params, optimizer, mesh)
-    place = lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
-    frozen = jax.tree.map(place, frozen, sharding.tree_shardings(frozen, mesh))
-    arguments = (state, frozen, abstract_batch(config, mesh, frames, tokens))
+    arguments = (state, _placed(frozen, mesh), abstract_batch(config, mesh, frames, tokens))
     return slm, lambda slm: train_step.make_step(slm, config, optimizer, state), arguments
 
 
 def compile_step(config, devices, frames: int, tokens: int) -> Report:
     """Compiles the training step of a configuration for `devices`; errors as `abstract_step`."""
     slm, step_of, arguments = abstract_step(config, devices, frames, tokens)
-    traced = step_of(slm).trace(*arguments)
     state, frozen, batch = arguments
     memory = {
         "frozen weights": _bytes(frozen), "trained weights": _bytes(state.params),
         "optimizer state": _bytes(state.opt_state), "batch": _bytes(batch),
     }  # fmt: skip
+    traced = step_of(slm).trace(*arguments)
+    memory, peak, capacity, collectives = _compile(
+        traced, devices, memory, "activations, gradients, buffers"
+    )
+    return Report(
+        config.batch_size, memory, peak, capacity,
+        flops.count(step_of(build.plain(slm)), *arguments), collectives,
+        _prompt_length(slm, frames) + tokens, dict(slm.mesh.shape),
+    )  # fmt: skip
+
+
+def compile_decode(config, devices, frames: int, tokens: int) -> Report:
+    """Compiles what evaluation runs on a batch of `config.batch_size` utterances, greedy search for
+    up to `tokens` tokens, on the mesh that `build.load_run` would take.
+
+    Raises:
+      ValueError: the configuration is impossible on these devices.
+    """
+    shapes = optim.merge(*build.abstract_params(modules_of(config, None), config))
+    mesh = sharding.mesh_at_hand(config, shapes, devices)
+    slm = modules_of(config, mesh)
+    params = _placed(shapes, mesh)
+    trained, frozen = optim.split(params, config.freeze)
+    batch = abstract_batch(config, mesh, frames, tokens, on_host=True)
+    length = _prompt_length(slm, frames) + tokens
+    cache = jax.eval_shape(lambda: llm.init_cache(slm.llm.config, config.batch_size, length))
+    cache = jax.tree.map(lambda x: _at(x, sharding.cache_sharding(x.shape, mesh)), cache)
+    memory = {
+        "frozen weights": _bytes(frozen), "trained weights": _bytes(trained),
+        "keys and values": _bytes(cache), "batch": _bytes(batch),
+    }  # fmt: skip
+
+    def trace(slm):
+        settings = decoding.Settings(tokens)
+        return recognition.recognize_and_embed.trace(
+            slm, params, batch, settings, config.otreg.layer
+        )
+
+    memory, peak, capacity, collectives = _compile(
+        trace(slm), devices, memory, "activations, buffers"
+    )
+    return Report(
+        config.batch_size, memory, peak, capacity,
+        flops.of_jaxpr(trace(build.plain(slm)).jaxpr), collectives, length,
+        dict(mesh.shape), of="the prompt and one token", host=_loading(trained, frozen, devices),
+    )  # fmt: skip
+
+
+def _compile(traced, devices, memory: dict[str, int], rest: str) -> tuple:
+    """(memory, peak, capacity, collectives) of a traced program as `Report` has them, its peak
+    beside the given `memory` called `rest`."""
     known = flops.chip(devices[0])
     capacity = int(known.memory) if known else None
     collectives = {}
     try:
-        compiled = traced.lower(lowering_platforms=(devices[0].platform,)).compile()
-        peak = peak_memory(compiled.memory_analysis(), devices[0].platform)
-        collectives = count_collectives(compiled.as_text())
+        program = traced.lower(lowering_platforms=(devices[0].platform,)).compile()
+        peak = compiler.peak_memory(program.memory_analysis(), devices[0].platform)
+        collectives = compiler.count_collectives(program.as_text())
     except jax.errors.JaxRuntimeError as error:  # how XLA says that the memory does not suffice
-        found = needed_and_available(str(error))
+        found = compiler.needed_and_available(str(error))
         if not found:
             raise
         # What is named may be temporaries alone.
         peak, capacity = max(found[0], sum(memory.values())), found[1]
-    memory["activations, gradients, buffers"] = peak - sum(memory.values())
-    positions = (
-        len(slm.prompt.prefix)
-        + slm_lib.speech_length(slm, frames)
-        + len(slm.prompt.suffix)
-        + tokens
+    return memory | {rest: peak - sum(memory.values())}, peak, capacity, collectives
+
+
+def _prompt_length(slm, frames: int) -> int:
+    """Positions of the LLM's sequence before the transcript."""
+    return len(slm.prompt.prefix) + slm_lib.speech_length(slm, frames) + len(slm.prompt.suffix)
+
+
+def _placed(params, mesh):
+    return jax.tree.map(_at, params, sharding.tree_shardings(params, mesh))
+
+
+def _at(x, placed) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+
+def _loading(trained, frozen, devices) -> int:
+    """Bytes of a host's memory while it loads a run, about: all that its devices take of the
+    checkpoint, and the largest tensor of a file."""
+    local = max(collections.Counter(device.process_index for device in devices).values())
+    pieces = (
+        _bytes(x) // (len(x) if "/layers/" in path else 1)
+        for path, x in optim.flat_paths(frozen).items()
     )
-    return Report(
-        config.batch_size, memory, peak, capacity,
-        flops.count(step_of(build.plain(slm)), *arguments), collectives, positions,
-    )  # fmt: skip
+    return local * (_bytes(trained) + max(pieces, default=0))
 
 
 def model_flops(config, devices, frames: int, tokens: int) -> int:
@@ -179,100 +262,11 @@ def model_flops(config, devices, frames: int, tokens: int) -> int:
     return flops.count(step_of(build.plain(slm)), *arguments)
 
 
-def needed_and_available(message: str) -> tuple[int, int] | None:
-    """Bytes, from an error of XLA's for TPUs that says so; None from any other error."""
-    amount = r"([\d.]+)([KMGT])"
-    for pattern in (
-        rf"Used {amount} of {amount} hbm",
-        rf"memory required for [\w ]+ \({amount}\) exceeds available HBM \({amount}\)",
-    ):
-        if match := re.search(pattern, message):
-            sizes = zip(match.groups()[::2], match.groups()[1::2], strict=True)
-            needed, available = (int(float(n) * 1024 ** " KMGT".index(u)) for n, u in sizes)
-            return needed, available
-    return None
-
-
-def peak_memory(analysis, platform: str) -> int:
-    """Bytes of one device that a compiled program needs at once; on CPUs, whose compiler leaves
-    temporaries out of its peak, all that it needs at any time."""
-    if platform != "cpu":
-        return analysis.peak_memory_in_bytes
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-    return held + analysis.temp_size_in_bytes - analysis.alias_size_in_bytes
-
-
 def _bytes(tree) -> int:
     """Bytes of one device's shards."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
-
-
-def count_collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """{kind: (how often, bytes of results)} on one device, from the text of a compiled program.
-
-    A loop counts as often as it runs where the text tells: by XLA's annotation, or by the one
-    constant that its condition compares a counter with (loops of JAX count up from 0).
-    """
-    found, calls = collections.defaultdict(list), collections.defaultdict(list)
-    constants = collections.defaultdict(list)
-    computation = entry = ""
-    for line in hlo.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
-        if header:
-            computation = header[2]
-            entry = computation if header[1] else entry
-            continue
-        instruction = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", line)
-        if not instruction:
-            continue
-        shape, opcode = instruction.groups()
-        if opcode == "constant" and shape.startswith("s32[]"):
-            constants[computation].append(int(re.search(r"constant\((-?\d+)\)", line)[1]))
-        kind = opcode.removesuffix("-start")
-        if kind in KINDS:
-            found[computation].append((kind, _result_bytes(shape, opcode)))
-        if opcode in ("async-update", "async-done"):
-            continue  # their start has been counted
-        times = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-        condition = re.search(r"condition=%?([\w.-]+)", line)
-        called = r"(?:body|calls|to_apply|\w+_computations?)=(\{.*?\}|[^,\s]+)"
-        for names in re.findall(called, line):
-            for name in names.strip("{}").split(", "):
-                calls[computation].append(
-                    (name.lstrip("%"), int(times[1]) if times else condition and condition[1])
-                )
-
-    @functools.cache
-    def total(name):
-        sums = collections.Counter()
-        for kind, size in found[name]:
-            sums[kind, "count"] += 1
-            sums[kind, "bytes"] += size
-        for callee, times in calls[name]:
-            if isinstance(times, str):  # the name of a condition
-                times = constants[times][0] if len(constants[times]) == 1 else 1
-            for key, value in total(callee).items():
-                sums[key] += (times or 1) * value
-        return sums
-
-    sums = total(entry)
-    used = [kind for kind in KINDS if sums[kind, "count"]]
-    return {kind: (sums[kind, "count"], sums[kind, "bytes"]) for kind in used}
-
-
-def _result_bytes(shape: str, opcode: str) -> int:
-    """Bytes of an HLO shape or tuple; of "start" operations that also return their operands, the
-    results alone."""
-    sizes = []
-    for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]", shape):
-        bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
-        sizes.append(bits * math.prod(map(int, dims.split(",")) if dims else ()) // 8)
-    if opcode in ("all-gather-start", "collective-permute-start"):
-        sizes = [size for size in sizes if size > 4]
-        sizes = sizes[len(sizes) // 2 :]
-    return sum(sizes)
 
 
 def largest_batch(compile_at, first: Report, unit: int) -> Report | None:
@@ -305,7 +299,7 @@ def largest_batch(compile_at, first: Report, unit: int) -> Report | None:
 def describe(report: Report, devices, config, frames: int, tokens: int) -> str:
     """The report as people read it."""
     chip, count = flops.chip(devices[0]), len(devices)
-    mesh = ", ".join(f"{axis}={size}" for axis, size in sharding.mesh_sizes(config, count).items())
+    mesh = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items())
     lines = [
         f"{count} x {devices[0].device_kind}; mesh {mesh}; batch {report.batch_size}"
         + (f" in {config.accumulation} micro-batches" if config.accumulation > 1 else "")
@@ -319,11 +313,13 @@ def describe(report: Report, devices, config, frames: int, tokens: int) -> str:
     of = "" if report.capacity is None else f" of {report.capacity / GIB:.2f}"
     peak = "peak, at least" if report.fits is False else "peak"
     lines += [f"  {peak:32}{report.peak / GIB:9.3f}{of}{verdict}", ""]
-    lines += [f"model FLOPs of a step: {report.flops:.4g}, {report.flops / count:.4g} a device"]
+    if report.host is not None:
+        lines += [f"memory of a host while it loads, about: {report.host / GIB:.3f} GiB", ""]
+    each = report.flops / count
+    lines += [f"model FLOPs of {report.of}: {report.flops:.4g}, {each:.4g} a device"]
     if chip:
-        seconds = report.flops / count / chip.flops
-        lines += [f"  {seconds:.3f} s at the peak of {chip.flops:.3g} FLOP/s a device"]
-    lines += ["", "collectives of a step, on one device"]
+        lines += [f"  {each / chip.flops:.3f} s at the peak of {chip.flops:.3g} FLOP/s a device"]
+    lines += ["", f"collectives of {report.of}, on one device"]
     lines += [
         f"  {kind:20}{times:8} times{size / GIB:10.3f} GiB"
         for kind, (times, size) in report.collectives.items()
@@ -341,12 +337,14 @@ def main(values, _):
         frames * TOKENS_PER_SECOND / features.FRAME_RATE
     )
 
+    compile_program = {"train": compile_step, "decode": compile_decode}[values.program]
+
     def compile_at(batch_size):
         print(f"compiling batch {batch_size} ...", file=sys.stderr)
         with config.unlocked():
             changed = config.copy_and_resolve_references()
         changed.batch_size = batch_size
-        return compile_step(changed, devices, frames, tokens)
+        return compile_program(changed, devices, frames, tokens)
 
     report = compile_at(config.batch_size)
     print(describe(report, devices, config, frames, tokens))
@@ -355,8 +353,8 @@ def main(values, _):
         **dataclasses.asdict(report),
     }  # fmt: skip
     if values.largest_batch and report.capacity:
-        sizes = sharding.mesh_sizes(config, len(devices))
-        unit = sharding.batch_shards(sizes) * config.accumulation
+        unit = sharding.batch_shards(report.mesh)
+        unit *= config.accumulation if values.program == "train" else 1
         best = largest_batch(compile_at, report, unit)
         if best:
             result["largest_batch"], result["largest_peak"] = best.batch_size, best.peak
@@ -371,6 +369,7 @@ def main(values, _):
 def define_flags(define) -> None:
     config_lib.define_flag(define)
     define.string("topology", None, "v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, cpu:8, ...")
+    define.enum("program", "train", ["train", "decode"], "The training step, or evaluation.")
     define.integer("slices", 1, "How many such slices, joined by the data centre's network.", 1)
     define.float("seconds", 0, "Of audio in every utterance; 0: data.max_duration.", 0)
     define.integer("tokens", 0, "In every transcript; 0: data.max_tokens, or 8 a second.", 0)

@@ -112,7 +112,7 @@ def greedy(
     limit_B = jnp.full(len(length_B), max_tokens) if limit_B is None else limit_B
     batch, prompt_size = x_BPD.shape[:2]
     logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
-    step_params = _for_steps(params)
+    step_params = _for_steps(llm, params)
     tokens_BN = jnp.zeros((batch, max_tokens), jnp.int32)
     zeros_B = jnp.zeros(batch, jnp.int32)
 
@@ -160,7 +160,7 @@ def beam_search(
     limit_B = jnp.minimum(limit_B, max_tokens)
     batch, prompt_size = x_BPD.shape[:2]
     logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
-    step_params, vocab = _for_steps(params), logits_BV.shape[-1]
+    step_params, vocab = _for_steps(llm, params), logits_BV.shape[-1]
     cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, width, axis=1), cache)
     first_row_B = jnp.arange(batch)[:, None] * width
 
@@ -225,9 +225,10 @@ def _best(hypotheses: Decoded, count: int) -> tuple[Decoded, jax.Array]:
     return Decoded(tokens, length, score, finished), index
 
 
-def _for_steps(params):
+def _for_steps(llm: LLM, params):
     """A copy of the weights on a CPU, where it saves more time than it costs."""
-    return for_steps(params) if jax.default_backend() == "cpu" else params
+    platform = llm.mesh.devices.flat[0].platform if llm.mesh else jax.default_backend()
+    return for_steps(params) if platform == "cpu" else params
 
 
 def _prefill(llm: LLM, params, x_BPD, length_B, slots: int) -> tuple[jax.Array, Cache]:
@@ -238,8 +239,10 @@ def _prefill(llm: LLM, params, x_BPD, length_B, slots: int) -> tuple[jax.Array, 
     batch, prompt_size = x_BPD.shape[:2]
     positions_BP = jnp.broadcast_to(jnp.arange(prompt_size), (batch, prompt_size))
     x_BPD = jnp.where((positions_BP < length_B[:, None])[..., None], x_BPD, 0)
-    spread = functools.partial(sharding.over_cache, mesh=llm.mesh)
-    cache = jax.tree.map(spread, init_cache(llm.config, batch, slots))
+    cache = init_cache(llm.config, batch, slots)
+    if llm.mesh:
+        placed = lambda x: sharding.cache_sharding(x.shape, llm.mesh)
+        cache = jax.lax.with_sharding_constraint(cache, jax.tree.map(placed, cache))
     hidden_BPD, cache = llm.apply({"params": params}, x_BPD, positions_BP, cache, method="hidden")
     last_B1D = jnp.take_along_axis(hidden_BPD, (length_B - 1)[:, None, None], axis=1)
     return llm.apply({"params": params}, last_B1D[:, 0], method="logits"), cache
@@ -251,7 +254,9 @@ def _next_logits(llm: LLM, params, token_B, position_B, cache) -> tuple[jax.Arra
     hidden_B1D, cache = llm.apply(
         {"params": params}, x_B1D, position_B[:, None], cache, method="hidden"
     )
-    return llm.apply({"params": params}, hidden_B1D[:, 0], method="logits"), cache
+    hidden_BD = sharding.to_weights(hidden_B1D[:, 0], llm.mesh, "fsdp")
+    logits_BV = llm.apply({"params": params}, hidden_BD, method="logits")
+    return sharding.to_weights(logits_BV, llm.mesh, "tensor"), cache
 
 
 def _forbid_repeats(log_prob_BV, tokens_BN, n, size: int) -> jax.Array:

@@ -57,7 +57,7 @@ def count(fn, *args) -> int:
     A loop counts as often as it runs where the program says how often, else once; of several
     branches the most expensive one counts.
     """
-    return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+    return of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
 def of_batches(step_fn, state, frozen) -> Callable[[dict], int]:
@@ -76,7 +76,8 @@ def of_batches(step_fn, state, frozen) -> Callable[[dict], int]:
     return of_batch
 
 
-def _of_jaxpr(jaxpr) -> int:
+def of_jaxpr(jaxpr) -> int:
+    """`count` of what is traced already."""
     return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -92,7 +93,7 @@ def _of_equation(equation) -> int:
         # The gradient of a strided convolution runs over zeros put between its inputs.
         zeros = math.prod(params["lhs_dilation"])
         return 2 * equation.outvars[0].aval.size * kernel.size // out_features // zeros
-    inner = [_of_jaxpr(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [of_jaxpr(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner)
     times = {

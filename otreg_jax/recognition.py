@@ -98,7 +98,7 @@ def decode_sets(
     samples = {name: {} for name in utterances}
     selected = [everything[i][1] for i in pending]
     for batch in batches(run, selected, batch_size, label, skipped_path):
-        decoded, compared = _recognize_and_embed(run.slm, run.params, batch, settings, layer)
+        decoded, compared = recognize_and_embed(run.slm, run.params, batch, settings, layer)
         tokens_BN, length_B, score_B, finished_B, index_B = to_host((*decoded, batch["index"]))
         # Negative: filler, or unreadable audio.
         found = [(b, pending[i]) for b, i in enumerate(index_B.tolist()) if i >= 0]
@@ -176,7 +176,7 @@ def aligned(
 
 
 @functools.partial(jax.jit, static_argnames=("slm", "settings", "layer"))
-def _recognize_and_embed(slm, params, batch, settings, layer: int):
+def recognize_and_embed(slm, params, batch, settings, layer: int):
     """Hypotheses, and the embeddings that OTReg at `layer` compares; the encoder runs once."""
     out = slm_lib.forward(slm, params, batch, layer)
     decoded = decoding.recognize(slm, params, batch["mel"], batch["mel_length"], settings)

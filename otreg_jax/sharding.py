@@ -150,14 +150,24 @@ def over_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
-def over_cache(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Keys or values [layers, B, slots, K, head_dim] with their rows spread as those of a batch and
-    their heads over `tensor`, where these divide."""
-    if mesh is None or x.shape[1] % batch_shards(mesh.shape):
+def to_weights(x: jax.Array, mesh: Mesh | None, axis: str) -> jax.Array:
+    """x of single tokens, [B, ..., width], split as the kernels that it meets are: its width over
+    `axis`, its rows over `data` alone (where these divide). So it moves, and they stay; with rows
+    over `fsdp`, too, all weights would be gathered for every token.
+    """
+    if mesh is None:
         return x
-    heads = "tensor" if x.shape[3] % mesh.shape["tensor"] == 0 else None
-    placed = NamedSharding(mesh, P(None, BATCH[0], None, heads, None))
-    return jax.lax.with_sharding_constraint(x, placed)
+    split = lambda size, axis: axis if size % mesh.shape[axis] == 0 else None
+    spec = P(split(x.shape[0], "data"), *[None] * (x.ndim - 2), split(x.shape[-1], axis))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def cache_sharding(shape, mesh: Mesh) -> NamedSharding:
+    """Of keys or values [layers, B, slots, K, head_dim]: rows as those of a batch, and heads over
+    `tensor`, where these divide."""
+    rows = BATCH[0] if shape[1] % batch_shards(mesh.shape) == 0 else None
+    heads = "tensor" if shape[3] % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, P(None, rows, None, heads, None))
 
 
 def gather_vocabulary(params, mesh: Mesh | None):

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy import toy_config
 
-from otreg_jax import aot, flops, losses, sharding
+from otreg_jax import aot, compiler, flops, losses, sharding
 
 FRAMES, TOKENS = 64, 7
 
@@ -91,7 +91,7 @@ def test_report_on_cpu_adds_up_and_matches_the_compiler():
     _, memory, arguments = compiled("^encoder/positions/|^llm/")
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert report.peak == held + memory.temp_size_in_bytes == sum(report.memory.values())
-    assert aot.peak_memory(memory, "tpu") == memory.peak_memory_in_bytes
+    assert compiler.peak_memory(memory, "tpu") == memory.peak_memory_in_bytes
     assert report.fits is None and report.capacity is None
     held = sum(size for name, size in report.memory.items() if "buffers" not in name)
     assert held <= memory.argument_size_in_bytes <= held + 64
@@ -137,15 +137,36 @@ def test_collectives_are_counted_with_their_loops():
 
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=split)
     program = jax.jit(step).lower(x).compile().as_text()
-    counted = aot.count_collectives(program)
+    counted = compiler.count_collectives(program)
     assert counted["all-reduce"] == (5, 5 * 128 * 4)
     assert counted["all-gather"] == (1, 8 * 128 * 4)
+
+
+def test_a_token_moves_and_the_weights_stay(monkeypatch):
+    """With fsdp a step of decoding sums products over the devices: no kernel is gathered for it."""
+    texts, count = [], compiler.count_collectives
+    monkeypatch.setattr(
+        compiler, "count_collectives", lambda text: texts.append(text) or count(text)
+    )
+    config = config_of(**{"tokenizer.vocab_size": 56}, freeze="^encoder/positions/|^llm/")
+    report = aot.compile_decode(config, jax.devices(), FRAMES, TOKENS)
+    (hlo,) = texts
+    assert report.mesh == {"data": 1, "fsdp": 8, "tensor": 1} and report.fits is None
+    in_loop = [line for line in hlo.splitlines() if "greedy)/while/body" in line]
+    gathered = [line for line in in_loop if re.search(r"= \S+ all-gather\(", line)]
+    kernels = r"= f32\[(3,|1,)?(24,40|40,24|24,16|16,24|24,8|56,24|24,56)\]"
+    assert in_loop and not [line for line in gathered if re.search(kernels, line)]
+    # Counted once: a loop that may end early.
+    once = aot.compile_decode(config, jax.devices(), FRAMES, 2 * TOKENS).collectives
+    assert once["all-reduce"][0] == report.collectives["all-reduce"][0]
+    shown = aot.describe(report, jax.devices(), config, FRAMES, TOKENS)
+    assert "keys and values" in shown and "collectives of the prompt and one token" in shown
 
 
 def test_memory_that_does_not_suffice_halves_the_batch():
     def compile_at(batch):  # 10 GiB and half a GiB for every utterance
         peak = (10 + batch / 2) * aot.GIB
-        return aot.Report(batch, {}, int(peak), 16 * aot.GIB, 0, {}, 0)
+        return aot.Report(batch, {}, int(peak), 16 * aot.GIB, 0, {}, 0, {})
 
     assert aot.largest_batch(compile_at, compile_at(64), 4).batch_size == 12
     assert aot.largest_batch(compile_at, compile_at(4), 4).batch_size == 12
@@ -157,11 +178,11 @@ def test_what_does_not_fit_is_read_from_either_message_of_the_compiler():
     ran_out = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
     ran_out += "temporaries (16.22G) exceeds available HBM (15.75G)."
     sizes = int(16.22 * aot.GIB), int(15.75 * aot.GIB)
-    assert aot.needed_and_available(ran_out) == sizes
+    assert compiler.needed_and_available(ran_out) == sizes
     used = "Ran out of memory in memory space hbm. Used 96.50G of 95.74G hbm. Exceeded by 776.0M."
-    assert aot.needed_and_available(used) == (int(96.5 * aot.GIB), int(95.74 * aot.GIB))
-    assert aot.needed_and_available("INTERNAL: Mosaic failed to compile") is None
-    report = aot.Report(8, {}, *sizes, 0, {}, 0)
+    assert compiler.needed_and_available(used) == (int(96.5 * aot.GIB), int(95.74 * aot.GIB))
+    assert compiler.needed_and_available("INTERNAL: Mosaic failed to compile") is None
+    report = aot.Report(8, {}, *sizes, 0, {}, 0, {})
     shown = aot.describe(report, jax.devices(), config_of(), FRAMES, TOKENS)
     assert re.search(r"peak, at least +16.220 of 15.75  DOES NOT FIT", shown)
 

@@ -187,9 +187,13 @@ class Attention(nn.Module):
     def __call__(self, x_BLD, cache, layer, kind, tables, positions_BL):
         c = self.config
         cos_BLp, sin_BLp, mask_BLS = jax.tree.map(lambda table: table[kind], tables)
+        is_step = mask_BLS is not None  # of one token
+        place = lambda x, axis: sharding.to_weights(x, self.mesh, axis) if is_step else x
+        x_BLD = place(x_BLD, "fsdp")
 
         def project(name: str, heads: int) -> jax.Array:
             y = layers.Dense(heads * c.head_dim, c.qkv_bias, dtype=c.dtype, name=name)(x_BLD)
+            y = place(y, "tensor")
             return y.reshape(*y.shape[:2], heads, c.head_dim)
 
         q, k, v = (
@@ -217,7 +221,8 @@ class Attention(nn.Module):
             y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BLS)
         out_init = _residual_init(c)
         o = layers.Dense(c.embed_dim, c.out_bias, out_init, c.dtype, name="o")
-        return o(y.reshape(*y.shape[:2], -1)), cache
+        y = y.reshape(*y.shape[:2], -1)
+        return o(place(y, "tensor")), cache
 
 
 class MLP(nn.Module):
@@ -250,7 +255,10 @@ class Block(nn.Module):
             return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=name)
 
         attend, mlp = Attention(c, self.mesh, name="attn"), MLP(c, name="mlp")
-        spread = functools.partial(sharding.over_batch, mesh=self.mesh)
+        if tables[2] is None:
+            spread = functools.partial(sharding.over_batch, mesh=self.mesh)
+        else:
+            spread = functools.partial(sharding.to_weights, mesh=self.mesh, axis="fsdp")
         y, cache = attend(norm("attn_norm")(x_BLD), cache, layer, kind, tables, positions_BL)
         x_BLD = spread(x_BLD + (norm("attn_post_norm")(y) if c.post_norms else y))
         y = mlp(norm("mlp_norm")(x_BLD))
