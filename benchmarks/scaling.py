@@ -42,6 +42,7 @@ SLICES = {
     ("v6e:8x8", 1): ("TPU v6 lite", 512),
     ("v5p:4x4x4", 2): ("TPU v5", 1024),
     ("v5e:4x4", 1): ("TPU v5 lite", 64),
+    ("tpu7x:4x4x4", 1): ("TPU7x", 512),
 }
 ARMS = {"otreg": "LoRA", "full": "full fine-tuning"}
 # What was set: the least memory, in the tables of all slices; and what trades memory for time, or
@@ -55,35 +56,48 @@ TRADES = (
     ("otreg", "v5p:4x4x4", 1, ("remat=dots", "ctc.weight=0.3")),
     ("full", "v5p:4x4x4", 1, ("remat=dots", "ctc.weight=0.0")),
 )
+# Evaluation: (training, topology), as the recipe stands.
+DECODE = (("otreg", "v5e:4x4"), ("full", "v5e:4x4"))
 SECONDS, TOKENS = 15, 96  # utterances as Multilingual LibriSpeech has them
+DECODED_ROWS, DECODED_TOKENS = 32, 152  # at once; at most, for the longest of such transcripts
 
 
-def command(arm: str, topology: str, slices: int, changes: tuple[str, ...]) -> list[str]:
+def command(
+    arm: str, topology: str, slices: int, changes: tuple[str, ...], program: str = "train"
+) -> list[str]:
     """The user's command for one line."""
+    rows, tokens = SLICES[topology, slices][1], TOKENS
+    if program == "decode":
+        rows, tokens = DECODED_ROWS, DECODED_TOKENS
     return [
         "python", "-m", "otreg_jax.aot", f"--config=configs/multilingual.py:{arm}",
         f"--topology={topology}", f"--slices={slices}",
         f"--config.encoder.path={SHAPES.relative_to(ROOT)}/whisper-large-v3",
         f"--config.llm.path={SHAPES.relative_to(ROOT)}/qwen2.5-7b",
-        f"--config.batch_size={SLICES[topology, slices][1]}",
-        f"--seconds={SECONDS}", f"--tokens={TOKENS}", *(f"--config.{change}" for change in changes),
+        f"--config.batch_size={rows}", f"--seconds={SECONDS}", f"--tokens={tokens}",
+        *([] if program == "train" else [f"--program={program}"]),
+        *(f"--config.{change}" for change in changes),
     ]  # fmt: skip
 
 
-def stored() -> dict[tuple, dict]:
-    """{(arm, topology, slices, changes): line}"""
+def stored(program: str = "train") -> dict[tuple, dict]:
+    """{(arm, topology, slices, changes): line} of a program."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     lines = [json.loads(line) for line in lines]
+    lines = [line for line in lines if line.get("program", "train") == program]
     key = lambda line: (line["arm"], line["topology"], line["slices"], tuple(line["changes"]))
     return {key(line): line for line in lines}
 
 
 def measure() -> None:
     """Compiles what has no line yet."""
-    for point in [*((arm, *where, LEAN) for where in SLICES for arm in ARMS), *TRADES]:
-        if point in stored():
+    trained = [*((arm, *where, LEAN) for where in SLICES for arm in ARMS), *TRADES]
+    points = [(point, "train") for point in trained]
+    points += [((arm, topology, 1, ()), "decode") for arm, topology in DECODE]
+    for point, program in points:
+        if point in stored(program):
             continue
-        words = command(*point)
+        words = command(*point, program)
         print(" ".join(words), flush=True)
         with tempfile.NamedTemporaryFile("r") as out:
             words = [sys.executable, *words[1:], f"--out={out.name}"]
@@ -92,7 +106,7 @@ def measure() -> None:
         arm, *_, changes = point
         versions = {name: version(name) for name in ("jax", "libtpu")}
         with RESULTS.open("a") as file:
-            line = {"arm": arm, "changes": changes, **result, **versions}
+            line = {"arm": arm, "program": program, "changes": changes, **result, **versions}
             file.write(json.dumps(line) + "\n")
 
 
@@ -189,6 +203,24 @@ def report_cpu() -> tuple[str, int]:
     return "\n".join(rows), lines[0]["tokens"]
 
 
+def report_decode() -> str:
+    """The table of what evaluation needs."""
+    rows = [
+        "| slice | training | batch | frozen weights | trained weights | keys and values | "
+        "activations, buffers | peak | of | host, while it loads | "
+        "collectives of the prompt and one token (times, GiB) |",
+        "|---|---|" + "---:|" * 8 + "---|",
+    ]
+    for (arm, topology, _, _), line in stored("decode").items():
+        sizes = [*(size for part, size in line["memory"].items() if part != "batch")]
+        sizes += [line["peak"], line["capacity"], line["host"]]
+        rows.append(
+            f"| {topology} | {ARMS[arm]} | {line['batch_size']} | {' | '.join(map(gib, sizes))} | "
+            f"{collectives(line, GIB)} |"
+        )
+    return "\n".join(rows)
+
+
 def report() -> str:
     """docs/scaling.md, every figure from the results."""
     results = stored()
@@ -223,7 +255,8 @@ def report() -> str:
     return TEMPLATE.format(
         seconds=SECONDS, tokens=TOKENS, positions=any_line["positions"],
         jax=any_line["jax"], libtpu=any_line["libtpu"], memory="\n".join(memory),
-        cost="\n".join(cost), trades=report_trades(results),
+        cost="\n".join(cost), trades=report_trades(results), decode=report_decode(),
+        decoded_tokens=DECODED_TOKENS,
         cpu=cpu, cpu_tokens=cpu_tokens,
         command=" ".join(command("otreg", "v5p:4x4x4", 1, LEAN)).replace(" --", " \\\n    --"),
     )  # fmt: skip
@@ -263,6 +296,14 @@ recipes, which the tables above do without. FLOPs are those of all matrix produc
 executed, over the model's own with the same losses.
 
 {trades}
+
+## Evaluation
+
+GiB a chip of what evaluation runs on a batch (`--program=decode`): the encoder, the prompt, and
+greedy search for up to {decoded_tokens} tokens, on the mesh of training. Weights are where training
+has them; a host holds little of them while it loads.
+
+{decode}
 
 ## What grows with what
 
