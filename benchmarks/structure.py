@@ -32,8 +32,8 @@ LAYERS = {
     "models": ("models/", "pretrained/"),
     "data": ("data/",),
     "tools and the method": (
-        "command", "rundir", "cluster", "flops", "sharding", "otreg", "sinkhorn/", "metrics",
-        "normalize", "languages", "open_asr",
+        "command", "rundir", "cluster", "flops", "compiler", "sharding", "otreg", "sinkhorn/",
+        "metrics", "normalize", "languages", "open_asr",
     ),
 }  # fmt: skip
 COMMANDS = LAYERS["commands"]
