@@ -15,7 +15,9 @@ from jax.experimental import topologies  # noqa: E402
 from launching import fake  # noqa: E402, F401 # a fixture
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # tests spend their time compiling
+# Tests spend their time compiling. Those marked `shipped` speak of the program that users run: in a
+# job of its own (launch/test.sh) XLA optimises as it does for them.
+jax.config.update("jax_disable_most_optimizations", "OTREG_TEST_SHIPPED" not in os.environ)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from toy import toy_config
 
 from otreg_jax import aot, compiler, flops, losses, sharding
 
+pytestmark = pytest.mark.shipped
 FRAMES, TOKENS = 64, 7
 
 

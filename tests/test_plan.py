@@ -85,6 +85,7 @@ def while_bodies(compiled_text):
     return "\n".join(computations[name] for name in reached)
 
 
+@pytest.mark.shipped
 def test_sinkhorn_loop_of_a_sharded_batch_has_no_collective():
     spread = sharding.batch_sharding(sharding.data_mesh())
     problem = jax.device_put(random_problem(size=8), spread)

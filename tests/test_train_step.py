@@ -53,6 +53,7 @@ def test_golden_metrics_of_one_step():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-4, err_msg=name)
 
 
+@pytest.mark.shipped
 @pytest.mark.parametrize(
     "axes, accumulation, backend",
     [
