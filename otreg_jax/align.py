@@ -3,8 +3,10 @@
     python -m otreg_jax.align --workdir=DIR manifest.jsonl > aligned.jsonl
     python -m otreg_jax.align --workdir=DIR --textgrid=grids/ manifest.jsonl
 
-Prints one JSON object an utterance: {"id", "words": [[word, start, end], ...]}, times in seconds;
-the same "words" in a manifest are what long audio is cut by. --textgrid writes Praat files instead.
+Prints one JSON object an utterance, {"id", "words": [[word, start, end], ...], "confidence"}: times
+in seconds, and for each word a number from 0 to 1, the plan's share that backs its time. The same
+"words" in a manifest are what long audio is cut by. --textgrid writes Praat files instead. Words
+are the transcript's, in languages without spaces its letters; silence belongs to none of them.
 Times are multiples of one speech position (80 ms with 12.5 positions a second). How good they are
 depends on the run: without OTReg or CTC, plans hold little of the alignment.
 """
@@ -19,10 +21,10 @@ from otreg_jax import alignment, build, command, recognition
 from otreg_jax.data import sources
 
 
-def as_textgrid(words: alignment.Words, duration: float) -> str:
+def as_textgrid(words: Sequence[alignment.Word], duration: float) -> str:
     """A Praat TextGrid with one interval tier, "words"; gaps are empty intervals."""
     intervals, at = [], 0.0
-    for word, start, end in words:
+    for word, start, end, _ in words:
         if start > at:
             intervals.append(("", at, start))
         intervals.append((word, start, end))
@@ -63,8 +65,12 @@ def main(values, arguments: Sequence[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(as_textgrid(words, utterance.duration), encoding="utf-8")
         else:
-            rounded = [[word, round(start, 3), round(end, 3)] for word, start, end in words]
-            print(json.dumps({"id": utterance.id, "words": rounded}, ensure_ascii=False))
+            line = {
+                "id": utterance.id,
+                "words": [[word.text, round(word.start, 3), round(word.end, 3)] for word in words],
+                "confidence": [round(word.confidence, 3) for word in words],
+            }
+            print(json.dumps(line, ensure_ascii=False))
 
 
 cli = functools.partial(command.run, main, define_flags, required=["workdir"], arguments="MANIFEST")

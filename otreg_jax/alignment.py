@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import regex
 
-from otreg_jax import otreg
+from otreg_jax import languages, otreg
 from otreg_jax.data import sources
+from otreg_jax.data.features import FRAME_RATE
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.layers import length_mask
 
@@ -20,17 +22,39 @@ MEASURED_PLAN = dict(text_set="sequence", position_weight=0.0, epsilon=0.05, num
 # A slight position prior settles which of two equal words is which.
 POSITION_WEIGHT = 0.3
 
-Words = list[tuple[str, float, float]]  # word, start and end in seconds
+# A frame this far below the loudest LOUD_FRAMES of the utterance is silent: the default of Praat's
+# "To TextGrid (silences)".
+SILENCE_DB = -25.0
+LOUD_FRAMES = 20  # 0.2 s, so that a click does not pass for speech
+CLOSED = 0.05  # the share of a word that is silent
+FLOOR = 1e-6  # no position alone rules out an order of words
+# A letter of a script without spaces: a grapheme cluster with the punctuation around it.
+CLUSTER = regex.compile(r"[\p{Ps}\p{Pi}]*(?!\s)\X[\p{P}--[\p{Ps}\p{Pi}]]*", regex.V1)
+CLOSE = 0.1  # seconds: a word's edge is right when it is no further off
+
+
+class Word(NamedTuple):
+    """A word of a transcript and when it is said.
+
+    start, end: in positions or seconds from the utterance's start.
+    confidence: the mean, over the word's positions, of the plan's share that goes to its tokens.
+    """
+
+    text: str
+    start: float
+    end: float
+    confidence: float
 
 
 class Sample(NamedTuple):
     """What the alignment figures need of one utterance; no padding."""
 
-    id: str
+    utterance: sources.Utterance
     mel_FM: np.ndarray
     speech_SD: np.ndarray
     text_TD: np.ndarray
     ids_T: np.ndarray
+    begins_T: np.ndarray  # where each token begins in the transcript
     spoken_T2: np.ndarray  # start and end of each token's word, relative to the length; or NaN
 
 
@@ -42,13 +66,15 @@ def sample_of(utterance: sources.Utterance, tokenizer, batch, compared, b: int) 
     """
     speech_BSD, length_B, text_BTD = compared
     ids_T = batch["tokens"][b, : batch["token_length"][b]]
+    begins_T = np.array(tokenizer.begins(utterance.text), np.int32)
     return Sample(
-        utterance.id,
+        utterance,
         batch["mel"][b, : batch["mel_length"][b]],
         speech_BSD[b, : length_B[b]].astype(np.float32),
         text_BTD[b, : len(ids_T)].astype(np.float32),
         ids_T,
-        spoken_times(utterance, word_index(tokenizer, ids_T.tolist())),
+        begins_T,
+        spoken_times(utterance, begins_T),
     )
 
 
@@ -63,6 +89,7 @@ def measure(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
         return {}
     num_speech = max(len(sample.speech_SD) for sample in everything)
     num_text = max(len(sample.ids_T) for sample in everything)
+    num_frames = max(len(sample.mel_FM) for sample in everything)
     measured = {}
     for name, found in samples.items():
         if not found:
@@ -73,11 +100,16 @@ def measure(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
             np.stack([pad(getattr(sample, field), size) for sample in found]), NUM_MEASURED
         )
         lengths = [[len(s.speech_SD) for s in found], [len(s.ids_T) for s in found]]
+        embedded = stack("speech_SD", num_speech), stack("text_TD", num_text)
+        padded_lengths = [pad(np.array(length, np.int32), NUM_MEASURED) for length in lengths]
         found_figures, plan_BST = figures(
-            stack("speech_SD", num_speech), stack("text_TD", num_text), stack("ids_T", num_text),
-            stack("spoken_T2", num_text),
-            *(pad(np.array(length, np.int32), NUM_MEASURED) for length in lengths),
-        )  # fmt: skip
+            *embedded, stack("ids_T", num_text), stack("spoken_T2", num_text), *padded_lengths
+        )
+        if any(sample.utterance.words for sample in found):
+            mel_length = pad(np.array([len(s.mel_FM) for s in found], np.int32), NUM_MEASURED)
+            mel = stack("mel_FM", num_frames), mel_length
+            heard = shares(*embedded, *padded_lengths, *mel)
+            found_figures |= word_time_figures(found, *map(np.asarray, heard))
         example = int(np.argsort(lengths[1], kind="stable")[len(found) // 2])
         plan_ST = np.asarray(plan_BST[example, : lengths[0][example], : lengths[1][example]])
         measured[name] = {
@@ -158,68 +190,200 @@ def figures(speech_BSD, text_BTD, ids_BT, spoken_BT2, speech_length_B, text_leng
 
 @functools.partial(jax.jit, static_argnames=("slm", "layer"))
 def token_shares(slm, params, batch, layer: int):
-    """The share of each speech position's mass that goes to each token, [B, S, T]."""
+    """`shares` of a batch of the data pipeline, and the number of speech positions, [B].
+
+    Positions are those of the speech: a prompt before it does not move them.
+    """
     out = slm_lib.forward(slm, params, batch, layer)
-    speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
-    text_mask_BT = length_mask(batch["token_length"], out.text_BTD.shape[1])
+    lengths = out.speech_length_B, batch["token_length"]
+    mel = batch["mel"], batch["mel_length"]
+    return *shares(out.speech_BSD, out.text_BTD, *lengths, *mel), out.speech_length_B
+
+
+@jax.jit
+def shares(speech_BSD, text_BTD, speech_length_B, text_length_B, mel_BFM, mel_length_B):
+    """The share of each speech position's mass that goes to each token, [B, S, T], and `silence`.
+
+    Silent positions take no part in the plan: it would have to send their mass to some token, and
+    all words would move to make room for it. Their shares are even: no token is preferred.
+    """
+    silence_BS = silence(mel_BFM, mel_length_B, speech_length_B, speech_BSD.shape[1])
+    speech_mask_BS = length_mask(speech_length_B, speech_BSD.shape[1]) & (silence_BS < 0.5)
+    text_mask_BT = length_mask(text_length_B, text_BTD.shape[1])
     options = MEASURED_PLAN | {"position_weight": POSITION_WEIGHT}
     plan_BST = otreg.regularizer(
-        out.speech_BSD, out.text_BTD, speech_mask_BS, text_mask_BT, center="mean", **options
+        speech_BSD, text_BTD, speech_mask_BS, text_mask_BT, center="mean", **options
     ).plan
-    mass_BS1 = plan_BST.sum(axis=2, keepdims=True)
-    return plan_BST / jnp.maximum(mass_BS1, 1e-12), out.speech_length_B
+    shares_BST = plan_BST / jnp.maximum(plan_BST.sum(axis=2, keepdims=True), 1e-12)
+    even_BT = text_mask_BT / jnp.maximum(text_length_B, 1)[:, None]
+    return jnp.where(speech_mask_BS[..., None], shares_BST, even_BT[:, None]), silence_BS
 
 
-def monotone_spans(shares_ST: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The spans [start, end) of speech positions, one a token in order, of largest log share.
+def silence(mel_BFM, mel_length_B, speech_length_B, num_speech: int) -> jax.Array:
+    """[B, S]: the share of silent frames in each of the positions that divide the audio.
 
-    Viterbi: position s belongs to token t(s), t rises by 0 or 1 from one position to the next and
-    runs from the first token to the last. With fewer positions than tokens, positions are divided
-    first.
+    A frame is silent SILENCE_DB below the loudest part of the utterance; noise that is louder than
+    that hides the silence in it.
+
+    mel_BFM: log-mel features of `data.features`.
+    """
+    valid_BF = length_mask(mel_length_B, mel_BFM.shape[1])
+    power_BF = jnp.where(valid_BF, jnp.sum(10.0 ** (4 * mel_BFM - 4), axis=2), 0)
+    window_BF = jax.lax.reduce_window(power_BF, 0.0, jax.lax.add, (1, LOUD_FRAMES), (1, 1), "SAME")
+    loudest_B = window_BF.max(axis=1) / jnp.clip(mel_length_B, 1, LOUD_FRAMES)
+    silent_BF = power_BF < loudest_B[:, None] * 10 ** (SILENCE_DB / 10)
+    frame_F = jnp.arange(mel_BFM.shape[1])
+    position_BF = frame_F * speech_length_B[:, None] // jnp.maximum(mel_length_B, 1)[:, None]
+    total = jax.vmap(lambda x, index: jax.ops.segment_sum(x, index, num_speech))
+    frames_BS = total(valid_BF.astype(jnp.float32), position_BF)
+    silent_BS = total((silent_BF & valid_BF).astype(jnp.float32), position_BF)
+    return silent_BS / jnp.maximum(frames_BS, 1)
+
+
+def monotone_spans(
+    shares_ST: np.ndarray, silence_S: np.ndarray, opens_T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The spans [start, end) of speech positions, one a token in order, of largest likelihood.
+
+    Viterbi over the states of CTC (Graves et al. 2006, figure 3), silence, token, silence, …,
+    token, silence, where silence may be passed over: a position is silent with probability
+    silence_S, or else says token t with probability shares_ST. So every token has a position, and
+    none of the silence around its word. With fewer positions than tokens, positions are divided
+    first. Words hold silence too (stops are closed for a while): it does not rule a token out.
+
+    opens_T: bool, whether a token begins a word. Silence stands before these and at the end.
     """
     num_speech, num_text = shares_ST.shape
     fold = -(-num_text // num_speech)  # parts of a position, so that every token gets one
-    score_ST = np.log(np.maximum(np.repeat(shares_ST, fold, axis=0), 1e-6))
-    total_T = np.full(num_text, -np.inf)
-    total_T[0] = score_ST[0, 0]
-    advanced_ST = np.zeros(score_ST.shape, bool)
-    for s in range(1, len(score_ST)):
-        from_before_T = np.concatenate([[-np.inf], total_T[:-1]])
-        advanced_ST[s] = from_before_T > total_T
-        total_T = np.maximum(total_T, from_before_T) + score_ST[s]
-    starts_T = np.zeros(num_text)
-    t = num_text - 1
-    for s in range(len(score_ST) - 1, 0, -1):
-        if advanced_ST[s, t]:
-            starts_T[t] = s
-            t -= 1
-    ends_T = np.append(starts_T[1:], len(score_ST))
-    return starts_T / fold, ends_T / fold
+    log = lambda x: np.log(np.maximum(np.repeat(x, fold, axis=0), FLOOR))
+    score_SN = np.full((num_speech * fold, 2 * num_text + 1), -np.inf)
+    score_SN[:, 1::2] = log(np.maximum(1 - silence_S, CLOSED)[:, None] * shares_ST)
+    open_N = np.append(opens_T, True)
+    score_SN[:, ::2] = np.where(open_N, log(silence_S)[:, None], -np.inf)
+
+    skips_N = np.arange(2 * num_text + 1) % 2 == 1  # from token to token
+    total_N = np.where(np.arange(2 * num_text + 1) < 2, score_SN[0], -np.inf)
+    step_SN = np.zeros(score_SN.shape, np.int32)  # how many states on from the position before
+    for s in range(1, len(score_SN)):
+        one_N = np.append(-np.inf, total_N[:-1])
+        two_N = np.where(skips_N, np.append([-np.inf, -np.inf], total_N)[:-2], -np.inf)
+        from_3N = np.stack([total_N, one_N, two_N])
+        step_SN[s] = from_3N.argmax(axis=0)
+        total_N = from_3N.max(axis=0) + score_SN[s]
+    n = 2 * num_text - int(total_N[-1] <= total_N[-2])
+    state_S = np.zeros(len(score_SN), np.int32)
+    for s in range(len(score_SN) - 1, -1, -1):
+        state_S[s] = n
+        n -= step_SN[s, n]
+    tokens_T = 2 * np.arange(num_text) + 1
+    starts_T = np.searchsorted(state_S, tokens_T)
+    return starts_T / fold, np.searchsorted(state_S, tokens_T, side="right") / fold
 
 
-def words_of(tokenizer, tokens: Sequence[int], starts_T, ends_T) -> Words:
-    """Joins tokens to the words of the decoded text (by whitespace)."""
-    words = tokenizer.decode(tokens).split()
-    spans: dict[int, tuple[float, float]] = {}
-    for t, index in enumerate(word_index(tokenizer, tokens)):
-        start, _ = spans.get(index, (float(starts_T[t]), 0.0))
-        spans[index] = (start, float(ends_T[t]))
-    return [(words[i], *span) for i, span in sorted(spans.items()) if i < len(words)]
+def units(text: str, lang: str = "") -> list[tuple[int, int]]:
+    """Where the words of a transcript stand in it; in a language without spaces, its letters."""
+    pattern = CLUSTER if languages.find(lang).unspaced else regex.compile(r"\S+")
+    return [found.span() for found in pattern.finditer(text)]
 
 
-def word_index(tokenizer, ids: Sequence[int]) -> list[int]:
-    """Which word of the text (by whitespace) each token belongs to."""
-    # The word in which the text up to here ends.
-    return [max(len(tokenizer.decode(ids[: t + 1]).split()) - 1, 0) for t in range(len(ids))]
+def _letters_before(text: str) -> np.ndarray:
+    """[len(text) + 1]: how many letters (all but spaces) stand before each place of a text."""
+    return np.cumsum([0, *(not letter.isspace() for letter in text)])
 
 
-def spoken_times(utterance: sources.Utterance, index_T: Sequence[int]) -> np.ndarray:
+def token_letters(text: str, begins_T: Sequence[int]) -> np.ndarray:
+    """[T, 2]: which letters of the text each token says, [first, end), spaces not counted.
+
+    What no token holds goes to the token before it. Tokens that say a letter together (its bytes),
+    and those of spaces alone, say the letters of the next token.
+    """
+    before = _letters_before(text)
+    edges = np.maximum.accumulate(before[[0, *begins_T[1:], len(text)]])
+    spans_T2 = np.stack([edges[:-1], edges[1:]], axis=1)
+    for ts in (range(len(spans_T2) - 2, -1, -1), range(1, len(spans_T2))):
+        for t in ts:
+            if spans_T2[t, 0] == spans_T2[t, 1]:
+                spans_T2[t] = spans_T2[t + 1 if ts.step < 0 else t - 1]
+    return spans_T2
+
+
+def words_of(
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    begins_T: Sequence[int],
+    shares_ST: np.ndarray,
+    silence_S: np.ndarray,
+) -> list[Word]:
+    """The words that stand at `spans` of a transcript, timed in positions.
+
+    A token that says letters of several words divides its time among its letters evenly.
+
+    begins_T: where each token begins in the text. Others: see `shares`; one position a row.
+    """
+    before = _letters_before(text)
+    letters_T2 = token_letters(text, begins_T)
+    firsts = {before[a] for a, _ in spans}
+    is_same_T = np.append(False, (letters_T2[1:] == letters_T2[:-1]).all(axis=1))
+    opens_T = np.array([first in firsts for first in letters_T2[:, 0]]) & ~is_same_T
+    starts_T, ends_T = monotone_spans(shares_ST, silence_S, opens_T)
+
+    times_L2 = np.zeros((before[-1], 2))
+    for first, end in np.unique(letters_T2, axis=0):
+        mine_T = letters_T2[:, 0] == first
+        edges = np.linspace(starts_T[mine_T].min(), ends_T[mine_T].max(), end - first + 1)
+        times_L2[first:end] = np.stack([edges[:-1], edges[1:]], axis=1)
+    words = []
+    for a, b in spans:
+        first, end = before[a], before[b]
+        if first == end:
+            continue
+        start, stop = times_L2[first, 0], times_L2[end - 1, 1]
+        mine_T = (letters_T2[:, 0] < end) & (letters_T2[:, 1] > first)
+        share_S = shares_ST[int(start) : int(np.ceil(stop)), mine_T].sum(axis=1)
+        words.append(Word(text[a:b], float(start), float(stop), float(share_S.mean())))
+    return words
+
+
+def spoken_times(utterance: sources.Utterance, begins_T: Sequence[int]) -> np.ndarray:
     """[T, 2]: when each token's word begins and ends, relative to the utterance's length.
 
     NaN where the manifest does not time the words, or times other words than the transcript's.
     """
-    # An entry may hold several words that were timed together.
-    times = [(start, end) for word, start, end in utterance.words for _ in word.split()]
-    if len(times) != len(utterance.text.split()) or max(index_T, default=0) >= len(times):
-        return np.full((len(index_T), 2), np.nan, np.float32)
-    return np.array([times[i] for i in index_T], np.float32).reshape(-1, 2) / utterance.duration
+    spans = sources.word_spans(utterance) if utterance.words else []
+    if not spans or not len(begins_T):
+        return np.full((len(begins_T), 2), np.nan, np.float32)
+    before = _letters_before(utterance.text)
+    ends = before[[b for _, b in spans]]
+    index_T = np.searchsorted(ends, token_letters(utterance.text, begins_T)[:, 0], side="right")
+    times = np.array([(start, end) for _, start, end in utterance.words], np.float32)
+    return times[np.minimum(index_T, len(times) - 1)] / utterance.duration
+
+
+def word_time_figures(
+    samples: Sequence[Sample], shares_BST: np.ndarray, silence_BS: np.ndarray
+) -> dict[str, float]:
+    """How far `align`'s word edges are from those of the manifest, where it times its words.
+
+    `word_time_error_ms`, the median over starts and ends, and `word_times_close`, the share of them
+    no further off than CLOSE. Empty where no words are timed.
+    """
+    errors = []
+    for sample, shares_ST, silence_S in zip(samples, shares_BST, silence_BS, strict=False):
+        utterance, num_speech, num_text = sample.utterance, len(sample.speech_SD), len(sample.ids_T)
+        spans = sources.word_spans(utterance) if utterance.words else []
+        if not spans or not num_text:
+            continue
+        found = words_of(
+            utterance.text, spans, sample.begins_T, shares_ST[:num_speech, :num_text],
+            silence_S[:num_speech],
+        )  # fmt: skip
+        seconds = len(sample.mel_FM) / FRAME_RATE / num_speech
+        timed = [entry for entry, (a, b) in zip(utterance.words, spans, strict=True) if a < b]
+        for word, (_, start, end) in zip(found, timed, strict=True):
+            errors += [abs(word.start * seconds - start), abs(word.end * seconds - end)]
+    if not errors:
+        return {}
+    return {
+        "word_time_error_ms": 1000 * float(np.median(errors)),
+        "word_times_close": float(np.mean(np.array(errors) <= CLOSE)),
+    }

@@ -146,32 +146,29 @@ def batches(
 
 def aligned(
     run, utterances: Sequence[sources.Utterance], batch_size: int = 16
-) -> Iterator[tuple[sources.Utterance, alignment.Words]]:
-    """Yields every utterance with its words and their start and end in seconds.
+) -> Iterator[tuple[sources.Utterance, list[alignment.Word]]]:
+    """Yields every utterance with the words of its transcript, timed in seconds.
 
     Audio that cannot be read is left out and printed.
     """
     for batch in batches(run, utterances, batch_size, "aligning"):
-        shares_BST, length_B = alignment.token_shares(
-            run.slm, run.params, batch, run.config.otreg.layer
-        )
-        rows = to_host(
-            (shares_BST, length_B, batch["mel_length"], batch["tokens"], batch["token_length"],
-             batch["index"])
-        )  # fmt: skip
-        for shares_ST, length, frames, tokens_T, num_tokens, i in zip(*rows, strict=True):
+        found = alignment.token_shares(run.slm, run.params, batch, run.config.otreg.layer)
+        rows = to_host((*found, batch["mel_length"], batch["token_length"], batch["index"]))
+        for shares_ST, silence_S, length, frames, num_tokens, i in zip(*rows, strict=True):
             if i < 0 or not num_tokens:
                 continue
-            starts_T, ends_T = alignment.monotone_spans(shares_ST[:length, :num_tokens])
+            text, lang = utterances[i].text, utterances[i].lang
+            words = alignment.words_of(
+                text,
+                alignment.units(text, lang),
+                run.tokenizer.begins(text),
+                shares_ST[:length, :num_tokens],
+                silence_S[:length],
+            )
             seconds = frames / features.FRAME_RATE / length
             yield (
                 utterances[i],
-                alignment.words_of(
-                    run.tokenizer,
-                    tokens_T[:num_tokens].tolist(),
-                    starts_T * seconds,
-                    ends_T * seconds,
-                ),
+                [w._replace(start=w.start * seconds, end=w.end * seconds) for w in words],
             )
 
 

@@ -147,9 +147,9 @@ def word_times(
         if s.text
     ]
     timed = [
-        (word, piece.offset + start, piece.offset + end)
+        (word.text, piece.offset + word.start, piece.offset + word.end)
         for piece, words in (recognition.aligned(run, spoken, batch_size) if spoken else ())
-        for word, start, end in words
+        for word in words
     ]
     return sorted(timed, key=lambda word: word[1:])
 

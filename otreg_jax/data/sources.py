@@ -45,6 +45,7 @@ __all__ = [
     "scan",
     "scan_manifest",
     "split_of",
+    "word_spans",
     "write_manifest",
 ]
 
@@ -143,7 +144,7 @@ def chunk(utterance: Utterance, max_duration: float) -> list[Utterance]:
     that is longer than the limit gets a part of its own, which is longer too. The parts keep the
     spelling of the transcript. No part comes back if its words are not those that are timed.
     """
-    spans = _spans(utterance)
+    spans = word_spans(utterance)
     if not spans:
         return []
     _, starts, ends = zip(*utterance.words, strict=True)
@@ -162,7 +163,7 @@ def chunk(utterance: Utterance, max_duration: float) -> list[Utterance]:
     ]
 
 
-def _spans(utterance: Utterance) -> list[tuple[int, int]]:
+def word_spans(utterance: Utterance) -> list[tuple[int, int]]:
     """Where each entry of `words` stands in the text: as many words, or else the same letters."""
     entries, text = [word.split() for word, _, _ in utterance.words], utterance.text
     words = [found.span() for found in re.finditer(r"\S+", text)]

@@ -60,6 +60,9 @@ class Tokenizer(Protocol):
     def encode_prompt(self, text: str) -> list[int | None]:
         """Token ids of a prompt: control tokens are made out, {speech} is None."""
 
+    def begins(self, text: str) -> list[int]:
+        """Where in the text each token of `encode` begins; bytes of a letter where it stands."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens and ids outside the vocabulary are left out."""
 
@@ -95,6 +98,10 @@ class SentencePieceTokenizer:
     def encode_prompt(self, text: str) -> list[int | None]:
         first, *rest = text.split(SPEECH)
         return self.encode(first) + [i for part in rest for i in [None, *self.encode(part)]]
+
+    def begins(self, text: str) -> list[int]:
+        found = self._processor.encode(text, return_type="offset_mapping")
+        return [begin for begin, _ in found["offsets"]]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
@@ -175,6 +182,10 @@ class HuggingFaceTokenizer:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         self._tokenizer.encode_special_tokens = True
         return [None if i == self.token_id(SPEECH) else i for i in ids]
+
+    def begins(self, text: str) -> list[int]:
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return [begin for begin, _ in offsets]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]

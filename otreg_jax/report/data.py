@@ -51,7 +51,7 @@ def arrays(plans, samples, tokenizer) -> dict[str, np.ndarray]:
     for i, (name, sample, plan_ST) in enumerate(plans[:1] + plans[1:][-1:]):
         found |= {
             f"set{i}": np.array(name),
-            f"id{i}": np.array(sample.id),
+            f"id{i}": np.array(sample.utterance.id),
             f"mel{i}": sample.mel_FM.astype(np.float16),
             f"plan{i}": plan_ST,
             f"tokens{i}": np.array(tokenizer.tokens(sample.ids_T.tolist())),

@@ -25,6 +25,8 @@ ALIGNMENT = {
     "nearest_cosine": ("Nearest cosine", 3),
     "spoken_mass": ("On spoken word", 3),
     "spoken_mass_even": ("(even spacing)", 3),
+    "word_time_error_ms": ("Word edges off, ms", 0),
+    "word_times_close": ("Within 100 ms", 2),
     "retrieval_accuracy": ("Retrieval", 3),
     "monotonicity": ("Monotonicity", 3),
     "centroid_distance": ("Centroid distance", 3),
@@ -186,11 +188,12 @@ def _alignment_table(runs: Sequence[Run]) -> str:
         body.append(f"<tr><th>{label}{esc(name)}</th>{cells}</tr>")
     return (
         "<p>On spoken word: the share of the plan's mass on the word spoken at the time, and what "
-        "tokens spread evenly over the utterance would reach. Retrieval: the mean of the speech "
-        "that the plan sends to a token is closest to that very token among all transcript tokens. "
-        "Monotonicity: the correlation of speech and token positions under the plan. The cosine to "
-        "the nearest token rises in runs that learn nothing useful as well: it is no evidence of "
-        "alignment.</p>"
+        "tokens spread evenly over the utterance would reach. Word edges: how far the starts and "
+        "ends that align gives are from the true ones (the median), and the share of them within "
+        "100 ms. Retrieval: the mean of the speech that the plan sends to a token is closest to "
+        "that very token among all transcript tokens. Monotonicity: the correlation of speech and "
+        "token positions under the plan. The cosine to the nearest token rises in runs that learn "
+        "nothing useful as well: it is no evidence of alignment.</p>"
         f"<div class='scroll'><table><thead><tr><th>set</th>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>{legend(runs).replace('figcaption', 'p')}"
     )
