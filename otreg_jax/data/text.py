@@ -100,8 +100,7 @@ class SentencePieceTokenizer:
         return self.encode(first) + [i for part in rest for i in [None, *self.encode(part)]]
 
     def begins(self, text: str) -> list[int]:
-        found = self._processor.encode(text, return_type="offset_mapping")
-        return [begin for begin, _ in found["offsets"]]
+        return [a for a, _ in self._processor.encode(text, return_type="offset_mapping")["offsets"]]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
@@ -184,8 +183,7 @@ class HuggingFaceTokenizer:
         return [None if i == self.token_id(SPEECH) else i for i in ids]
 
     def begins(self, text: str) -> list[int]:
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        return [begin for begin, _ in offsets]
+        return [a for a, _ in self._tokenizer.encode(text, add_special_tokens=False).offsets]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
