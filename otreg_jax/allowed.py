@@ -109,9 +109,14 @@ def record(**fields: Allowed) -> Allowed:
     return Allowed(f"{{{', '.join(fields)}}}", accepts, (*outside, {"foo": 1}, 1, "x", None))
 
 
+def _is_text(value) -> bool:
+    """Whether it is a text, and can be written to a file: no half of a surrogate pair."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
+
+
 def _is_regex(value) -> bool:
     try:
-        return isinstance(value, str) and bool(re.compile(value))
+        return _is_text(value) and bool(re.compile(value))
     except re.error:
         return False
 
@@ -125,17 +130,17 @@ def _are_pairs(value, first: Callable, second: Callable) -> bool:
 
 def _is_named_sets(value) -> bool:
     try:
-        return isinstance(value, str) and isinstance(sets.named_manifests(value), dict)
+        return _is_text(value) and isinstance(sets.named_manifests(value), dict)
     except ValueError:
         return False
 
 
 FLAG = Allowed("True or False", lambda value: isinstance(value, bool), (1, "True", None))
-TEXT = Allowed("a text", lambda value: isinstance(value, str), (1, None, ("a",)))
+TEXT = Allowed("a text", _is_text, (1, None, ("a",), "\ud800"))
 REGEX = Allowed("a regular expression", _is_regex, ("(", "[", 1, None))
 PROMPT = Allowed(
     f"a text that holds {text.SPEECH} exactly once",
-    lambda value: isinstance(value, str) and value.count(text.SPEECH) == 1,
+    lambda value: _is_text(value) and value.count(text.SPEECH) == 1,
     ("", "speech", 2 * text.SPEECH, 1, None),
 )
 MULTIPLIERS = Allowed(
