@@ -140,7 +140,7 @@ def pattern_problems(config: ConfigDict, params) -> list[str]:
     lines += [
         f"stages.{stage.name}.train={stage.train!r}: matches no parameter that is trained"
         for stage in stages.stages_of(config)
-        if not any(re.search(stage.train, path) for path in trained)
+        if stage.train and not any(re.search(stage.train, path) for path in trained)
     ]
     moving = [path for path in trained if path.startswith("encoder/")]
     if config.encoder.keep and moving:

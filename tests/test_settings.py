@@ -227,6 +227,7 @@ def test_regexes_that_match_nothing_or_everything_or_each_other(
         train_lib.train(tone_config(manifest, **changes), tmp_path / "run")
     for message in messages:
         assert message in str(error.value)
+    assert "stages." not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
