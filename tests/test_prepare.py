@@ -267,6 +267,17 @@ def test_reads_data_sets_that_others_prepared(tmp_path, lazy):
     assert (tmp_path / "voices" / "train.jsonl").exists()
 
 
+def test_records_without_audio_are_named(tmp_path):
+    audio = [np.zeros(n, np.int16) for n in (8000, 0)]
+    write_audio_feature_data_set(tmp_path / "voices", audio, 8000, lazy=False)
+    with pytest.raises(ValueError, match="voices:train:1: duration is 0"):
+        load(tmp_path / "voices")
+    (utterance,) = sources.scan(str(tmp_path / "voices"))[0]
+    empty = utterance._replace(audio=records.address(tmp_path / "voices", "train", 1))
+    with pytest.raises(sources.BadAudio, match="record:.*:train:1 holds no audio"):
+        sources.load_audio(empty)
+
+
 # ---- corpora -------------------------------------------------------------------------------------
 
 

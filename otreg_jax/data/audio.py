@@ -68,7 +68,7 @@ def _listen(utterance: Utterance, sample_rate: int) -> Sound:
     cut_off = False
     if path.startswith(records.PREFIX):
         audio, rate = records.read_audio(path)
-        audio = audio.reshape(len(audio), -1)
+        audio = audio[:, None] if audio.ndim == 1 else audio
         if utterance.offset is not None:
             start = round(utterance.offset * rate)
             audio = audio[start : start + round(duration * rate)]
