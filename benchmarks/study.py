@@ -51,7 +51,7 @@ from otreg_jax import (
     tracking,
     train,
 )
-from otreg_jax.data import sets, text
+from otreg_jax.data import sets, tokenization
 
 LAYER = 1  # where the plan of every arm is measured
 
@@ -75,7 +75,7 @@ def train_encoder(config, out: Path) -> None:
 def train_llm(config, sentences: list[str], out: Path, longest: int | None = None) -> None:
     """Saves an LLM taught the sentences of at most `longest` characters, all of which its tokenizer
     has seen."""
-    tokenizer = text.train_sentencepiece(
+    tokenizer = tokenization.train_sentencepiece(
         sentences, out.with_name(out.name.replace("llm", "tokenizer")),
         config.tokenizer.vocab_size, model_type=config.tokenizer.model_type,
     )  # fmt: skip

@@ -37,7 +37,7 @@ from otreg_jax import (
     train_step,
 )
 from otreg_jax import config as config_lib
-from otreg_jax.data import features, text
+from otreg_jax.data import features, text, tokenization
 from otreg_jax.models import llm
 from otreg_jax.models import slm as slm_lib
 
@@ -108,7 +108,7 @@ def modules_of(config, mesh):
     path = config.llm.path
     try:
         source = config.tokenizer.path or pretrained.resolve(path, config.llm.revision or None)
-        tokenizer = text.load_tokenizer(source)
+        tokenizer = tokenization.load_tokenizer(source)
         vocab_size, prompt = tokenizer.vocab_size, text.build_prompt(tokenizer, config.prompt)
     except (FileNotFoundError, ValueError):
         vocab_size = 0 if path else config.tokenizer.vocab_size

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from otreg_jax import checkpoint, losses, optim, pretrained, rundir, sharding, stages, train_step
 from otreg_jax import config as config_lib
-from otreg_jax.data import sets, text
+from otreg_jax.data import sets, text, tokenization
 from otreg_jax.models import attention, lora, quantize
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.adapter import AdapterConfig
@@ -28,7 +28,7 @@ class Run(NamedTuple):
     config: ConfigDict
     slm: SLM
     params: Any  # all of them, trained and frozen, on `mesh`
-    tokenizer: text.Tokenizer
+    tokenizer: tokenization.Tokenizer
     step: int
     mesh: jax.sharding.Mesh
     longest_seconds: float = math.inf  # of audio that it was trained on, as far as that is known
@@ -55,7 +55,7 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
         )
     config = config_lib.load(files.config)
     config.attention = "auto"  # the machine may be another one
-    tokenizer = text.load_tokenizer(files.root)
+    tokenizer = tokenization.load_tokenizer(files.root)
     prompt, llm_dir = text.build_prompt(tokenizer, config.prompt), llm_path(config, workdir)
     slm = modules(config, tokenizer.vocab_size, prompt, llm_dir)
     trained, frozen = abstract_params(slm, config)
@@ -154,7 +154,7 @@ def llm_path(config, workdir) -> str:
 
 
 def build(
-    config, tokenizer: text.Tokenizer, llm_dir: str = "", mesh=None, ctc_classes=None
+    config, tokenizer: tokenization.Tokenizer, llm_dir: str = "", mesh=None, ctc_classes=None
 ) -> tuple[SLM, dict]:
     """Modules and weights: pretrained where the configuration names a path, else from the seed.
 

@@ -32,7 +32,7 @@ from otreg_jax.allowed import (
     rising,
     series,
 )
-from otreg_jax.data import features, sources, text
+from otreg_jax.data import features, sources, text, tokenization
 from otreg_jax.models import adapter, attention, layers
 
 # What happens when a run is resumed with another value.
@@ -176,7 +176,12 @@ _ROWS = (
         integer(8, 2**16),
         "at most, of a tokenizer trained on the training transcripts",
     ),
-    ("tokenizer.model_type", "unigram", one_of(*text.MODEL_TYPES), "of a trained SentencePiece"),
+    (
+        "tokenizer.model_type",
+        "unigram",
+        one_of(*tokenization.MODEL_TYPES),
+        "of a trained SentencePiece",
+    ),
     ("tokenizer.max_unknown", 0.05, SHARE, "of <unk> among the transcripts' tokens, at most"),
     (
         "prompt",

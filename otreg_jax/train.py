@@ -47,7 +47,7 @@ from otreg_jax import (
 )
 from otreg_jax import config as config_lib
 from otreg_jax import train_step as step_lib
-from otreg_jax.data import pipeline, sets, sources, text
+from otreg_jax.data import pipeline, sets, sources, text, tokenization
 
 
 def train(config, workdir) -> step_lib.TrainState:
@@ -135,7 +135,7 @@ class Data(NamedTuple):
 
     train: list[sources.Utterance]
     dev: list[sources.Utterance]  # empty if it is not evaluated while training
-    tokenizer: text.Tokenizer
+    tokenizer: tokenization.Tokenizer
     llm_dir: str  # the LLM's weights; "" builds one from scratch
     ctc_classes: list[int] | None  # token ids, see `losses.init_ctc`; None: all
 
@@ -344,20 +344,20 @@ def check_remote(workdir, config) -> None:
         raise ValueError(f"{workdir} is remote:\n  " + "\n  ".join(problems))
 
 
-def make_tokenizer(config, files: rundir.Files, utterances) -> text.Tokenizer:
+def make_tokenizer(config, files: rundir.Files, utterances) -> tokenization.Tokenizer:
     """The run's tokenizer, a copy of it in the run directory: that of `tokenizer.path` or
     `llm.path`, else one trained on the transcripts; a run that resumes, and every process but the
     first, takes what is there."""
     if checkpoint.exists(files.root) or jax.process_index():
-        return text.load_tokenizer(files.root)
+        return tokenization.load_tokenizer(files.root)
     path = config.tokenizer.path
     if config.llm.path and not path:
         path = pretrained.resolve(config.llm.path, config.llm.revision or None)
     if path:
-        tokenizer = text.load_tokenizer(path)
-        text.save_tokenizer(files.root, tokenizer)
+        tokenizer = tokenization.load_tokenizer(path)
+        tokenization.save_tokenizer(files.root, tokenizer)
         return tokenizer
-    return text.train_sentencepiece(
+    return tokenization.train_sentencepiece(
         [u.text for u in utterances], files.tokenizer, config.tokenizer.vocab_size,
         model_type=config.tokenizer.model_type,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import tokenizers
 from toy_run import TEXTS, make_run, write_set
 
 from otreg_jax import align, alignment
-from otreg_jax.data import features, sets, sources, text
+from otreg_jax.data import features, sets, sources, tokenization
 
 
 def test_spans_are_the_best_monotone_division():
@@ -106,13 +106,13 @@ def test_silence_before_between_and_after_words_is_theirs_alone():
 
 def tokenizers_of(folder, texts):
     """A SentencePiece model of whole words, one of bytes, and a byte-level tokenizer.json."""
-    words = text.train_sentencepiece(texts, folder / "words", 60, model_type="word")
+    words = tokenization.train_sentencepiece(texts, folder / "words", 60, model_type="word")
     options = {"model_type": "bpe", "byte_fallback": True}
-    pieces = text.train_sentencepiece(texts, folder / "pieces", 290, **options)
+    pieces = tokenization.train_sentencepiece(texts, folder / "pieces", 290, **options)
     byte_level = tokenizers.ByteLevelBPETokenizer()
     byte_level.train_from_iterator([*texts, "</s>"], vocab_size=270, special_tokens=["</s>"])
     config = json.dumps({"eos_token": "</s>"}).encode()
-    return [words, pieces, text.HuggingFaceTokenizer(byte_level.to_str().encode(), config)]
+    return [words, pieces, tokenization.HuggingFaceTokenizer(byte_level.to_str().encode(), config)]
 
 
 @pytest.mark.parametrize(

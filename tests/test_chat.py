@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from otreg_jax.data import chat, text
+from otreg_jax.data import chat, text, tokenization
 
 TEXTS = [
     "Transcribe the speech: turn the red lamp on, please.",
@@ -195,7 +195,7 @@ def family(request, tmp_path_factory):
 )
 def test_equals_apply_chat_template_token_for_token(family, turn, monkeypatch):
     directory, theirs = family
-    ours = text.load_tokenizer(directory)
+    ours = tokenization.load_tokenizer(directory)
     prompt = text.build_prompt(ours, f"chat:{turn}")
     # transformers asks the clock for the day that a template names.
     clock = type("clock", (), {"now": staticmethod(lambda: chat.TODAY)})
@@ -214,7 +214,7 @@ def test_equals_apply_chat_template_token_for_token(family, turn, monkeypatch):
 
 def test_plain_prompts_begin_as_transformers_begins_text(family):
     directory, theirs = family
-    ours = text.load_tokenizer(directory)
+    ours = tokenization.load_tokenizer(directory)
     prompt = text.build_prompt(ours, "Transcribe: {speech}\n")
     wanted = theirs(f"Transcribe: {AUDIO}\n").input_ids
     assert [*prompt.prefix, theirs.convert_tokens_to_ids(AUDIO), *prompt.suffix] == wanted
@@ -226,7 +226,7 @@ def test_plain_prompts_begin_as_transformers_begins_text(family):
 
 def test_control_tokens_in_a_transcript_are_text(family):
     directory, theirs = family
-    ours = text.load_tokenizer(directory)
+    ours = tokenization.load_tokenizer(directory)
     for token in theirs.all_special_tokens:
         said = f"the lamp {token} on"
         ids = ours.encode(said)
@@ -243,7 +243,7 @@ def write(directory, config, template=None):
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     if template is not None:
         (directory / chat.FILE).write_text(template)
-    return text.load_tokenizer(directory)
+    return tokenization.load_tokenizer(directory)
 
 
 def test_the_file_comes_before_the_key_and_both_are_kept(tmp_path):
@@ -254,8 +254,8 @@ def test_the_file_comes_before_the_key_and_both_are_kept(tmp_path):
     assert both.chat_template == CHATML and both.fingerprint != old.fingerprint
     copy = tmp_path / "copy"
     copy.mkdir()
-    text.save_tokenizer(copy, both)
-    again = text.load_tokenizer(copy)
+    tokenization.save_tokenizer(copy, both)
+    again = tokenization.load_tokenizer(copy)
     assert again.fingerprint == both.fingerprint
     assert text.build_prompt(again, "chat:{speech}") == text.build_prompt(old, "chat:{speech}")
 
@@ -294,7 +294,7 @@ def test_unusable_configs_are_named(config, message, tmp_path):
     write(tmp_path, {})
     (tmp_path / "tokenizer_config.json").write_text(config)
     with pytest.raises(ValueError, match=message):
-        text.load_tokenizer(tmp_path)
+        tokenization.load_tokenizer(tmp_path)
 
 
 def test_layouts_of_another_model_are_refused(tmp_path):

@@ -16,7 +16,7 @@ from toy_run import make_run
 
 from otreg_jax import build, export, pretrained
 from otreg_jax import config as config_lib
-from otreg_jax.data import chat, text
+from otreg_jax.data import chat, text, tokenization
 from otreg_jax.models import lora
 
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     config.encoder.strides = (1, 2)
     config.llm.update(embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16)
     config.adapter.hidden_dim = 16
-    tokenizer = text.train_sentencepiece(
+    tokenizer = tokenization.train_sentencepiece(
         ["turn on", "turn off"], tmp_path_factory.mktemp("sp") / "t", 30, model_type="word"
     )
     slm, params = build.build(config, tokenizer)
@@ -53,7 +53,7 @@ def test_export_opens_and_gives_the_same_outputs(run, tmp_path):
     assert json.loads((tmp_path / "llm" / export.GENERATION).read_text()) == {
         "bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id,
     }  # fmt: skip
-    assert text.load_tokenizer(tmp_path / "llm").fingerprint == run.tokenizer.fingerprint
+    assert tokenization.load_tokenizer(tmp_path / "llm").fingerprint == run.tokenizer.fingerprint
 
     mel_BFM = np.random.default_rng(0).normal(size=(1, 60, run.slm.encoder.config.num_mels))
     mel_BFM = mel_BFM.astype(np.float32)
@@ -92,7 +92,7 @@ def test_a_chat_model_keeps_its_template_and_its_end_of_turn(run, tmp_path, caps
 
     c = run.config.copy_and_resolve_references()
     c.llm.path, c.lora.pattern = str(base), "llm/"
-    tokenizer = text.load_tokenizer(base)
+    tokenizer = tokenization.load_tokenizer(base)
     slm = run.slm._replace(prompt=text.build_prompt(tokenizer, "chat:{speech}"))
     half = jax.tree_util.tree_map_with_path(
         lambda path, x: x if path[-1].key in lora.PAIR else x.astype(jnp.bfloat16), run.params

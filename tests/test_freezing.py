@@ -11,7 +11,7 @@ import pytest
 from toy import toy_batch, toy_config, toy_slm
 
 from otreg_jax import build, losses, optim, pretrained, train_step
-from otreg_jax.data import text
+from otreg_jax.data import tokenization
 from otreg_jax.models import lora
 from otreg_jax.models import slm as slm_lib
 
@@ -65,7 +65,8 @@ def test_freezing_that_cannot_be_meant_is_refused(changes, problems):
 
 @pytest.mark.parametrize("freeze", ["^llm/(embed|layers|norm|head)/", "^llm/layers/(?!mlp)"])
 def test_only_what_trains_is_loaded_in_float32(tmp_path, monkeypatch, freeze):
-    tokenizer = text.train_sentencepiece(["do re", "mi fa"], tmp_path, 12, model_type="word")
+    texts = ["do re", "mi fa"]
+    tokenizer = tokenization.train_sentencepiece(texts, tmp_path, 12, model_type="word")
     config = toy_config(compute_dtype="bfloat16", freeze=freeze)
     config.llm.update(embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32)
     config.encoder.update(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32)

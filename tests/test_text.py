@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import toy
 
-from otreg_jax.data import text
+from otreg_jax.data import text, tokenization
 from otreg_jax.models import slm
 
 TEXTS = [f"turn the {c} lamp {s}" for c in ("red", "green", "blue") for s in ("on", "off")]
@@ -19,7 +19,7 @@ SPECIALS = ["<|im_start|>", "<|im_end|>"]
 
 @pytest.fixture(scope="module")
 def piece_tokenizer(tmp_path_factory):
-    return text.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "tokenizer", 60)
+    return tokenization.train_sentencepiece(TEXTS, tmp_path_factory.mktemp("sp") / "tokenizer", 60)
 
 
 @pytest.fixture
@@ -48,33 +48,33 @@ def test_sentencepiece_round_trips_and_reloads(piece_tokenizer, tmp_path):
         assert piece_tokenizer.eos_id not in ids and piece_tokenizer.bos_id not in ids
         assert piece_tokenizer.decode([*ids, piece_tokenizer.eos_id]) == line
     assert piece_tokenizer.decode([10**6, -1]) == ""
-    text.save_tokenizer(tmp_path, piece_tokenizer)
-    again = text.load_tokenizer(tmp_path)
+    tokenization.save_tokenizer(tmp_path, piece_tokenizer)
+    again = tokenization.load_tokenizer(tmp_path)
     assert again.fingerprint == piece_tokenizer.fingerprint
     assert again.encode(TEXTS[0]) == piece_tokenizer.encode(TEXTS[0])
 
 
 def test_byte_fallback_writes_any_text(tmp_path):
-    tokenizer = text.train_sentencepiece(TEXTS, tmp_path / "t", 400, byte_fallback=True)
+    tokenizer = tokenization.train_sentencepiece(TEXTS, tmp_path / "t", 400, byte_fallback=True)
     assert tokenizer.decode(tokenizer.encode("größer ЩЖ 你好")) == "größer ЩЖ 你好"
 
 
 def test_huggingface_tokenizer_round_trips_and_reloads(hf_directory, tmp_path):
-    tokenizer = text.load_tokenizer(hf_directory)
+    tokenizer = tokenization.load_tokenizer(hf_directory)
     ids = tokenizer.encode("turn ß on")
     assert tokenizer.decode([*ids, tokenizer.eos_id, 10**6]) == "turn ß on"
     assert tokenizer.tokens([tokenizer.eos_id]) == ["<|im_end|>"] and tokenizer.bos_id is None
     copy = tmp_path / "copy"
     copy.mkdir()
-    text.save_tokenizer(copy, tokenizer)
-    assert text.load_tokenizer(copy / "tokenizer.json").fingerprint == tokenizer.fingerprint
+    tokenization.save_tokenizer(copy, tokenizer)
+    assert tokenization.load_tokenizer(copy / "tokenizer.json").fingerprint == tokenizer.fingerprint
 
 
 def test_prompts(piece_tokenizer, hf_directory):
     prompt = text.build_prompt(piece_tokenizer)
     assert prompt.prefix == (piece_tokenizer.bos_id,)
     assert piece_tokenizer.tokens(prompt.suffix) == ["▁", "\n"]
-    tokenizer = text.load_tokenizer(hf_directory)
+    tokenizer = tokenization.load_tokenizer(hf_directory)
     prompt = text.build_prompt(tokenizer, text.chat("chatml", "Transcribe: {speech}"))
     start, end = map(tokenizer.token_id, SPECIALS)
     assert prompt.prefix[0] == start and prompt.suffix[0] == end == prompt.eos
@@ -106,7 +106,7 @@ def test_how_transcripts_are_written_is_reported_and_refused(piece_tokenizer, hf
     with pytest.raises(ValueError, match=f"cannot write {share:.1%} .*'你好吗'.*max_unknown"):
         text.check_transcripts(piece_tokenizer, other, max_unknown=0.05)
     # Upper case is written letter by letter by a tokenizer that learned lower case.
-    cased = text.load_tokenizer(hf_directory)
+    cased = tokenization.load_tokenizer(hf_directory)
     upper = [line.upper() for line in TEXTS * 1000]
     counts = [sum(len(cased.encode(t)) for t in texts[::3]) for texts in (upper, TEXTS * 1000)]
     warning = text.check_transcripts(cased, upper)[-1]
@@ -119,36 +119,36 @@ def test_how_transcripts_are_written_is_reported_and_refused(piece_tokenizer, hf
 def test_unusable_tokenizer_files_are_named(tmp_path, hf_directory):
     with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor a \*.model"):
         (tmp_path / "empty").mkdir()
-        text.load_tokenizer(tmp_path / "empty")
+        tokenization.load_tokenizer(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
-        text.load_tokenizer(tmp_path / "absent.model")
+        tokenization.load_tokenizer(tmp_path / "absent.model")
     (tmp_path / "bad.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="bad.model: not a SentencePiece model"):
-        text.load_tokenizer(tmp_path / "bad.model")
+        tokenization.load_tokenizer(tmp_path / "bad.model")
     config = hf_directory / "tokenizer_config.json"
     config.write_text('{"eos_token": "</s>"}')
     with pytest.raises(ValueError, match="eos_token '</s>' is not in its vocabulary"):
-        text.load_tokenizer(hf_directory)
+        tokenization.load_tokenizer(hf_directory)
     config.unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer_config.json: missing"):
-        text.load_tokenizer(hf_directory)
+        tokenization.load_tokenizer(hf_directory)
     (hf_directory / "tokenizer.json").write_text("{")
     config.write_text("{}")
     with pytest.raises(ValueError, match="not a tokenizer.json"):
-        text.load_tokenizer(hf_directory)
+        tokenization.load_tokenizer(hf_directory)
     with pytest.raises(ValueError, match="no chat layout 'vicuna'"):
         text.chat("vicuna", "{speech}")
 
 
 def test_a_vocabulary_too_small_for_the_characters_says_how_large_it_must_be(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.vocab_size=9: the text needs 1[0-9]") as error:
-        text.train_sentencepiece(["abc def ghi"], tmp_path / "t", 9)
+        tokenization.train_sentencepiece(["abc def ghi"], tmp_path / "t", 9)
     needed = int(re.search(r"needs (\d+)", str(error.value))[1])
-    text.train_sentencepiece(["abc def ghi"], tmp_path / "t", needed)
+    tokenization.train_sentencepiece(["abc def ghi"], tmp_path / "t", needed)
 
 
 def test_prints_the_loss_mask(piece_tokenizer, tmp_path, capsys):
-    text.save_tokenizer(tmp_path, piece_tokenizer)
+    tokenization.save_tokenizer(tmp_path, piece_tokenizer)
     text.cli([f"--tokenizer={tmp_path}", "--prompt={speech}\\n", "--speech=2", "lamp on"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     ids = piece_tokenizer.encode("lamp on")

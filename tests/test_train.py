@@ -19,7 +19,7 @@ from toy_run import metrics_of, serve_buckets, tone_config, write_recipe, write_
 from otreg_jax import build, checkpoint, cluster, rundir, sharding, tracking
 from otreg_jax import config as config_lib
 from otreg_jax import train as train_lib
-from otreg_jax.data import sources, text
+from otreg_jax.data import sources, tokenization
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -326,7 +326,7 @@ def test_a_remote_workdir_gets_every_file(manifest):
     assert config_lib.load(workdir / "config.json").to_dict() == config.to_dict()
     files = rundir.of(workdir)
     tokenizer = train_lib.make_tokenizer(config, files, sources.read_manifest(manifest))
-    assert text.load_tokenizer(workdir).fingerprint == tokenizer.fingerprint
+    assert tokenization.load_tokenizer(workdir).fingerprint == tokenizer.fingerprint
     problem = sources.Problem("kind", "a:1", "why")
     for _ in range(2):
         sources.record_skipped([problem], str(workdir / "skipped.jsonl"))

@@ -9,7 +9,7 @@ import soundfile
 
 from otreg_jax import build, checkpoint, optim, sharding, train_step
 from otreg_jax import config as config_lib
-from otreg_jax.data import text
+from otreg_jax.data import tokenization
 
 WORDS = ("do", "re", "mi", "fa", "sol")
 TEXTS = ("turn on the light", "turn off the radio", "call anna", "meet peter on monday", "stop")
@@ -43,7 +43,9 @@ def make_run(workdir, *, dev="", test="", seed=0, **changes):
     config.adapter.hidden_dim = 16
     config.decode.max_tokens = 6
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    tokenizer = text.train_sentencepiece(TEXTS, workdir / "tokenizer", 60, model_type="word")
+    tokenizer = tokenization.train_sentencepiece(
+        TEXTS, workdir / "tokenizer", 60, model_type="word"
+    )
     slm, params = build.build(config, tokenizer)
     # Larger than any initialisation, so that hypotheses differ.
     params["llm"] = jax.tree.map(lambda leaf: 3 * leaf, params["llm"])

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from otreg_jax.data.text import Tokenizer, save_tokenizer
+from otreg_jax.data.tokenization import Tokenizer, save_tokenizer
 from otreg_jax.models.llm import LLM
 from otreg_jax.models.speech_encoder import SpeechEncoder
 from otreg_jax.pretrained import configs, tables

@@ -18,7 +18,7 @@ import tokenizers
 from harness import Wrong, refusal
 
 from otreg_jax import pretrained
-from otreg_jax.data import text
+from otreg_jax.data import tokenization
 from otreg_jax.models.llm import LLM, LLMConfig
 from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from otreg_jax.pretrained import save
@@ -46,7 +46,7 @@ def prepare(folder: Path) -> None:
     save.save_speech_encoder(folder / "whisper", encoder, params)
     _split_weights(folder / "qwen3")
     _write_tokenizer(folder / "llama")
-    text.train_sentencepiece(TEXTS[:2] * 9, folder / "qwen2" / "tokenizer", 60, byte_fallback=False)
+    tokenization.train_sentencepiece(TEXTS[:2] * 9, folder / "qwen2" / "tokenizer", 60)
 
 
 def _split_weights(directory: Path) -> None:
@@ -172,7 +172,7 @@ def _check_config(good: dict, bad: dict) -> None:
 
 
 def _check_tokenizer(directory: Path) -> str:
-    tokenizer, message = _refused(text.load_tokenizer, directory)
+    tokenizer, message = _refused(tokenization.load_tokenizer, directory)
     if message:
         return "refused"
     for line in TEXTS:

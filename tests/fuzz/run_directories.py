@@ -19,7 +19,7 @@ from harness import Wrong, refusal
 from otreg_jax import build, checkpoint, evaluate, optim, report, rundir, sharding, tracking
 from otreg_jax import config as config_lib
 from otreg_jax import train_step as step_lib
-from otreg_jax.data import sets, sources, text
+from otreg_jax.data import sets, sources, tokenization
 
 SETTINGS = {"in_domain": ["dev"], "normalizer": {"style": "whisper", "version": 2}}
 
@@ -28,7 +28,8 @@ def prepare(folder: Path) -> None:
     """A run with checkpoints of the steps 3 and 6, and an evaluation of the second."""
     manifest = toy_run.write_set(folder / "set", 2, seed=0)
     workdir = toy_run.make_run(folder / "good", dev=manifest)
-    config, tokenizer = config_lib.load(workdir / "config.json"), text.load_tokenizer(workdir)
+    config = config_lib.load(workdir / "config.json")
+    tokenizer = tokenization.load_tokenizer(workdir)
     _, params = build.build(config, tokenizer)
     params, frozen = build.split(params, config)
     state = step_lib.init_state(params, optim.make_optimizer(config))._replace(step=np.int32(6))
