@@ -23,8 +23,8 @@ LAYERS = {
         "train", "evaluate", "transcribe", "align", "export", "aot", "data.prepare",
     ),
     "parts of commands": (
-        "pretrain_llm", "preflight", "encode_once", "tracking", "recognition", "decoding",
-        "alignment", "report/", "subtitles",
+        "pretrain_llm", "preflight", "agreement", "encode_once", "tracking", "recognition",
+        "decoding", "alignment", "report/", "subtitles",
     ),
     "assembly": ("build", "checkpoint"),
     "the step": ("optim", "train_step", "losses/"),

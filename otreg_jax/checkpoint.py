@@ -11,8 +11,9 @@ DIR may be local or remote (gs://...).
 import functools
 import json
 import logging
+import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import optax
 import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
 
-from otreg_jax import optim, rundir
+from otreg_jax import cluster, optim, rundir
 
 DEV_LOSS = "dev_ce"  # the metric of a checkpoint by which the best one is kept
 NEWEST, BEST = "newest", "best"
@@ -140,23 +141,26 @@ def _reason(error: Exception) -> str:
 
 
 def restore(
-    workdir, abstract_state, made_of: dict | None = None, params_only: bool = False,
-    which: str = NEWEST,
+    workdir, abstract_state, made_of: dict | None = None, any_corpus: bool = False,
+    params_only: bool = False, which: str = NEWEST,
 ):  # fmt: skip
     """A checkpoint in the shardings of `abstract_state`; None if there is none.
 
     Every array must have the fingerprint that it was saved with (older checkpoints have none). Of
     the newest, an unreadable or damaged one is skipped with a warning. With `params_only` the
     optimizer's state is not read; where it holds an average of the weights, that is read alone.
-    which: as for `choose`.
+    which: as for `choose`. any_corpus: the corpora are not compared.
+
+    All processes restore the same one, or none: they try those that process 0 finds.
 
     Raises:
       ValueError: the one asked for does not exist; checkpoints exist, and none can be read; or the
-        one that can was made with another tokenizer, prompt or frozen weights than `made_of`;
-        every difference is listed.
+        one that can was made with another tokenizer, prompt, corpus or frozen weights than
+        `made_of`; every difference is listed.
+      SystemExit: with cluster.RESTART, if only some processes can read it.
     """
     path = rundir.of(workdir).checkpoints
-    if not exists(workdir):
+    if not cluster.gather(exists(workdir))[0]:
         return None
     if params_only:
         average = optim.averaged(None, abstract_state.opt_state)
@@ -167,22 +171,20 @@ def restore(
                 params=nothing(abstract_state.params),
                 opt_state=optax.tree.set(abstract_state.opt_state, ema=average),
             )
-    steps, problems = _Steps(), []
+    problems, steps = [], _Steps()
     with ocp.training.Checkpointer(path, step_name_format=steps) as orbax:
         found = {info.step: info.metrics or {} for info in orbax.checkpoints}
-        for step in choose(path, found | dict.fromkeys(steps.damaged, {}), which):
-            try:
-                if step in steps.damaged:
-                    raise ValueError(steps.damaged[step])
-                state, about = _read(orbax, step, found[step], abstract_state)
-            except Exception as error:  # whatever a broken file makes the reader raise
-                problems.append(f"step {step}: {_reason(error)}")
+        chosen = choose(path, found | dict.fromkeys(steps.damaged, {}), which)
+        for step in cluster.gather(chosen)[0]:  # as process 0 sees them
+            state, about, problem = _read(orbax, step, found.get(step), abstract_state, steps)
+            if problem:
+                problems.append(f"step {step}: {problem}")
                 logging.warning(
                     "the checkpoint of step %d cannot be read%s: %s", step,
-                    ", trying the one before" if which == NEWEST else "", _reason(error),
+                    ", trying the one before" if which == NEWEST else "", problem,
                 )  # fmt: skip
                 continue
-            different = _differences(about, made_of or {})
+            different = _differences(about, made_of or {}, ("corpus",) if any_corpus else ())
             if different:
                 raise ValueError(
                     f"{path}/{step} does not fit what this run has loaded:\n  "
@@ -195,17 +197,51 @@ def restore(
     return None
 
 
-def _read(orbax, step: int, metrics: dict, abstract_state) -> tuple:
-    """(state, what it was made of) of a checkpoint. Raises ValueError if anything in it has changed
-    since it was saved, and whatever Orbax raises."""
-    about = _unsealed(orbax.metadata(step).custom_metadata or {}, metrics)
-    state = orbax.load(step, abstract_state)
-    if "state" in about:
-        found = fingerprints(state)
-        changed = [path for path in found if found[path] != about["state"].get(path)]
-        if changed:
-            raise ValueError(f"damaged since it was saved: {', '.join(changed)}")
-    return state, about
+def _read(orbax, step: int, metrics: dict | None, abstract_state, steps: _Steps) -> tuple:
+    """(state, what it was made of, problem) of a checkpoint that all processes can read, or (None,
+    None, why not) of one that none can."""
+    path, state, about = f"{orbax.directory}/{step}", None, None
+    problem = steps.damaged.get(step, "" if metrics is not None else "not found")
+    # Orbax would wait for the others at a barrier that a process which cannot read never reaches.
+    alone, me = ocp.Context(), ocp.multihost.process_index()
+    alone.multiprocessing.primary_host, alone.multiprocessing.active_processes = me, {me}
+    try:
+        if not problem:
+            about = _unsealed(orbax.metadata(step).custom_metadata or {}, metrics)
+    except Exception as error:  # whatever a broken file makes the reader raise
+        problem = _reason(error)
+    if problem := _of_all(path, problem):
+        return None, None, problem
+    try:
+        with alone:
+            state = orbax.load(step, abstract_state)
+    except Exception as error:  # likewise
+        problem = _reason(error)
+    if problem := _of_all(path, problem):
+        return None, None, problem
+    found = fingerprints(state) if "state" in about else {}
+    changed = [name for name in found if found[name] != about["state"].get(name)]
+    if changed:
+        return None, None, f"damaged since it was saved: {', '.join(changed)}"
+    return state, about, ""
+
+
+def _of_all(path: str, problem: str) -> str:
+    """The problem that all processes have with a checkpoint, or "".
+
+    If only some have one, the checkpoint is good and their access to it is not: all end with
+    cluster.RESTART. Some would else go on from another step, and overwrite it.
+    """
+    everyones = cluster.gather(problem)
+    if all(everyones) or not any(everyones):
+        return everyones[0]
+    process = next(i for i, theirs in enumerate(everyones) if theirs)
+    print(
+        f"process {process} cannot read {path}, which others can: {everyones[process]}\n"
+        f"Ending with status {cluster.RESTART}; start the run again to go on.",
+        file=sys.stderr,
+    )  # fmt: skip
+    raise SystemExit(cluster.RESTART)
 
 
 def choose(path, found: Mapping[int, dict], which: str) -> list[int]:
@@ -253,8 +289,9 @@ def _seal(about: dict, metrics: dict | None) -> int:
     return zlib.crc32(json.dumps([about, metrics or {}], sort_keys=True).encode())
 
 
-def provenance(config, tokenizer, frozen) -> dict:
-    """What a checkpoint is only valid with: {"tokenizer", "prompt", "frozen": {path: fingerprint}}.
+def provenance(config, tokenizer, frozen, corpus: str = "") -> dict:
+    """What a checkpoint is only valid with: {"tokenizer", "prompt", "frozen": {path: fingerprint}},
+    and, to train on, "corpus" (see `agreement.corpus`).
 
     Of the frozen weights those that files gave; what the seed gives follows from config.json, and
     its last bits from the kind of device.
@@ -270,7 +307,7 @@ def provenance(config, tokenizer, frozen) -> dict:
         "tokenizer": tokenizer.fingerprint,
         "prompt": config.prompt,
         "frozen": fingerprints(exact),
-    }
+    } | ({"corpus": corpus} if corpus else {})
 
 
 def fingerprints(tree) -> dict[str, str]:
@@ -307,11 +344,13 @@ def _checksums(flat: dict) -> dict:
     return jax.tree.map(checksum, flat)
 
 
-def _differences(stored: dict, made_of: dict) -> list[str]:
+def _differences(stored: dict, made_of: dict, may_differ: Sequence[str] = ()) -> list[str]:
     """Lines 'what: stored -> now'; what the checkpoint does not say cannot differ."""
+    made_of = {key: x for key, x in made_of.items() if key not in may_differ}
+    remedy = {"corpus": " (data.allow_change=True goes on with it)"}
     lines = [
-        f"{key}: {stored[key]!r} -> {made_of[key]!r}"
-        for key in ("tokenizer", "prompt")
+        f"{key}: {stored[key]!r} -> {made_of[key]!r}{remedy.get(key, '')}"
+        for key in ("tokenizer", "prompt", "corpus")
         if key in made_of and stored.get(key, made_of[key]) != made_of[key]
     ]
     before, now = stored.get("frozen"), made_of.get("frozen")

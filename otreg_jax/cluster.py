@@ -68,7 +68,8 @@ def membership(stall_seconds: int = 0):
             # At exit jax would wait minutes for the other processes, which wait for this one. If
             # one of them is to blame, its heartbeats will tell: jax names it and ends this process.
             patience = 2 * heartbeat if re.match(LOST, str(error)) else 0
-            atexit.register(_leave, patience)  # runs before what jax has registered
+            status = error.code if isinstance(error, SystemExit) else 1
+            atexit.register(_leave, patience, status)  # runs before what jax has registered
         raise
 
 
@@ -180,6 +181,16 @@ def _check_devices(count: int) -> None:
         )
 
 
+def gather(value) -> list:
+    """What each process has, by process; JSON can hold it, and all must call this."""
+    if jax.process_count() == 1:
+        return [value]
+    said = json.dumps(value).encode()
+    longest = int(multihost_utils.process_allgather(np.int32(len(said))).max())
+    padded = np.frombuffer(said.ljust(longest), np.uint8)
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+
+
 def agree(what: str, values: dict[str, str]) -> None:
     """Checks that `values` are the same in all processes; all must call it.
 
@@ -193,11 +204,7 @@ def agree(what: str, values: dict[str, str]) -> None:
     digests = multihost_utils.process_allgather(np.frombuffer(hashlib.md5(said).digest(), np.uint8))
     if (digests == digests[0]).all():
         return
-    said = json.dumps([socket.gethostname(), values]).encode()
-    longest = int(multihost_utils.process_allgather(np.int32(len(said))).max())
-    padded = np.frombuffer(said.ljust(longest), np.uint8)
-    all_said = multihost_utils.process_allgather(padded)
-    (host, first), *others = (json.loads(bytes(row)) for row in all_said)
+    (host, first), *others = gather([socket.gethostname(), values])
     lines = []
     for process, (other_host, other) in enumerate(others, 1):
         different = [key for key in first | other if first.get(key) != other.get(key)]
@@ -210,13 +217,13 @@ def agree(what: str, values: dict[str, str]) -> None:
     raise ValueError(f"the processes of this run differ in their {what}:\n  " + "\n  ".join(lines))
 
 
-def _leave(patience: int) -> None:
+def _leave(patience: int, status) -> None:
     sys.stdout.flush()
     if patience:
         print(f"{_name()}: is another process gone? Waiting {patience} s to hear", file=sys.stderr)
         time.sleep(patience)
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status if isinstance(status, int) else 1)
 
 
 @contextlib.contextmanager

@@ -100,6 +100,13 @@ _ROWS = (
     ("mesh.fsdp", 1, DEVICES, "likewise; parameters are split over it", FREE),
     ("mesh.tensor", 1, DEVICES, "likewise; kernels are split over it", FREE),
     ("data.train", "", MANIFESTS, "training data"),
+    (
+        "data.allow_change",
+        False,
+        FLAG,
+        "resume on other utterances than those of the checkpoint; the run is then no longer exact",
+        FREE,
+    ),
     ("data.dev", "", MANIFEST, "in-domain evaluation", FREE),
     ("data.test", "", NAMED_MANIFESTS, "further evaluation sets", FREE),
     ("data.cache", "", TEXT, 'where synthetic speech is kept; "": WORKDIR/data', FREE),

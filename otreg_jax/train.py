@@ -30,6 +30,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from otreg_jax import (
+    agreement,
     build,
     checkpoint,
     cluster,
@@ -62,6 +63,7 @@ def train(config, workdir) -> step_lib.TrainState:
       KeyboardInterrupt: Ctrl-C. As after an unreadable file, what was trained is saved.
     """
     preflight.check(config)
+    agreement.check_start(config)
     mesh = sharding.make_mesh(config)
     share, files = cluster.batch_share(mesh), rundir.of(workdir)
     stored = preflight.stored_config(workdir, config)
@@ -78,8 +80,8 @@ def train(config, workdir) -> step_lib.TrainState:
     plan = stages.stages_of(config)
     optimizer = optim.make_optimizer(plan[0].config)
     abstract_state = step_lib.abstract_state(params, optimizer, mesh)
-    made_of = checkpoint.provenance(config, data.tokenizer, frozen)
-    state = checkpoint.restore(workdir, abstract_state, made_of)
+    made_of = checkpoint.provenance(config, data.tokenizer, frozen, agreement.corpus(data.train))
+    state = checkpoint.restore(workdir, abstract_state, made_of, config.data.allow_change)
     state = state or new_state(params, optimizer, abstract_state)
     start = int(state.step)
     del params
@@ -159,6 +161,9 @@ def load_data(config, files: rundir.Files) -> Data:
         config_lib.save(config, files.config)
         rundir.write_json(files.description, sets.describe(utterances))
     are_used = stages.is_ever_on(config, "ctc") and config.ctc.classes == "used"
+    agreement.check_data("training data", utterances)
+    agreement.check_data("dev set", dev)
+    agreement.check_weights([config.encoder.path, llm_dir])
     classes = text.used_tokens(tokenizer, texts) if are_used else None
     return Data(utterances, dev, tokenizer, llm_dir, classes)
 

@@ -114,9 +114,10 @@ def test_four_processes_train_as_one_and_one_goes_on(config, alone, tmp_path):
     assert_same_losses(four, metrics_of(alone), range(1, 7))
     # All that is written once, is.
     written = {path.name for path in workdir.iterdir() if "tfevents" not in path.name}
-    assert written == {"checkpoints", "config.json", "metrics.jsonl", "skipped.jsonl"} | {
-        "tokenizer.model"
-    }
+    assert written == {
+        "checkpoints", "config.json", "data.json", "metrics.jsonl", "skipped.jsonl",
+        "tokenizer.model",
+    }  # fmt: skip
     assert len(list(workdir.glob("*tfevents*"))) == 1
     assert len((workdir / "skipped.jsonl").read_text().splitlines()) == 1
     assert checkpoints(workdir) == {"3", "6"}
