@@ -337,6 +337,8 @@ def evaluate_and_export(stage: Stage) -> None:
     alone = f"JAX_NUM_PROCESSES=1 {python}.export"
     on_workers(stage, f"{alone} --workdir=gs://{BUCKET}/run --out=gs://{BUCKET}/exported", "0")
     names = [Path(path).name for path in stage.files.find(f"{BUCKET}/exported")]
+    if not any(name.endswith(".safetensors") for name in names):
+        raise RuntimeError(f"export wrote no weights to gs://{BUCKET}/exported, only {names}")
     say(f"exported: {', '.join(sorted(names))}")
 
 
