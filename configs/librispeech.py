@@ -4,27 +4,35 @@
       python -m otreg_jax.data.prepare --layout=librispeech --split=$split \\
           --lower_case --input=LibriSpeech --output=data/librispeech
     done
-    bash launch/train_tpu.sh --name libri --zone us-east5-a --type v5litepod-16 \\
-        --config configs/librispeech.py:otreg --workdir gs://BUCKET/runs/libri
+    for model in openai/whisper-large-v3 Qwen/Qwen2.5-1.5B-Instruct; do   # COMMIT: which you pin
+      hf download $model --revision COMMIT --include '*.json' --include '*.safetensors' \\
+          --local-dir weights/${model#*/}
+    done
 
     python -m otreg_jax.train --config=configs/librispeech.py:otreg --workdir=runs/libri
     python -m otreg_jax.train --config=configs/librispeech.py:runlocal --workdir=runs/libri-local
 
-Pretrained weights come from the hub at a revision that you pin (--config.llm.revision=COMMIT
---config.encoder.revision=COMMIT), or from directories (--config.llm.path=DIR).
+On TPUs, `@` says below what data/ and weights/ are (docs/launch.md is the whole way there):
+
+    gcloud storage cp -r data weights gs://BUCKET/
+    bash launch/train_tpu.sh --name libri --zone us-east5-a --type v5litepod-16 \\
+        --config configs/librispeech.py:otreg@gs://BUCKET --workdir gs://BUCKET/runs/libri
 
 `baseline` is cross-entropy alone. `runlocal` is the same recipe at a tiny size with random weights
 and synthetic speech: a minute on a CPU to see that everything fits together. The sizes of OTReg's
 weights come from experiments on tiny models; expect to tune them.
 """
 
+import functools
+
 from otreg_jax import config as config_lib
 
 ARMS = ("otreg", "baseline", "runlocal")
 
 
-def get_config(arm: str = "otreg"):
-    """The recipe of an arm: otreg, baseline or runlocal."""
+def get_config(argument: str = "otreg"):
+    """The recipe of an arm; "otreg@DIR" finds data/ and weights/ in DIR."""
+    arm, _, root = argument.partition("@")
     if arm not in ARMS:
         raise ValueError(
             f"configs/librispeech.py:{arm}: no such arm, choose from {', '.join(ARMS)}"
@@ -37,17 +45,18 @@ def get_config(arm: str = "otreg"):
     c.compute_dtype = "bfloat16"
     c.remat = "dots"
     c.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    below = functools.partial(join, root)
     splits = ("train_clean_100", "train_clean_360", "train_other_500")
-    c.data.train = ",".join(f"data/librispeech:{split}" for split in splits)
-    c.data.dev = "data/librispeech:dev_clean"
-    c.data.test = "other=data/librispeech:dev_other"
+    c.data.train = ",".join(below(f"data/librispeech:{split}") for split in splits)
+    c.data.dev = below("data/librispeech:dev_clean")
+    c.data.test = "other=" + below("data/librispeech:dev_other")
     c.data.num_mels = 128
     c.data.num_buckets = 4
     c.data.num_workers = 8
     c.data.augment.time_masks = 2
     c.data.augment.freq_masks = 2
-    c.encoder.path = "openai/whisper-large-v3"
-    c.llm.path = "Qwen/Qwen2.5-1.5B-Instruct"
+    c.encoder.path = below("weights/whisper-large-v3")
+    c.llm.path = below("weights/Qwen2.5-1.5B-Instruct")
     c.prompt = "chat:Transcribe: {speech}"
     c.adapter.stack = 4  # 12.5 positions a second
     c.adapter.hidden_dim = 2048
@@ -62,6 +71,11 @@ def get_config(arm: str = "otreg"):
     if arm == "runlocal":
         runlocal(c)
     return c
+
+
+def join(root: str, path: str) -> str:
+    """A path below a folder or bucket; the path alone if there is none."""
+    return f"{root.rstrip('/')}/{path}" if root else path
 
 
 def otreg(c) -> None:
