@@ -12,6 +12,7 @@ DIR2/config.json          the configuration of the run, the adapter's widths and
 A model of which something was trained, LoRA pairs say, is written in float32, a frozen one in the
 run's compute_dtype, int8 kernels as floats of the same values. With --dtype=bfloat16, rounding
 takes away a part of what LoRA learned: the command says how much.
+DIR2 may be remote (gs://...): the files then pass through a temporary directory (TMPDIR).
 To go on from there: --config.llm.path=DIR2/llm --config.encoder.path=DIR2/encoder.
 """
 
@@ -19,6 +20,7 @@ import dataclasses
 import functools
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -27,7 +29,7 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from otreg_jax import build, command, pretrained
+from otreg_jax import build, command, pretrained, rundir
 from otreg_jax.models import lora, quantize
 
 GENERATION = "generation_config.json"
@@ -43,7 +45,7 @@ def export(run: build.Run, out: str | Path, dtype: str = "") -> float:
     if `out` holds something already.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
+    if rundir.holds_something(out):
         raise ValueError(f"{out} is not empty: choose another --out")
     plain = {part: quantize.from_int8(run.params[part], "float32") for part in ("llm", "encoder")}
     written = {}
@@ -96,7 +98,14 @@ def define_flags(define) -> None:
 
 def main(values, _) -> None:
     run = build.load_run(values.workdir, values.checkpoint)
-    lost = export(run, values.out, values.dtype)
+    if rundir.is_remote(values.out):
+        if rundir.holds_something(values.out):  # before minutes are spent
+            raise ValueError(f"{values.out} is not empty: choose another --out")
+        with tempfile.TemporaryDirectory() as folder:
+            lost = export(run, folder, values.dtype)
+            rundir.copy_tree(folder, values.out)
+    else:
+        lost = export(run, values.out, values.dtype)
     print(f"wrote {values.out}/llm, encoder, adapter.safetensors and config.json")
     if run.config.lora.pattern:
         print(f"LoRA merged in float32, then rounded: {lost:.1%} of the norm of its change is lost")

@@ -106,6 +106,23 @@ def dumps(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+def holds_something(directory: str | os.PathLike) -> bool:
+    """Whether there is a file or folder in a directory, which need not exist."""
+    path = epath.Path(directory)
+    return path.exists() and any(path.iterdir())
+
+
+def copy_tree(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copies all files below a directory; either may be remote."""
+    source, target = epath.Path(source), epath.Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            copy_tree(path, target / path.name)
+        else:
+            path.copy(target / path.name)
+
+
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Writes a whole file, by a rename; makes its directory. Raises OSError, the old file kept."""
     path = epath.Path(path)

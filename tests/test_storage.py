@@ -65,3 +65,22 @@ def test_a_storage_that_is_away_for_seconds_is_waited_for(storage):
     )
     outage.begin(4)
     assert run(program, variables) == "{}\n"
+
+
+def test_a_folder_is_copied_to_a_bucket(storage, tmp_path):
+    variables, _ = storage
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "model.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "config.json").write_text("{}")
+    program = (
+        "from otreg_jax import rundir\n"
+        "print(rundir.holds_something('gs://bucket/exported'))\n"
+        f"rundir.copy_tree({str(tmp_path)!r}, 'gs://bucket/exported')\n"
+        "print(rundir.holds_something('gs://bucket/exported'))\n"
+        "import gcsfs\n"
+        "print(gcsfs.GCSFileSystem().du('bucket/exported', total=False))\n"
+    )
+    assert run(program, variables).splitlines() == [
+        "False", "True",
+        "{'bucket/exported/config.json': 2, 'bucket/exported/llm/model.safetensors': 1000}",
+    ]  # fmt: skip
