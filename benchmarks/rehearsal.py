@@ -403,7 +403,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(rehearse, args: argparse.Namespace) -> int:
     """Runs a rehearsal in a folder, prints how it ended; the exit status."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and cleans up
     folder = (args.keep or Path(tempfile.mkdtemp(prefix="rehearsal-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     problems = rehearse(args, folder)

@@ -33,7 +33,7 @@ LAUNCHERS = {
     "TPU_WORKER_HOSTNAMES": FOR_TPU,
     "JOB_COMPLETION_INDEX": 'pip install "jax[k8s]"',
     "WORLD_SIZE": BY_HAND,
-} | dict.fromkeys(MPI, f"pip install mpi4py, or {BY_HAND}")
+} | dict.fromkeys(MPI, f"pip install mpi4py (for this MPI: MPI4PY_MPIABI), or {BY_HAND}")
 # What a step of this process raises when another process is gone: status codes of the runtime,
 # without those that speak of the program itself (out of memory, say).
 LOST = r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):"
@@ -95,10 +95,10 @@ def _cluster() -> tuple[int, str | None]:
     if by_hand and not kind:
         said = ", ".join(f"{name}={value}" for name, value in by_hand.items())
         raise ValueError(f"{said}: all of {', '.join(names)} are needed, the last two numbers")
-    if not kind:
-        _check_launcher()
-        return 1, None
-    return kind.get_process_count(), kind.name if kind.opt_in_only_method else None
+    count = kind.get_process_count() if kind else 1
+    if count == 1:
+        _check_launcher(kind is not None)
+    return count, kind.name if kind and kind.opt_in_only_method else None
 
 
 def _recognised():
@@ -151,12 +151,14 @@ def _join(count: int, method: str | None, patience: int, heartbeat: int) -> None
     multihost_utils.sync_global_devices("joined")
 
 
-def _check_launcher() -> None:
+def _check_launcher(recognised: bool) -> None:
+    """Raises ValueError if the launcher has started several processes and jax counts one."""
     for name, remedy in LAUNCHERS.items():
         value = os.environ.get(name, "1")
         many = "," in value or (value.isdigit() and int(value) > 1)
         # The index of a pod does not say of how many.
-        if many or (name == "JOB_COMPLETION_INDEX" and name in os.environ):
+        unknown = name == "JOB_COMPLETION_INDEX" and name in os.environ and not recognised
+        if unknown or (many and name != "JOB_COMPLETION_INDEX"):
             raise ValueError(
                 f"{name}={value}: this is one of several processes, and jax cannot find the "
                 f"others: {remedy}. If it is meant to run alone, set JAX_NUM_PROCESSES=1"

@@ -80,11 +80,24 @@ def test_the_processes_are_counted_as_jax_finds_them(environment, variables, cou
     assert cluster._cluster() == (count, None)
 
 
+def test_the_only_worker_of_a_gke_slice_runs_alone(environment, monkeypatch):
+    """Its pod has an index, as every pod of an indexed job; jax knows that there is one."""
+    environment(
+        {
+            "TPU_WORKER_HOSTNAMES": "worker-0", "MEGASCALE_NUM_SLICES": "1",
+            "JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        }
+    )  # fmt: skip
+    monkeypatch.setattr(cluster.clusters.GkeTpuCluster, "is_env_present", lambda: True)
+    assert cluster._cluster() == (1, None)
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
         ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS=4: this is one of several.* start it with srun"),
-        ({"PMI_SIZE": "2"}, "pip install mpi4py, or set JAX_COORDINATOR_ADDRESS"),
+        ({"PMI_SIZE": "2"}, "pip install mpi4py .*or set JAX_COORDINATOR_ADDRESS"),
+        (SLURM | {"SLURM_NTASKS": "1", "WORLD_SIZE": "2"}, "WORLD_SIZE=2"),
         ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8: .* JAX_NUM_PROCESSES=1"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "OTREG_ACCELERATOR=tpu bash launch/setup.sh"),
         ({"JOB_COMPLETION_INDEX": "0"}, "jax.k8s"),
