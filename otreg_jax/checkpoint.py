@@ -171,6 +171,7 @@ def restore(
                 params=nothing(abstract_state.params),
                 opt_state=optax.tree.set(abstract_state.opt_state, ema=average),
             )
+    _hush()
     problems, steps = [], _Steps()
     with ocp.training.Checkpointer(path, step_name_format=steps) as orbax:
         found = {info.step: info.metrics or {} for info in orbax.checkpoints}
@@ -195,6 +196,17 @@ def restore(
     if problems:
         raise ValueError(f"{path}: no checkpoint can be read:\n  " + "\n  ".join(problems))
     return None
+
+
+@functools.cache
+def _hush() -> None:
+    """Reads that are under way when one of them fails end later, in other threads, each with a
+    trace that Python prints and nobody can act on: no more. What failed is raised, and said."""
+    hook = sys.unraisablehook
+    echoes = ("Event loop is closed", "Encountered error while reading array")
+    sys.unraisablehook = lambda raised: (
+        None if str(raised.exc_value).startswith(echoes) else hook(raised)
+    )
 
 
 def _read(orbax, step: int, metrics: dict | None, abstract_state, steps: _Steps) -> tuple:

@@ -11,12 +11,14 @@ Whatever else `case` raises is a trace that a user would have seen.
 """
 
 import concurrent.futures
+import contextlib
 import importlib
 import logging
 import multiprocessing
 import os
 import resource
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -111,19 +113,37 @@ def _prepare(kind: str, folder: str) -> None:
 
 def _one(kind: str, folder: str, seed: int) -> tuple[str, str]:
     logging.disable(logging.CRITICAL)
-    with open(os.devnull, "w") as nothing:  # what a command would print on the way
-        out, sys.stdout = sys.stdout, nothing
+    with _elsewhere() as said:
         try:
             how, details = importlib.import_module(kind).case(Path(folder), seed), ""
         except Wrong as error:
             how, details = "wrong", str(error)
         except BaseException:
             how, details = "trace", traceback.format_exc()
-        finally:
-            sys.stdout = out
+    said.seek(0)
+    text = said.read()
+    said.close()
+    if "Traceback (most recent call last)" in text:  # of a thread, or in a destructor
+        return "trace", text[-3000:]
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MEMORY:
         return "memory", f"over {MEMORY >> 30} GiB"
     return how, details
+
+
+@contextlib.contextmanager
+def _elsewhere():
+    """Sends what is printed, by Python or below it, to the file that is given."""
+    said = tempfile.TemporaryFile("w+", errors="replace")
+    kept = [os.dup(1), os.dup(2)]
+    sys.stdout.flush(), sys.stderr.flush()
+    os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+    try:
+        yield said
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        for number, file in zip((1, 2), kept, strict=True):
+            os.dup2(file, number)
+            os.close(file)
 
 
 def table(counts: dict[str, Counter]) -> str:
