@@ -91,9 +91,9 @@ def stored(program: str = "train") -> dict[tuple, dict]:
 
 def measure() -> None:
     """Compiles what has no line yet."""
-    trained = [*((arm, *where, LEAN) for where in SLICES for arm in ARMS), *TRADES]
-    points = [(point, "train") for point in trained]
-    points += [((arm, topology, 1, ()), "decode") for arm, topology in DECODE]
+    points = [((arm, topology, 1, ()), "decode") for arm, topology in DECODE]
+    points += [((arm, *where, LEAN), "train") for where in SLICES for arm in ARMS]
+    points += [(point, "train") for point in TRADES]
     for point, program in points:
         if point in stored(program):
             continue

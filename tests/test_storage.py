@@ -84,3 +84,54 @@ def test_a_folder_is_copied_to_a_bucket(storage, tmp_path):
         "False", "True",
         "{'bucket/exported/config.json': 2, 'bucket/exported/llm/model.safetensors': 1000}",
     ]  # fmt: skip
+
+
+READ = """
+import subprocess, sys
+sys.path.insert(0, "TESTS")
+import gcsfs, numpy as np
+from etils import epath
+from otreg_jax import build, export, optim, pretrained, rundir
+from otreg_jax.data import sources
+from toy_run import make_run, write_set
+
+LOCAL, REMOTE = "FOLDER", "gs://bucket/up"
+write_set(epath.Path(LOCAL) / "set", 3, seed=0)
+run = build.load_run(make_run(epath.Path(LOCAL) / "run", dev=LOCAL + "/set/set.jsonl"))
+pretrained.save_llm(LOCAL + "/llm", run.slm.llm, run.params["llm"], run.tokenizer)
+subprocess.run([
+    sys.executable, "-m", "otreg_jax.data.prepare", "--layout=manifest", "--split=train",
+    f"--input={LOCAL}/set/set.jsonl", f"--output={LOCAL}/records",
+], check=True, stdout=subprocess.DEVNULL)
+gcsfs.GCSFileSystem().put(LOCAL, "bucket/up", recursive=True)
+
+def same(ours, theirs):
+    ours, theirs = optim.flat_paths(ours), optim.flat_paths(theirs)
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        np.testing.assert_array_equal(np.array(ours[path]), np.array(theirs[path]))
+
+for data in ("set/set.jsonl", "records"):
+    (here, _), (there, problems) = (sources.scan(f"{place}/{data}") for place in (LOCAL, REMOTE))
+    assert not problems and len(here) == 3, (here, problems)
+    assert [(u.id, u.text, u.duration) for u in here] == [(u.id, u.text, u.duration) for u in there]
+    for ours, theirs in zip(here, there):
+        assert theirs.audio.removeprefix("record:").startswith("gs://")
+        np.testing.assert_array_equal(sources.load_audio(ours), sources.load_audio(theirs))
+    print(data)
+same(pretrained.load_llm(f"{LOCAL}/llm")[1], pretrained.load_llm(f"{REMOTE}/llm")[1])
+print("weights")
+export.export(run, LOCAL + "/out")
+rundir.copy_tree(LOCAL + "/out", "gs://bucket/out")
+same(pretrained.load_llm(f"{LOCAL}/out/llm")[1], pretrained.load_llm("gs://bucket/out/llm")[1])
+print("export")
+"""
+
+
+def test_data_weights_and_exports_may_be_on_a_bucket(storage, tmp_path):
+    variables, _ = storage
+    program = READ.replace("FOLDER", str(tmp_path / "up")).replace("TESTS", str(ROOT / "tests"))
+    printed = run(program, variables | {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    lines = [line for line in printed.splitlines() if not line.startswith("copying 1 shards")]
+    assert lines == ["set/set.jsonl", "records", "weights", "export"], printed
+    assert printed.count("copying 1 shards") == 1 and "gs://bucket/up/records" in printed

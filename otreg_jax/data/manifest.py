@@ -240,7 +240,7 @@ def _resolve(path: str, root: str, strict: bool) -> str:
     if "\0" in path or not path.strip():
         raise BadAudio("bad_value", f"audio_filepath is {_short(path)}, not a path")
     try:
-        path = remote.localize(path)
+        path = path if path.startswith(records.PREFIX) else remote.localize(path)
     except ValueError as error:
         raise BadAudio("bad_value", str(error)) from None
     if "://" in path or os.path.isabs(path) or path.startswith(records.PREFIX):

@@ -10,12 +10,15 @@ import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
+from etils import epath
 
+from otreg_jax import rundir
 from otreg_jax.data.utterances import SAMPLE_RATE, BadAudio
 
 PREFIX = "record:"  # an utterance's audio: "record:FOLDER:SPLIT:INDEX"
@@ -49,8 +52,8 @@ def schema(folder: str) -> Schema:
       ValueError: it has no audio or no transcript, or its description is not one of TFDS.
     """
     try:
-        content = json.loads((Path(folder) / "features.json").read_text(encoding="utf-8"))
-        info = json.loads((Path(folder) / "dataset_info.json").read_text(encoding="utf-8"))
+        content = json.loads((epath.Path(folder) / "features.json").read_text(encoding="utf-8"))
+        info = json.loads((epath.Path(folder) / "dataset_info.json").read_text(encoding="utf-8"))
         return _schema(folder, content["featuresDict"]["features"], info["name"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -78,7 +81,7 @@ def _schema(folder: str, features: dict, dataset: str) -> Schema:
 def _source(folder: str, split: str):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    paths = [os.fspath(path) for path in shards(folder, split)]
+    paths = [os.fspath(path) for path in at_hand(shards(folder, split))]
     try:
         return ArrayRecordDataSource(paths)
     except Exception as error:
@@ -86,12 +89,37 @@ def _source(folder: str, split: str):
         raise ValueError(f"{folder}: the shards of {split!r} cannot be read: {reason}") from None
 
 
-def shards(folder: str | os.PathLike, split: str) -> list[Path]:
+def at_hand(paths: list) -> list:
+    """The files, or copies of those on gs://, since ArrayRecord's reader takes local ones only.
+
+    Copies are kept in the user's cache directory, and made anew if their size has changed.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otreg_jax/records"
+    copies = [cache / str(p).partition("://")[2] if "://" in str(p) else p for p in paths]
+    missing = [
+        (path, copy) for path, copy in zip(paths, copies, strict=True)
+        if copy is not path and not (copy.is_file() and copy.stat().st_size == path.stat().length)
+    ]  # fmt: skip
+    if missing:
+        size = sum(path.stat().length for path, _ in missing) / 2**30
+        folder, where = missing[0][0].parent, missing[0][1].parent
+        print(f"copying {len(missing)} shards ({size:.2f} GiB) of {folder} to {where}")
+    for path, copy in missing:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        part = copy.with_name(f".{copy.name}.{os.getpid()}")
+        with path.open("rb") as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target, 2**24)
+        part.replace(copy)
+    return copies
+
+
+def shards(folder: str | os.PathLike, split: str) -> list:
     """The files of a split, in order. Raises FileNotFoundError if there is none, or not all."""
-    paths = sorted(Path(folder).glob(f"*-{split}.array_record-?????-of-?????"))
+    paths = sorted(epath.Path(folder).glob(f"*-{split}.array_record-?????-of-?????"))
     promised = {int(path.name.rpartition("-of-")[2]) for path in paths}
     if promised != {len(paths)}:
-        there = (re.match(r"[^.]*-(\w+)\.array_record", name) for name in os.listdir(folder))
+        names = [path.name for path in epath.Path(folder).iterdir()]
+        there = (re.match(r"[^.]*-(\w+)\.array_record", name) for name in names)
         splits = ", ".join(sorted({shard[1] for shard in there if shard})) or "none"
         wrong = f"{len(paths)} of {max(promised)} shards" if paths else f"splits here: {splits}"
         raise FileNotFoundError(
@@ -119,6 +147,11 @@ def address(folder: str | os.PathLike, split: str, index: int) -> str:
     return f"{PREFIX}{os.fspath(folder)}:{split}:{index}"
 
 
+def is_data_set(folder: str) -> bool:
+    """Whether a folder, local or remote, is a data set as TFDS lays it out."""
+    return (epath.Path(folder) / "dataset_info.json").exists()
+
+
 def read_audio(audio: str) -> tuple[np.ndarray, int]:
     """Reads the audio at an `address`: float32 [N] or [N, channels], and its rate in Hz.
 
@@ -128,7 +161,9 @@ def read_audio(audio: str) -> tuple[np.ndarray, int]:
     """
     folder, _, rest = audio.removeprefix(PREFIX).rpartition(":")
     folder, _, split = folder.rpartition(":")
-    if not (folder and rest.isdecimal() and os.path.exists(Path(folder) / "dataset_info.json")):
+    # A bucket is not asked for every record: what it lacks, the source below tells.
+    there = folder and ("://" in folder or is_data_set(folder))
+    if not (there and rest.isdecimal()):
         raise BadAudio("missing_file", f"{audio} is no record:FOLDER:SPLIT:NUMBER")
     if int(rest) >= len(_source(folder, split)):
         raise BadAudio("missing_file", f"{audio}: the split has not so many records")
@@ -154,7 +189,7 @@ def read_index(folder: str | os.PathLike, split: str) -> list[dict]:
     gone through only the first time. Of a damaged record the line says only what is wrong, under
     "damaged".
     """
-    path = Path(folder) / f"{split}.jsonl"
+    path = epath.Path(folder) / f"{split}.jsonl"
     folder = os.fspath(folder)
     size = len(_source(folder, split))
     if path.exists():
@@ -196,10 +231,8 @@ def _known_index(path: Path, size: int) -> list[dict]:
 
 def write_index(path: Path, lines: list[dict]) -> None:
     """Writes an index whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    unfinished.write_text(content, encoding="utf-8")
-    unfinished.replace(path)
+    rundir.write_bytes(path, content.encode())
 
 
 @functools.cache

@@ -5,7 +5,6 @@ read stands in `manifest`, how audio is in `audio`.
 """
 
 import itertools
-import os
 import re
 
 from etils import epath
@@ -64,6 +63,7 @@ def scan(
     """Reads a data set in ArrayRecord files (FOLDER, of which "train", or FOLDER:SPLIT) or else a
     manifest. Arguments, result and errors as for `scan_manifest` and `scan_records`."""
     path = remote.localize(path)
+    remote.check([path], f"{path} lies there")
     split = split_of(path)
     return scan_records(*split) if split else scan_manifest(path, data_root, require_text)
 
@@ -72,7 +72,7 @@ def split_of(path: str) -> tuple[str, str] | None:
     """(folder, split) of a data set in ArrayRecord files, if `path` names one."""
     folder, _, split = path.rpartition(":")
     for place, part in ((path, "train"), (folder, split)):
-        if os.path.exists(os.path.join(place, "dataset_info.json")):
+        if place and records.is_data_set(place):
             return place, part
     return None
 

@@ -1,5 +1,7 @@
 """Weights from a Hugging Face directory or hub id: config.json and safetensors to model and params.
 
+A directory may be on gs://; its tensors are then read from there.
+
 Strict: every tensor must be known, wanted once, of the right shape and finite. Light: tensors are
 read one at a time, by slices, into the sharding and dtype they are to have, so the host never holds
 much more than one of them.
@@ -19,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from etils import epath
 from flax import traverse_util
 
 from otreg_jax.models.llm import LLM, LLMConfig
 from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
-from otreg_jax.pretrained import configs, tables
+from otreg_jax.pretrained import configs, remote, tables
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -103,8 +106,10 @@ def speech_encoder_config(
 def resolve(
     source: str | pathlib.Path, revision: str | None = None, patterns: Sequence[str] = FILES
 ) -> pathlib.Path:
-    """The local directory of `source`: itself, or a hub id's snapshot at a pinned revision, of
-    which files that match `patterns` are fetched."""
+    """The directory of `source`: itself, local or on gs://, or a hub id's snapshot at a pinned
+    revision, of which files that match `patterns` are fetched."""
+    if "://" in str(source):
+        return epath.Path(source)
     directory = pathlib.Path(source)
     if directory.is_dir():
         return directory
@@ -123,7 +128,7 @@ def resolve(
 def source_problem(source: str | pathlib.Path, revision: str | None) -> str:
     """Why `source` is neither a directory nor a hub id with its revision, "" if it is; the hub is
     not asked."""
-    if pathlib.Path(source).is_dir():
+    if "://" in str(source) or pathlib.Path(source).is_dir():
         return ""
     if not HUB_ID.fullmatch(str(source)):
         return "no such directory, and not a hub id (owner/name)"
@@ -226,7 +231,13 @@ def _open_all(directory: pathlib.Path, stack: contextlib.ExitStack) -> list[_Ten
             problems.append(f"{file.name}: named in {INDEX} but missing")
             continue
         try:
-            opened = stack.enter_context(safetensors.safe_open(file, "np"))
+            if "://" in str(file):
+                opened = stack.enter_context(remote.File(file))
+            else:
+                opened = stack.enter_context(safetensors.safe_open(file, "np"))
+        except ValueError as error:
+            problems.append(f"{file.name}: {error}")
+            continue
         except safetensors.SafetensorError as error:
             problems.append(f"{file.name}: {error}{_cut_tensors(file)}")
             continue
