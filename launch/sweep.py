@@ -22,10 +22,12 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from etils import epath
 from matplotlib.figure import Figure
 
 from otreg_jax import command, rundir
@@ -154,7 +156,9 @@ def finished(directory: Path, values: Values) -> bool:
 def run_one(directory: Path, values: Values, launcher: list[str]) -> str:
     """Trains and evaluates; returns "" or what went wrong. sweep.json marks a finished run."""
     directory.mkdir(parents=True, exist_ok=True)
-    log = directory / "sweep.log"
+    log = local = directory / "sweep.log"
+    if rundir.is_remote(directory):  # nothing can be appended to there
+        local = Path(tempfile.mkdtemp(prefix="sweep-")) / "sweep.log"
     flags = [
         f"--config={value}" if key == "config" else f"--config.{key}={value}"
         for key, value in values.items()
@@ -163,11 +167,13 @@ def run_one(directory: Path, values: Values, launcher: list[str]) -> str:
     evaluate = [sys.executable, "-m", "otreg_jax.evaluate", f"--workdir={directory}"]
     (directory / "sweep.json").unlink(missing_ok=True)
     for what, arguments in (("training", train), ("evaluation", evaluate)):
-        status = execute(arguments, log)
+        status = execute(arguments, local)
+        if local is not log:
+            log.write_bytes(local.read_bytes())
         if status == 75:
             return f"{what} was interrupted; the same command resumes it"
         if status:
-            last = log.read_text().strip().splitlines()[-1]
+            last = local.read_text().strip().splitlines()[-1]
             return f"{what} failed with exit status {status}: {last} (all of it: {log})"
     results = rundir.of(directory).results
     if not results.exists():
@@ -273,7 +279,8 @@ def plot(
     if len(lines) > 1:
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 3))
-    figure.savefig(path, dpi=120)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def write_results(workdir: Path, runs: dict[str, Values], metric: str) -> str:
@@ -292,8 +299,8 @@ def write_results(workdir: Path, runs: dict[str, Values], metric: str) -> str:
     label = f"{metric} (%)" if is_rate(metric) else metric
     rows = group(results, axes)
     text = table(rows, axes, label)
-    with (workdir / "results.jsonl").open("w") as file:
-        file.writelines(json.dumps(result) + "\n" for result in results)
+    lines = (json.dumps(result) + "\n" for result in results)
+    (workdir / "results.jsonl").write_text("".join(lines))
     (workdir / "table.md").write_text(text)
     plot(rows, axes, label, workdir / "plot.png")
     return text
@@ -312,7 +319,7 @@ def main(values, _) -> int:
 def sweep(runs: dict[str, Values], args) -> int:
     """Runs what is not finished; returns the exit status."""
     recipe = Path(next(iter(runs.values()))["config"].partition(":")[0])
-    workdir = Path(args.workdir or f"runs/sweep-{recipe.stem}")
+    workdir = epath.Path(args.workdir or f"runs/sweep-{recipe.stem}")
     todo = {name: v for name, v in runs.items() if not finished(workdir / name, v)}
     print(f"sweep: {len(runs)} runs in {workdir}, {len(runs) - len(todo)} finished before")
 

@@ -135,3 +135,37 @@ def test_data_weights_and_exports_may_be_on_a_bucket(storage, tmp_path):
     lines = [line for line in printed.splitlines() if not line.startswith("copying 1 shards")]
     assert lines == ["set/set.jsonl", "records", "weights", "export"], printed
     assert printed.count("copying 1 shards") == 1 and "gs://bucket/up/records" in printed
+
+
+SWEEP = """
+import importlib.util, json, sys
+from etils import epath
+spec = importlib.util.spec_from_file_location("sweep", "launch/sweep.py")
+sweep = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sweep)
+
+def execute(command, log):
+    with log.open("a") as file:
+        file.write(" ".join(command))
+    if "otreg_jax.evaluate" in command:
+        workdir = command[-1].removeprefix("--workdir=")
+        results = epath.Path(workdir) / "eval" / "results.json"
+        results.parent.mkdir(parents=True)
+        sets = {"dev": {"wer": 0.25, "in_domain": True}}
+        results.write_text(json.dumps({"sets": sets}))
+    return 0
+
+sweep.execute = execute
+root = epath.Path("gs://bucket/sweep")
+values = {"config": "x.py", "seed": "0"}
+assert sweep.run_one(root / "a", values, ["train"]) == ""
+sweep.write_results(root, {"a": values}, "wer")
+print(sorted(path.name for path in root.iterdir()), sweep.finished(root / "a", values))
+print("25.00" in (root / "table.md").read_text(), "x.py" in (root / "a/sweep.log").read_text())
+"""
+
+
+def test_a_sweep_and_its_tables_may_be_on_a_bucket(storage):
+    variables, _ = storage
+    names = ["a", "plot.png", "results.jsonl", "table.md"]
+    assert run(SWEEP, variables).splitlines() == [f"{names} True", "True True"]
