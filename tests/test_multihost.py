@@ -105,6 +105,7 @@ def assert_same_losses(lines, expected, steps) -> None:
             assert lines[step][key] == pytest.approx(expected[step][key], rel=2e-5), (step, key)
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one_and_one_goes_on(config, alone, tmp_path):
     workdir = tmp_path / "four"
     with Processes(tmp_path, config, workdir, 4, 1) as run:
@@ -127,6 +128,7 @@ def test_four_processes_train_as_one_and_one_goes_on(config, alone, tmp_path):
     assert_same_losses(metrics_of(workdir), four, range(1, 7))
 
 
+@pytest.mark.slow
 def test_two_processes_take_over_stop_together_and_notice_a_death(config, alone, tmp_path):
     workdir = shutil.copytree(alone, tmp_path / "two")
     shutil.rmtree(workdir / "checkpoints" / "6")
@@ -151,6 +153,7 @@ def test_two_processes_take_over_stop_together_and_notice_a_death(config, alone,
     assert "another task died" in run.log(0)
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_reported_by_the_other(config, alone, tmp_path):
     workdir = shutil.copytree(alone, tmp_path / "stopped")
     flags = "--config.num_steps=100000", f"--config.stall_seconds={STALL_SECONDS}"
