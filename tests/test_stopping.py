@@ -13,6 +13,16 @@ from otreg_jax import train as train_lib
 from otreg_jax.data import pipeline
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """What a shell starts in the background ignores Ctrl-C, also the tests: not here."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     return write_tones(tmp_path_factory.mktemp("tones"))
