@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from otreg_jax import checkpoint, sharding
+from otreg_jax import checkpoint, rundir, sharding
 from otreg_jax.data import encoded
 from otreg_jax.models import speech_encoder
 
@@ -21,7 +21,7 @@ def encode_once(config, utterances, tokenizer, slm, frozen, share, folder, skipp
     Raises:
       ValueError: the folder is remote.
     """
-    if "://" in str(folder):
+    if rundir.is_remote(folder):
         raise ValueError(f"encoder.keep: {folder} is remote, and what is kept is read from a disk")
     apply = jax.jit(lambda params, *mel: slm.encoder.apply({"params": params}, *mel)[0])
 

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import tqdm
 
+from otreg_jax import rundir
 from otreg_jax.data import pipeline
 from otreg_jax.data.sources import Utterance
 
@@ -141,9 +142,9 @@ def _encode_shard(
     part, tokenizer, data_config, encode, batch_size, host_index, host_count, skipped_path, progress
 ):  # fmt: skip
     """[(frames, outputs [S, E] of the bucket's size) or None, ...] in the order of `part`."""
-    settings = data_config.copy_and_resolve_references()
-    with settings.unlocked():
-        settings.update(num_buckets=1, num_workers=0, features="host", max_tokens=0)
+    settings = pipeline.for_evaluation(
+        data_config, on_bad_audio=data_config.on_bad_audio, num_buckets=1, num_workers=0
+    )
     batches = pipeline.eval_batches(
         part, tokenizer, settings, batch_size=batch_size, host_index=host_index,
         host_count=host_count, skipped_path=skipped_path,
@@ -167,6 +168,4 @@ def _write_shard(path: Path, found, positions) -> None:
     unfinished = path.with_suffix(".tmp.npy")
     np.save(unfinished, array)
     unfinished.rename(path.with_suffix(".npy"))
-    unfinished = path.with_suffix(".tmp.json")
-    unfinished.write_text(json.dumps({"dtype": dtype, "frames": frames}))
-    unfinished.rename(path.with_suffix(".json"))
+    rundir.write_json(path.with_suffix(".json"), {"dtype": dtype, "frames": frames})

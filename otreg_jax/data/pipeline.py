@@ -132,10 +132,10 @@ def train_batches(
 def for_evaluation(data_config: ConfigDict, **changes) -> ConfigDict:
     """The `data` part of a run's configuration as its evaluation takes it: audio that cannot be
     read is left out, no transcript is too long, and features are made on the host. `changes`: what
-    is to be otherwise besides."""
+    is to be otherwise, these included."""
     data_config = data_config.copy_and_resolve_references()
     with data_config.unlocked():
-        data_config.update(on_bad_audio="skip", max_tokens=0, features="host", **changes)
+        data_config.update({"on_bad_audio": "skip", "max_tokens": 0, "features": "host"} | changes)
     return data_config
 
 
