@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RECORD = """#!/usr/bin/env bash
 set -eu
-record() { printf '%q ' "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"; }
+record() {  # workers record at once: one write a line, so that no line is cut by another's
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s\\n' "$line" >>"$FAKE/calls"
+}
 pop() {  # FILE: takes its first line; workers do so at once, so one after the other
   [[ -s $FAKE/$1 ]] || return 0
   until mkdir "$FAKE/lock" 2>/dev/null; do sleep 0.01; done
