@@ -114,9 +114,13 @@ def storage_server(outage: Outage | None = None):
     program = next(Path(wheel.__file__).parent.glob("vendor/*/bin/*"))
     with serve(Proxy) as address:
         options = {
-            "scheme": "http", "host": "127.0.0.1", "port": port, "backend": "memory",
-            "external-url": f"http://{address}", "log-level": "error",
-        }  # fmt: skip
+            "scheme": "http",
+            "host": "127.0.0.1",
+            "port": port,
+            "backend": "memory",
+            "external-url": f"http://{address}",
+            "log-level": "error",
+        }
         command = [program, *(f"-{key}={value}" for key, value in options.items())]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while not listens(port):
@@ -158,9 +162,10 @@ def attributes(slices: int, workers: int, slice_id: int, worker: int) -> dict[st
     tpu_env = {"ACCELERATOR_TYPE": "v4-8", "WORKER_ID": worker}
     if slices > 1:
         tpu_env |= {
-            "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1", "MEGASCALE_NUM_SLICES": slices,
+            "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1",
+            "MEGASCALE_NUM_SLICES": slices,
             "MEGASCALE_SLICE_ID": slice_id,
-        }  # fmt: skip
+        }
     return {
         "agent-worker-number": str(worker),
         "worker-network-endpoints": ",".join(f"name:{i}:127.0.0.1" for i in range(workers)),

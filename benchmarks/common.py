@@ -20,8 +20,9 @@ def make_batch(config, frames: int, tokens: int, vocab_size: int, seed: int = 0)
         "mel": rng.normal(size=(rows, frames, config.data.num_mels)).astype(np.float32),
         "mel_length": lengths(frames),
         "tokens": rng.integers(0, vocab_size, (rows, tokens)).astype(np.int32),
-        "token_length": lengths(tokens), "index": np.arange(rows, dtype=np.int32),
-    }  # fmt: skip
+        "token_length": lengths(tokens),
+        "index": np.arange(rows, dtype=np.int32),
+    }
 
 
 def describe_machine(*packages: str) -> dict:

@@ -182,9 +182,13 @@ def measure_memory(utterances, batch_size: int = 4) -> dict:
     """Resident memory of the process while it reads batches, in MiB, twenty times over the run."""
     pipeline.MEMORY_BYTES = 0
     batches = pipeline.train_batches(
-        utterances, Bytes(), data_config(), batch_size=batch_size, seed=0,
+        utterances,
+        Bytes(),
+        data_config(),
+        batch_size=batch_size,
+        seed=0,
         num_steps=_NUM_BATCHES.value,
-    )  # fmt: skip
+    )
     process, curve = psutil.Process(), {}
     every = max(1, _NUM_BATCHES.value // 20)
     for step, _ in enumerate(batches, start=1):

@@ -38,15 +38,23 @@ _OUT = flags.DEFINE_string("out", "benchmarks/results/decode.json", "File of the
 
 SHAPES = {
     "tiny": dict(
-        vocab_size=256, hidden_size=96, intermediate_size=288, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=256,
+        hidden_size=96,
+        intermediate_size=288,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
     ),
     # The shape of Qwen2.5-0.5B: 494 M parameters.
     "500m": dict(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-        num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
     ),
-}  # fmt: skip
+}
 PROMPT = (24, 48)  # fewest and most positions of a prompt: 2 to 4 s of speech at 12.5 a second
 
 
@@ -85,10 +93,15 @@ def transformers_generate(model, x_BPD, length_B, num_tokens: int) -> np.ndarray
         mask_BP[b, size - length :] = 1
     with torch.inference_mode():
         out = model.generate(
-            inputs_embeds=torch.from_numpy(left_BPD), attention_mask=torch.from_numpy(mask_BP),
-            do_sample=False, num_beams=1, max_new_tokens=num_tokens, min_new_tokens=num_tokens,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            inputs_embeds=torch.from_numpy(left_BPD),
+            attention_mask=torch.from_numpy(mask_BP),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
     return out.numpy()
 
 
@@ -131,9 +144,7 @@ def measure(size: str) -> dict:
             decode()
             rates[name].append(count / (clock() - start))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return {
-        "parameters": parameters, "utterances_per_sec": rates, "same_tokens_as_batched": agree
-    }  # fmt: skip
+    return {"parameters": parameters, "utterances_per_sec": rates, "same_tokens_as_batched": agree}
 
 
 def print_table(size: str, result: dict) -> None:

@@ -72,14 +72,19 @@ def write_data(folder: Path) -> Path:
 def start(folder: Path, workdir: Path) -> subprocess.Popen:
     """A training process; what it prints is appended to WORKDIR.log."""
     env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
+    }
     command = [
-        sys.executable, "-m", "otreg_jax.train", f"--config={folder / 'recipe.py'}",
+        sys.executable,
+        "-m",
+        "otreg_jax.train",
+        f"--config={folder / 'recipe.py'}",
         f"--workdir={workdir}",
-    ]  # fmt: skip
+    ]
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
@@ -126,11 +131,15 @@ def strike(kind: str, folder: Path, workdir: Path, rng: random.Random) -> dict |
         return None
     expected = [-signal.SIGKILL] if kind == "kill" else [RESTART] + [-signal.SIGTERM] * early
     return {
-        "kind": kind, "resumed_at": resumed, "last_step_logged": last_step(workdir),
-        "before_training": early, "unfinished_saves": unfinished_saves(workdir),
-        "newest_checkpoint": newest_checkpoint(workdir), "exit_code": code,
+        "kind": kind,
+        "resumed_at": resumed,
+        "last_step_logged": last_step(workdir),
+        "before_training": early,
+        "unfinished_saves": unfinished_saves(workdir),
+        "newest_checkpoint": newest_checkpoint(workdir),
+        "exit_code": code,
         "as_expected": code in expected,
-    }  # fmt: skip
+    }
 
 
 def differing_steps(workdir: Path, reference: dict[int, dict]) -> list[int]:
@@ -205,14 +214,20 @@ def main(argv=None) -> int:
 
     count = lambda kind: sum(event["kind"] == kind for event in events)
     results = {
-        "seed": args.seed, "kills": count("kill"), "terms": count("term"),
+        "seed": args.seed,
+        "kills": count("kill"),
+        "terms": count("term"),
         "kills_during_a_save": sum(
             event["kind"] == "kill" and bool(event["unfinished_saves"]) for event in events
         ),
-        "runs": runs, "num_steps": args.steps, "checkpoint_every": CHECKPOINT_EVERY,
-        "truncated_checkpoint_skipped": fell_back, "problems": problems,
-        "seconds": round(time.monotonic() - begun, 1), "events": events,
-    }  # fmt: skip
+        "runs": runs,
+        "num_steps": args.steps,
+        "checkpoint_every": CHECKPOINT_EVERY,
+        "truncated_checkpoint_skipped": fell_back,
+        "problems": problems,
+        "seconds": round(time.monotonic() - begun, 1),
+        "events": events,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(

@@ -77,26 +77,45 @@ def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
     record = workdir / "minutes.json"
     start = time.perf_counter()
     command = [
-        sys.executable, "-m", "otreg_jax.train", f"--config=configs/laptop.py:{values.arm}",
-        f"--workdir={workdir}", f"--config.encoder.path={values.encoder}",
-        f"--config.llm.path={values.llm}", f"--config.seed={values.seed}",
-        *data_flags(condition, sets, values), *values.flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "otreg_jax.train",
+        f"--config=configs/laptop.py:{values.arm}",
+        f"--workdir={workdir}",
+        f"--config.encoder.path={values.encoder}",
+        f"--config.llm.path={values.llm}",
+        f"--config.seed={values.seed}",
+        *data_flags(condition, sets, values),
+        *values.flags,
+    ]
     print(" ".join(command), flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
     spent = json.loads(record.read_text()) if record.exists() else 0.0
     record.write_text(json.dumps(spent + (time.perf_counter() - start) / 60))
     evaluate = [
-        sys.executable, "-m", "otreg_jax.evaluate", f"--workdir={workdir}", f"--sets={tests}",
-        "--in_domain=" + (",".join(sets) if condition == ALL else condition if condition in sets
-                          else next(iter(sets))),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "otreg_jax.evaluate",
+        f"--workdir={workdir}",
+        f"--sets={tests}",
+        "--in_domain="
+        + (
+            ",".join(sets)
+            if condition == ALL
+            else condition
+            if condition in sets
+            else next(iter(sets))
+        ),
+    ]
     subprocess.run(evaluate, cwd=ROOT, check=True)
     results = json.loads((workdir / "eval" / "results.json").read_text())
     lines = (workdir / "eval" / "hypotheses.jsonl").read_text().splitlines()
     hypotheses = [json.loads(line) for line in lines]
     return {
-        "trained_on": condition, "arm": values.arm, "seed": values.seed, "steps": results["step"],
+        "trained_on": condition,
+        "arm": values.arm,
+        "seed": values.seed,
+        "steps": results["step"],
         "minutes": json.loads(record.read_text()),
         "sets": {name: _scores(row) for name, row in results["sets"].items()},
         "first_ten": {
@@ -106,7 +125,7 @@ def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
             for name in results["sets"]
         },
         "machine": common.describe_machine("flax", "ott-jax"),
-    }  # fmt: skip
+    }
 
 
 def _scores(row: dict) -> dict:
@@ -129,9 +148,12 @@ def whisper_itself(sets, values) -> dict:
             inputs = processor(waves, sampling_rate=16000, return_tensors="pt")
             with torch.no_grad():
                 ids = model.generate(
-                    inputs.input_features, language=values.lang or None, task="transcribe",
-                    num_beams=1, do_sample=False,
-                )  # fmt: skip
+                    inputs.input_features,
+                    language=values.lang or None,
+                    task="transcribe",
+                    num_beams=1,
+                    do_sample=False,
+                )
             hypotheses += processor.batch_decode(ids, skip_special_tokens=True)
         references = [u.text for u in utterances]
         scores[name] = _scores(metrics.score(references, hypotheses, [u.lang for u in utterances]))
@@ -154,8 +176,9 @@ def table(lines: list[dict]) -> str:
         minutes = f"{line['minutes']:.0f}" if "minutes" in line else ""
         rows.append(
             f"| {line['trained_on']} | {line['arm']} | {line.get('steps', '')} | {minutes} | "
-            + " | ".join(cells) + " |"
-        )  # fmt: skip
+            + " | ".join(cells)
+            + " |"
+        )
     return "\n".join(rows)
 
 

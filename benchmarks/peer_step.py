@@ -57,9 +57,10 @@ class Peer(torch.nn.Module):
         super().__init__()
         self.encoder, self.llm = encoder, llm
         self.projector = torch.nn.Sequential(
-            torch.nn.Linear(STACK * encoder.config.d_model, HIDDEN), torch.nn.GELU(),
+            torch.nn.Linear(STACK * encoder.config.d_model, HIDDEN),
+            torch.nn.GELU(),
             torch.nn.Linear(HIDDEN, llm.config.hidden_size),
-        )  # fmt: skip
+        )
 
     def forward(self, mel, speech_length, tokens, token_length):
         """mel [B, M, F]; the prompt's prefix, the speech, its suffix, the transcript, the end of
@@ -167,9 +168,10 @@ def main(argv):
     mel = as_torch(batch["mel"]).transpose(1, 2)
     inputs = (
         mel.to(next(peer.encoder.parameters()).dtype),
-        as_torch(batch["mel_length"]).long() // (2 * STACK), as_torch(batch["tokens"]).long(),
+        as_torch(batch["mel_length"]).long() // (2 * STACK),
+        as_torch(batch["tokens"]).long(),
         as_torch(batch["token_length"]).long(),
-    )  # fmt: skip
+    )
     batch = jax.device_put(batch)
 
     trained = [p for p in peer.parameters() if p.requires_grad]
@@ -227,11 +229,17 @@ def main(argv):
         print(f"{name:16}{1e3 * seconds:9.1f}{_BATCH_SIZE.value / seconds:9.2f}{ratio:20.2f}")
     result = {
         **describe_machine("flax", "torch", "transformers", "peft"),
-        "encoder": _ENCODER.value, "llm": _LLM.value, "batch_size": _BATCH_SIZE.value,
-        "seconds": _SECONDS.value, "tokens": _TOKENS.value,
-        "repeats": _REPEATS.value, "clock": _CLOCK.value,
-        "first_loss": first, "peak_bytes": memory, "rows": rows,
-    }  # fmt: skip
+        "encoder": _ENCODER.value,
+        "llm": _LLM.value,
+        "batch_size": _BATCH_SIZE.value,
+        "seconds": _SECONDS.value,
+        "tokens": _TOKENS.value,
+        "repeats": _REPEATS.value,
+        "clock": _CLOCK.value,
+        "first_loss": first,
+        "peak_bytes": memory,
+        "rows": rows,
+    }
     Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")
 
 

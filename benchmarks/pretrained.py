@@ -32,10 +32,15 @@ def write_model(directory: Path, gigabytes: float) -> None:
     num_layers = max(1, int(gigabytes * 1e9 / LAYER_BYTES))
     model = LLM(
         LLMConfig(
-            vocab_size=64_000, embed_dim=2048, num_layers=num_layers,
-            num_heads=32, num_kv_heads=8, head_dim=64, mlp_dim=8192,
+            vocab_size=64_000,
+            embed_dim=2048,
+            num_layers=num_layers,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=64,
+            mlp_dim=8192,
         )
-    )  # fmt: skip
+    )
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     rng = np.random.default_rng(0)
 

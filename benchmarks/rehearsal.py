@@ -40,17 +40,34 @@ PATIENCE = 900  # seconds to wait for anything
 ZONE = "us-central2-b"
 
 CONFIG = {
-    "checkpoint_every": 5, "log_every": 1, "batch_size": 4, "stall_seconds": 60,
-    "data.num_mels": 16, "data.num_buckets": 1, "data.augment.freq_masks": 1,
-    "data.augment.time_masks": 0, "tokenizer.model_type": "word", "encoder.embed_dim": 16,
-    "encoder.num_layers": 1, "encoder.num_heads": 2, "encoder.mlp_dim": 32,
-    "encoder.max_positions": 64, "adapter.hidden_dim": 16, "llm.embed_dim": 16,
-    "llm.num_layers": 1, "llm.num_heads": 2, "llm.head_dim": 8, "llm.num_kv_heads": 1,
-    "llm.mlp_dim": 32, "otreg.num_iters": 10, "optim.warmup_steps": 2, "decode.max_tokens": 6,
-}  # fmt: skip
-COMPILE_FAST = {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}  # fmt: skip
+    "checkpoint_every": 5,
+    "log_every": 1,
+    "batch_size": 4,
+    "stall_seconds": 60,
+    "data.num_mels": 16,
+    "data.num_buckets": 1,
+    "data.augment.freq_masks": 1,
+    "data.augment.time_masks": 0,
+    "tokenizer.model_type": "word",
+    "encoder.embed_dim": 16,
+    "encoder.num_layers": 1,
+    "encoder.num_heads": 2,
+    "encoder.mlp_dim": 32,
+    "encoder.max_positions": 64,
+    "adapter.hidden_dim": 16,
+    "llm.embed_dim": 16,
+    "llm.num_layers": 1,
+    "llm.num_heads": 2,
+    "llm.head_dim": 8,
+    "llm.num_kv_heads": 1,
+    "llm.mlp_dim": 32,
+    "otreg.num_iters": 10,
+    "optim.warmup_steps": 2,
+    "decode.max_tokens": 6,
+}
+COMPILE_FAST = dict(
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+)
 
 REAL = """\
 real:   launch/train_tpu.sh, tpu_worker.sh{setup}; git archive; one home directory a worker;
@@ -202,10 +219,13 @@ def set_stage(args, folder: Path, stack: contextlib.ExitStack) -> Stage:
 
 def environment(stage: Stage) -> dict[str, str]:
     """Of the user's own machine."""
-    return plain_environment() | stage.storage | {
-        "PATH": f"{stage.folder / 'bin'}:{os.environ['PATH']}", "PLAYED_CLOUD": str(stage.cloud),
-        "OTREG_POLL_SECONDS": "1", "OTREG_FINISH_SECONDS": "120",
-    }  # fmt: skip
+    own = {
+        "PATH": f"{stage.folder / 'bin'}:{os.environ['PATH']}",
+        "PLAYED_CLOUD": str(stage.cloud),
+        "OTREG_POLL_SECONDS": "1",
+        "OTREG_FINISH_SECONDS": "120",
+    }
+    return plain_environment() | stage.storage | own
 
 
 def end(homes: list[Path], word: str = "") -> None:
@@ -274,10 +294,17 @@ def train(stage: Stage) -> None:
     """launch/train_tpu.sh, with the faults."""
     group = ["--type=tpu7x-16", "--project=p"]
     command = [
-        "bash", "launch/train_tpu.sh", "--name=run", f"--zone={ZONE}", "--spot", "--keep",
-        *(group if stage.args.group else ["--type=v4-16"]), f"--node-count={stage.args.slices}",
-        f"--workdir=gs://{BUCKET}/run", *flags(f"gs://{BUCKET}/data", stage.num_steps),
-    ]  # fmt: skip
+        "bash",
+        "launch/train_tpu.sh",
+        "--name=run",
+        f"--zone={ZONE}",
+        "--spot",
+        "--keep",
+        *(group if stage.args.group else ["--type=v4-16"]),
+        f"--node-count={stage.args.slices}",
+        f"--workdir=gs://{BUCKET}/run",
+        *flags(f"gs://{BUCKET}/data", stage.num_steps),
+    ]
     log = stage.folder / "train_tpu.log"
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -319,11 +346,14 @@ def on_workers(stage: Stage, command: str, worker: str = "all") -> None:
         ]
     processes = [
         subprocess.Popen(
-            ["gcloud", *words, f"--command={command}", f"--zone={ZONE}"], env=environment(stage),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            ["gcloud", *words, f"--command={command}", f"--zone={ZONE}"],
+            env=environment(stage),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for words in reach[: None if worker == "all" else 1]
-    ]  # fmt: skip
+    ]
     printed = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError(f"{command}:\n" + "\n".join(printed)[-3000:])

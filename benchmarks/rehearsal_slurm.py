@@ -135,9 +135,11 @@ def rehearse(args: argparse.Namespace, folder: Path) -> list[str]:
         rehearsal.say("training alone")
         alone = rehearsal.train_alone(folder, data, NUM_STEPS, len(NODES))
         env |= rehearsal.COMPILE_FAST | {
-            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "OTREG_ACCELERATOR": "cpu",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "OTREG_ACCELERATOR": "cpu",
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        }  # fmt: skip
+        }
         log = folder / "slurm.log"
         submit = ["sbatch", "--parsable", "--nodes=2", f"--output={log}", "launch/train_slurm.sh"]
         flags = [f"--workdir={workdir}", *rehearsal.flags(str(data), NUM_STEPS)]

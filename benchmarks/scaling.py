@@ -70,14 +70,20 @@ def command(
     if program == "decode":
         rows, tokens = DECODED_ROWS, DECODED_TOKENS
     return [
-        "python", "-m", "otreg_jax.aot", f"--config=configs/multilingual.py:{arm}",
-        f"--topology={topology}", f"--slices={slices}",
+        "python",
+        "-m",
+        "otreg_jax.aot",
+        f"--config=configs/multilingual.py:{arm}",
+        f"--topology={topology}",
+        f"--slices={slices}",
         f"--config.encoder.path={SHAPES.relative_to(ROOT)}/whisper-large-v3",
         f"--config.llm.path={SHAPES.relative_to(ROOT)}/qwen2.5-7b",
-        f"--config.batch_size={rows}", f"--seconds={SECONDS}", f"--tokens={tokens}",
+        f"--config.batch_size={rows}",
+        f"--seconds={SECONDS}",
+        f"--tokens={tokens}",
         *([] if program == "train" else [f"--program={program}"]),
         *(f"--config.{change}" for change in changes),
-    ]  # fmt: skip
+    ]
 
 
 def stored(program: str = "train") -> dict[tuple, dict]:
@@ -253,13 +259,20 @@ def report() -> str:
     cpu, cpu_tokens = report_cpu()
     any_line = next(iter(results.values()))
     return TEMPLATE.format(
-        seconds=SECONDS, tokens=TOKENS, positions=any_line["positions"],
-        jax=any_line["jax"], libtpu=any_line["libtpu"], memory="\n".join(memory),
-        cost="\n".join(cost), trades=report_trades(results), decode=report_decode(),
+        seconds=SECONDS,
+        tokens=TOKENS,
+        positions=any_line["positions"],
+        jax=any_line["jax"],
+        libtpu=any_line["libtpu"],
+        memory="\n".join(memory),
+        cost="\n".join(cost),
+        trades=report_trades(results),
+        decode=report_decode(),
         decoded_tokens=DECODED_TOKENS,
-        cpu=cpu, cpu_tokens=cpu_tokens,
+        cpu=cpu,
+        cpu_tokens=cpu_tokens,
         command=" ".join(command("otreg", "v5p:4x4x4", 1, LEAN)).replace(" --", " \\\n    --"),
-    )  # fmt: skip
+    )
 
 
 TEMPLATE = """# Scale, on paper

@@ -218,11 +218,14 @@ def main(_):
     results = {
         "environment": describe_machine("ott-jax", "POT", "torch", "geomloss", "numpy"),
         "settings": {
-            "epsilon": EPSILON, "num_iters": NUM_ITERS, "width": WIDTH,
-            "repeats": _REPEATS.value, "clock": _CLOCK.value,
+            "epsilon": EPSILON,
+            "num_iters": NUM_ITERS,
+            "width": WIDTH,
+            "repeats": _REPEATS.value,
+            "clock": _CLOCK.value,
         },
         "sizes": {},
-    }  # fmt: skip
+    }
     path = Path(_OUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in _SIZES.value:

@@ -115,13 +115,20 @@ def measure(size: str, repeats: int, attention: str, **changes) -> dict:
     shares = [1 - b / a for a, b in zip(runs[True][4], runs[False][4], strict=True)]
     memory = jax.devices()[0].memory_stats() or {}
     return {
-        "size": size, **changes, "batch_size": config.batch_size, "frames": frames,
-        "tokens": tokens, "seconds": seconds[True], "seconds_without": seconds[False],
+        "size": size,
+        **changes,
+        "batch_size": config.batch_size,
+        "frames": frames,
+        "tokens": tokens,
+        "seconds": seconds[True],
+        "seconds_without": seconds[False],
         "share": statistics.median(shares),
-        "flops": flops, "flops_share": share, "flops_per_sec": flops / seconds[True],
+        "flops": flops,
+        "flops_share": share,
+        "flops_per_sec": flops / seconds[True],
         "mfu": chip and flops / seconds[True] / chip.flops / jax.device_count(),
         "peak_bytes": memory.get("peak_bytes_in_use"),
-    }  # fmt: skip
+    }
 
 
 def main(argv):

@@ -20,11 +20,26 @@ PICTURE = ROOT / "docs" / "structure.png"
 # "data/" stands for all modules of that folder.
 LAYERS = {
     "commands": (
-        "train", "evaluate", "transcribe", "align", "export", "aot", "data.prepare",
+        "train",
+        "evaluate",
+        "transcribe",
+        "align",
+        "export",
+        "aot",
+        "data.prepare",
     ),
     "parts of commands": (
-        "pretrain_llm", "preflight", "agreement", "encode_once", "tracking", "recognition",
-        "decoding", "alignment", "report/", "subtitles",
+        "pretrain_llm",
+        "preflight",
+        "agreement",
+        "encode_once",
+        "tracking",
+        "stopping",
+        "recognition",
+        "decoding",
+        "alignment",
+        "report/",
+        "subtitles",
     ),
     "assembly": ("build", "checkpoint"),
     "the step": ("optim", "train_step", "losses/"),
@@ -32,10 +47,20 @@ LAYERS = {
     "models": ("models/", "pretrained/"),
     "data": ("data/",),
     "tools and the method": (
-        "command", "rundir", "cluster", "flops", "compiler", "sharding", "otreg", "sinkhorn/",
-        "metrics", "normalize", "languages", "open_asr",
+        "command",
+        "rundir",
+        "cluster",
+        "flops",
+        "compiler",
+        "sharding",
+        "otreg",
+        "sinkhorn/",
+        "metrics",
+        "normalize",
+        "languages",
+        "open_asr",
     ),
-}  # fmt: skip
+}
 COMMANDS = LAYERS["commands"]
 # Who reads these four has read a training step.
 STEP = ("train", "train_step", "losses/", "otreg")
@@ -194,15 +219,27 @@ def _draw_box(axes, place, entry: str, label: str) -> None:
     style = {"facecolor": "#dcebf5" if is_step else "#f7f9fa", "zorder": 3}
     axes.add_patch(
         FancyBboxPatch(
-            (x, y - height / 2), width, height, boxstyle="round,pad=0.004,rounding_size=0.008",
-            edgecolor="#1f5f8b" if is_step else "#9aa5ab", linewidth=1.8 if is_step else 0.8,
-            mutation_aspect=6, **style,
+            (x, y - height / 2),
+            width,
+            height,
+            boxstyle="round,pad=0.004,rounding_size=0.008",
+            edgecolor="#1f5f8b" if is_step else "#9aa5ab",
+            linewidth=1.8 if is_step else 0.8,
+            mutation_aspect=6,
+            **style,
         )
-    )  # fmt: skip
+    )
     axes.text(
-        x + width / 2, y, label, ha="center", va="center", fontsize=8, linespacing=1.25, zorder=4,
+        x + width / 2,
+        y,
+        label,
+        ha="center",
+        va="center",
+        fontsize=8,
+        linespacing=1.25,
+        zorder=4,
         weight="bold" if is_step and "\n" not in label else "normal",
-    )  # fmt: skip
+    )
 
 
 def _draw_arrow(axes, place, target, linestyle: str) -> None:
@@ -213,11 +250,20 @@ def _draw_arrow(axes, place, target, linestyle: str) -> None:
     stop = (to_x + to_width / 2, to_y + (-to_height / 2 - 0.03 if same else to_height / 2 + 0.04))
     axes.add_patch(
         FancyArrowPatch(
-            start, stop, arrowstyle="-|>", mutation_scale=7, color="#6d7b83", linewidth=0.7,
-            alpha=0.75, zorder=1, shrinkA=0, shrinkB=0, linestyle=linestyle,
+            start,
+            stop,
+            arrowstyle="-|>",
+            mutation_scale=7,
+            color="#6d7b83",
+            linewidth=0.7,
+            alpha=0.75,
+            zorder=1,
+            shrinkA=0,
+            shrinkB=0,
+            linestyle=linestyle,
             connectionstyle=f"arc3,rad={0.35 if x < to_x else -0.35}" if same else "arc3,rad=0",
         )
-    )  # fmt: skip
+    )
 
 
 def main() -> None:

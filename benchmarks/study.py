@@ -76,9 +76,11 @@ def train_llm(config, sentences: list[str], out: Path, longest: int | None = Non
     """Saves an LLM taught the sentences of at most `longest` characters, all of which its tokenizer
     has seen."""
     tokenizer = tokenization.train_sentencepiece(
-        sentences, out.with_name(out.name.replace("llm", "tokenizer")),
-        config.tokenizer.vocab_size, model_type=config.tokenizer.model_type,
-    )  # fmt: skip
+        sentences,
+        out.with_name(out.name.replace("llm", "tokenizer")),
+        config.tokenizer.vocab_size,
+        model_type=config.tokenizer.model_type,
+    )
     read = [sentence for sentence in sentences if not longest or len(sentence) <= longest]
     pretrain_llm.ensure_llm(config, tokenizer, read, out)
 
@@ -155,7 +157,10 @@ def run(name: str, folder: Path) -> dict:
         results = test(trained, config, workdir)
     world, arm, seed = name.split(",")[:3]
     return {
-        "run": name, "world": world, "arm": arm, "seed": int(seed),
+        "run": name,
+        "world": world,
+        "arm": arm,
+        "seed": int(seed),
         "changes": name.split(",")[3:],
         **results,
         # The fastest stretch: the machine may be busy with other things at times.
@@ -166,7 +171,7 @@ def run(name: str, folder: Path) -> dict:
             "jax": jax.__version__,
             "espeakng-loader": importlib.metadata.version("espeakng-loader"),
         },
-    }  # fmt: skip
+    }
 
 
 def course(name: str, folder: Path) -> list[dict]:
@@ -216,9 +221,11 @@ def test(run: build.Run, config, workdir, only: tuple[str, ...] = ()) -> dict:
         )
         counts = words if synthetic else characters
         by_set[name] = {
-            "wer": score["wer"], "cer": score["cer"],
-            "errors": counts.errors.tolist(), "lengths": counts.lengths.tolist(),
-        }  # fmt: skip
+            "wer": score["wer"],
+            "cer": score["cer"],
+            "errors": counts.errors.tolist(),
+            "lengths": counts.lengths.tolist(),
+        }
         if synthetic:
             by_set[name]["hallucinated"] = hallucinated(hypotheses, config.synthetic)
     if not synthetic:

@@ -36,45 +36,67 @@ FRESH = (1, 2, 3, 4, 5)  # no screening run had these
 # In the order they are run.
 QUESTIONS = (
     Question(
-        "Trimmed speech, frozen LLM", "trimmed",
+        "Trimmed speech, frozen LLM",
+        "trimmed",
         (
-            "ce", "ctc", "layer1_prior", "position1", "layer1_prior_ctc", "paper", "position0",
+            "ce",
+            "ctc",
+            "layer1_prior",
+            "position1",
+            "layer1_prior_ctc",
+            "paper",
+            "position0",
             "layer1_faint_ctc",
-        ), FRESH,
+        ),
+        FRESH,
     ),
     Question(
-        "Untrimmed speech, frozen LLM", "untrimmed",
-        ("ce", "ctc", "layer1_relaxed_ctc", "position1_ctc", "layer1_relaxed_faint_ctc"), FRESH,
+        "Untrimmed speech, frozen LLM",
+        "untrimmed",
+        ("ce", "ctc", "layer1_relaxed_ctc", "position1_ctc", "layer1_relaxed_faint_ctc"),
+        FRESH,
     ),
     Question(
-        "Screening: every arm, other voices and texts", "trimmed+screen",
-        tuple(RECIPE["ARMS"]), (101, 102),
+        "Screening: every arm, other voices and texts",
+        "trimmed+screen",
+        tuple(RECIPE["ARMS"]),
+        (101, 102),
     ),
     Question(
-        "Trimmed speech, LoRA", "trimmed+lora",
-        ("ce", "layer1_prior", "position1", "ctc", "layer1_prior_ctc"), FRESH,
+        "Trimmed speech, LoRA",
+        "trimmed+lora",
+        ("ce", "layer1_prior", "position1", "ctc", "layer1_prior_ctc"),
+        FRESH,
     ),
     Question(
-        "Trimmed speech, the encoder learns at a tenth of the rate", "trimmed+tuned",
-        ("ce", "layer1_prior", "position1", "ctc", "layer1_prior_ctc"), FRESH,
+        "Trimmed speech, the encoder learns at a tenth of the rate",
+        "trimmed+tuned",
+        ("ce", "layer1_prior", "position1", "ctc", "layer1_prior_ctc"),
+        FRESH,
     ),
     Question(
-        "Human speech, frozen LLM: characters wrong", "human",
-        ("untrained", "ce", "ctc", "layer1_prior", "position1", "layer1_prior_ctc"), FRESH[:3],
+        "Human speech, frozen LLM: characters wrong",
+        "human",
+        ("untrained", "ce", "ctc", "layer1_prior", "position1", "layer1_prior_ctc"),
+        FRESH[:3],
         LANGUAGES,
     ),
-)  # fmt: skip
+)
 # Arms whose plans are watched from step 0 to the end, every so many steps.
 COURSES = (
     Question(
-        "Trimmed speech", "trimmed",
-        ("ce", "ctc", "paper", "position1", "layer1_prior", "layer1_prior_ctc"), FRESH[:3],
+        "Trimmed speech",
+        "trimmed",
+        ("ce", "ctc", "paper", "position1", "layer1_prior", "layer1_prior_ctc"),
+        FRESH[:3],
     ),
     Question(
-        "Untrimmed speech", "untrimmed",
-        ("ce", "ctc", "position1_ctc", "layer1_relaxed_ctc"), FRESH[:3],
+        "Untrimmed speech",
+        "untrimmed",
+        ("ce", "ctc", "position1_ctc", "layer1_relaxed_ctc"),
+        FRESH[:3],
     ),
-)  # fmt: skip
+)
 COURSE_EVERY = 50
 
 

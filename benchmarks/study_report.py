@@ -33,23 +33,36 @@ COURSE = (
 )
 # (arm, reference): the differences that answer a question.
 PAIRS = (
-    ("paper", "ce"), ("layer0_prior", "ce"), ("layer0_prior", "position0"),
-    ("layer1_prior", "ce"), ("layer1_prior", "position1"), ("layer1_prior", "ctc"),
-    ("ctc", "ce"), ("layer1_prior_ctc", "ce"), ("layer1_prior_ctc", "ctc"),
-    ("layer1_prior_ctc", "position1_ctc"), ("layer1_faint_ctc", "ce"), ("layer1_faint_ctc", "ctc"),
-    ("layer1_relaxed_ctc", "ce"), ("layer1_relaxed_ctc", "ctc"),
-    ("layer1_relaxed_ctc", "position1_ctc"), ("layer1_relaxed_faint_ctc", "ce"),
+    ("paper", "ce"),
+    ("layer0_prior", "ce"),
+    ("layer0_prior", "position0"),
+    ("layer1_prior", "ce"),
+    ("layer1_prior", "position1"),
+    ("layer1_prior", "ctc"),
+    ("ctc", "ce"),
+    ("layer1_prior_ctc", "ce"),
+    ("layer1_prior_ctc", "ctc"),
+    ("layer1_prior_ctc", "position1_ctc"),
+    ("layer1_faint_ctc", "ce"),
+    ("layer1_faint_ctc", "ctc"),
+    ("layer1_relaxed_ctc", "ce"),
+    ("layer1_relaxed_ctc", "ctc"),
+    ("layer1_relaxed_ctc", "position1_ctc"),
+    ("layer1_relaxed_faint_ctc", "ce"),
     ("layer1_relaxed_faint_ctc", "ctc"),
-)  # fmt: skip
+)
 # What README shows: (world, arm, reference).
 HEADLINE = (
-    ("trimmed", "layer1_prior", "ce"), ("trimmed", "layer1_prior", "position1"),
-    ("trimmed", "ctc", "ce"), ("trimmed", "layer1_prior_ctc", "ctc"),
-    ("trimmed", "layer1_faint_ctc", "ce"), ("trimmed", "layer1_faint_ctc", "ctc"),
+    ("trimmed", "layer1_prior", "ce"),
+    ("trimmed", "layer1_prior", "position1"),
+    ("trimmed", "ctc", "ce"),
+    ("trimmed", "layer1_prior_ctc", "ctc"),
+    ("trimmed", "layer1_faint_ctc", "ce"),
+    ("trimmed", "layer1_faint_ctc", "ctc"),
     ("untrimmed", "layer1_relaxed_ctc", "position1_ctc"),
     ("untrimmed", "layer1_relaxed_faint_ctc", "ce"),
     ("untrimmed", "layer1_relaxed_faint_ctc", "ctc"),
-)  # fmt: skip
+)
 
 
 class Difference(NamedTuple):
@@ -244,9 +257,12 @@ def course_figure(courses: list[dict], path: Path) -> None:
             for seed, name in zip(question.seeds, sorted(runs_of(question, arm)), strict=True):
                 found = [c for c in courses if c["run"] == name]
                 ax.plot(
-                    [c["step"] for c in found], [c["spoken_mass"] for c in found], f"C{i}.-",
-                    label=arm if seed == question.seeds[0] else None, alpha=0.7,
-                )  # fmt: skip
+                    [c["step"] for c in found],
+                    [c["spoken_mass"] for c in found],
+                    f"C{i}.-",
+                    label=arm if seed == question.seeds[0] else None,
+                    alpha=0.7,
+                )
         ax.set(title=question.world, xlabel="step", ylim=(0, 1))
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
@@ -294,9 +310,12 @@ def report(results: list[dict], courses: list[dict], folder: Path) -> str:
         ]
     if courses:
         course_figure(courses, folder / "study-courses.png")
-        parts += ["## Where the plans lie during training", COURSE,
-                  "![Plan mass on the spoken word](study-courses.png)",
-                  *(course_table(courses, question) for question in COURSES)]  # fmt: skip
+        parts += [
+            "## Where the plans lie during training",
+            COURSE,
+            "![Plan mass on the spoken word](study-courses.png)",
+            *(course_table(courses, question) for question in COURSES),
+        ]
     if times := step_time_table(results):
         hours = sum(sum(r["seconds"]) for r in results) / 3600
         took = f"The {len(results)} runs took {hours:.1f} hours, each on one core."

@@ -41,11 +41,12 @@ def sinkhorn() -> str:
     e, s = result["environment"], result["settings"]
     columns = {
         "milliseconds": ("ms", lambda v: f"{v:.3g}" if v < 1000 else f"{v:.0f}"),
-        "times_ours": ("× ours", "{:.2f}".format), "times_cost": ("× cost", "{:.2f}".format),
+        "times_ours": ("× ours", "{:.2f}".format),
+        "times_cost": ("× cost", "{:.2f}".format),
         "temporary_mib": ("temporary MiB", "{:.3g}".format),
         "plan_l1_error": ("plan L1 error", "{:.1e}".format),
         "excess_over_lp": ("excess over LP", "{:.2%}".format),
-    }  # fmt: skip
+    }
     parts = [f"Measured on {machine(e | s)}, {s['repeats']} rounds; {versions(e['versions'])}."]
     for size, tables in result["sizes"].items():
         for part, rows in tables.items():
@@ -90,11 +91,13 @@ def peer_step() -> str:
     result = read("peer_step")
     rows = [
         [
-            name, f"{1e3 * row['seconds']:.0f}", f"{row['utterances_per_sec']:.2f}",
+            name,
+            f"{1e3 * row['seconds']:.0f}",
+            f"{row['utterances_per_sec']:.2f}",
             f"{row['ratio']:.2f}",
         ]
         for name, row in result["rows"].items()
-    ]  # fmt: skip
+    ]
     first = result["first_loss"]
     return (
         f"{result['encoder']} + {result['llm']}, batch {result['batch_size']} of "
@@ -115,10 +118,12 @@ def decode() -> str:
             ratio = statistics.median([a / b for a, b in zip(ours, values, strict=True)])
             rows.append(
                 [
-                    f"{size}, {name}", f"{statistics.median(values):.2f}", f"{ratio:.2f}",
+                    f"{size}, {name}",
+                    f"{statistics.median(values):.2f}",
+                    f"{ratio:.2f}",
                     model["same_tokens_as_batched"][name],
                 ]
-            )  # fmt: skip
+            )
     return (
         f"Batch {result['batch_size']}, {result['tokens']} tokens each; {machine(result)}; "
         f"{versions(result['versions'])}.\n\n"

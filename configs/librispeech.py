@@ -103,12 +103,23 @@ def runlocal(c) -> None:
     c.num_steps, c.batch_size, c.log_every = 20, 8, 5
     c.otreg.start_step, c.otreg.ramp_steps = 5, 5
     c.optim.warmup_steps = 5
-    c.synthetic.update({
-        "num_train": 48, "num_test": 8, "seed": 0, "lang": "en", "rate": 175,
-        "train_voices": (("en-us", 40), ("en-gb+f2", 60)), "conditions": {},
-        "templates": ("call {person} {when}", "write to {person} {when}", "visit {person} {when}"),
-        "slots": {
-            "person": ("anna", "peter", "maria", "david", "laura", "simon", "julia"),
-            "when": ("today", "tomorrow", "on monday", "on friday", "next week"),
-        },
-    })  # fmt: skip
+    c.synthetic.update(
+        {
+            "num_train": 48,
+            "num_test": 8,
+            "seed": 0,
+            "lang": "en",
+            "rate": 175,
+            "train_voices": (("en-us", 40), ("en-gb+f2", 60)),
+            "conditions": {},
+            "templates": (
+                "call {person} {when}",
+                "write to {person} {when}",
+                "visit {person} {when}",
+            ),
+            "slots": {
+                "person": ("anna", "peter", "maria", "david", "laura", "simon", "julia"),
+                "when": ("today", "tomorrow", "on monday", "on friday", "next week"),
+            },
+        }
+    )

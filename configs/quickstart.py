@@ -51,30 +51,40 @@ def get_config(arm: str = "otreg"):
     c.num_steps = 500
     c.checkpoint_every = 250
     c.freeze = "^encoder/positions/|^llm/"
-    c.synthetic.update({
-        "num_train": 800,
-        "num_test": 100,
-        "seed": 0,
-        "lang": "en",
-        "rate": 175,  # words a minute
-        # (eSpeak voice + variant, pitch 0-99)
-        "train_voices": (
-            ("en-us", 40), ("en-us+f2", 55), ("en-gb", 50), ("en-gb+m3", 35), ("en-us+m7", 60),
-            ("en-gb+f4", 65),
-        ),
-        "other_voices": (
-            ("en-us+f3", 50), ("en-gb+m5", 45), ("en-us+m1", 30), ("en-gb+f1", 70),
-            ("en-gb-scotland", 50), ("en-us+croak", 45),
-        ),
-        "conditions": {
-            "voices": {"voices": "other"},
-            "fast": {"rate": 1.3},
-            "reverb": {"reverb": 0.4},
-            "noise": {"snr": 10.0},
-        },
-        "templates": TEMPLATES,
-        "slots": {name: tuple(words) for name, words in SLOTS.items()},
-    })  # fmt: skip
+    c.synthetic.update(
+        {
+            "num_train": 800,
+            "num_test": 100,
+            "seed": 0,
+            "lang": "en",
+            "rate": 175,  # words a minute
+            # (eSpeak voice + variant, pitch 0-99)
+            "train_voices": (
+                ("en-us", 40),
+                ("en-us+f2", 55),
+                ("en-gb", 50),
+                ("en-gb+m3", 35),
+                ("en-us+m7", 60),
+                ("en-gb+f4", 65),
+            ),
+            "other_voices": (
+                ("en-us+f3", 50),
+                ("en-gb+m5", 45),
+                ("en-us+m1", 30),
+                ("en-gb+f1", 70),
+                ("en-gb-scotland", 50),
+                ("en-us+croak", 45),
+            ),
+            "conditions": {
+                "voices": {"voices": "other"},
+                "fast": {"rate": 1.3},
+                "reverb": {"reverb": 0.4},
+                "noise": {"snr": 10.0},
+            },
+            "templates": TEMPLATES,
+            "slots": {name: tuple(words) for name, words in SLOTS.items()},
+        }
+    )
     c.tokenizer.model_type = "word"
     c.tokenizer.vocab_size = 120
     c.encoder.strides = (2, 2, 2)  # 12.5 positions a second

@@ -184,13 +184,20 @@ def get_config(name: str = "trimmed,ce,0"):
         c.data.train = f"{FOLDER}/human/train.jsonl"
         c.data.dev = f"{FOLDER}/human/dev.jsonl"
     else:
-        c.synthetic.update(synthetic(
-            DOMAINS[split], VOICES[split]["train"], num_train=400, num_test=48,
-            seed=1000 if split == "screen" else 0,
-            new_templates=DOMAINS[f"{split}-new"], conditions=CONDITIONS,
-            other_voices=VOICES[split]["other"], unheard_voices=VOICES[split]["unheard"],
-            silence=SILENCE if world == "untrimmed" else (0.0, 0.0),
-        ))  # fmt: skip
+        c.synthetic.update(
+            synthetic(
+                DOMAINS[split],
+                VOICES[split]["train"],
+                num_train=400,
+                num_test=48,
+                seed=1000 if split == "screen" else 0,
+                new_templates=DOMAINS[f"{split}-new"],
+                conditions=CONDITIONS,
+                other_voices=VOICES[split]["other"],
+                unheard_voices=VOICES[split]["unheard"],
+                silence=SILENCE if world == "untrimmed" else (0.0, 0.0),
+            )
+        )
     c.freeze = r"^(encoder|llm)/"
     if "lora" in options:
         c.lora.pattern = "llm/layers/attn/(q|k|v|o)/kernel"
@@ -239,14 +246,24 @@ def encoder():
     c.optim.warmup_steps = 100
     c.data.cache = f"{FOLDER}/data"
     voices = [v for split in VOICES.values() for v in (*split["train"], *split["other"])]
-    c.synthetic.update(synthetic(
-        RANDOM_ORDER, (*voices, ("en-gb+m1", 45)), num_train=2600, num_test=32, seed=77,
-        conditions={},
-        train_conditions={
-            "plain": {}, "fast": {"rate": 1.25}, "slow": {"rate": 0.85}, "reverb": {"reverb": 0.3},
-            "noise": {"snr": 12.0}, "silence": {"silence": SILENCE},
-        },
-    ))  # fmt: skip
+    c.synthetic.update(
+        synthetic(
+            RANDOM_ORDER,
+            (*voices, ("en-gb+m1", 45)),
+            num_train=2600,
+            num_test=32,
+            seed=77,
+            conditions={},
+            train_conditions={
+                "plain": {},
+                "fast": {"rate": 1.25},
+                "slow": {"rate": 0.85},
+                "reverb": {"reverb": 0.3},
+                "noise": {"snr": 12.0},
+                "silence": {"silence": SILENCE},
+            },
+        )
+    )
     return c
 
 
@@ -287,11 +304,18 @@ def human_llm():
 def synthetic(templates, train_voices, **keys) -> dict:
     slots = {name: tuple(words) for name, words in SLOTS.items()} | {"word": tuple(WORDS)}
     return {
-        "lang": "en", "rate": 175, "templates": templates, "slots": slots,
-        "train_voices": train_voices, **keys,
-    }  # fmt: skip
+        "lang": "en",
+        "rate": 175,
+        "templates": templates,
+        "slots": slots,
+        "train_voices": train_voices,
+        **keys,
+    }
 
 
 PARTS = {
-    "encoder": encoder, "llm": llm, "human-encoder": human_encoder, "human-llm": human_llm,
-}  # fmt: skip
+    "encoder": encoder,
+    "llm": llm,
+    "human-encoder": human_encoder,
+    "human-llm": human_llm,
+}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, lints, and runs the tests.
+# Sets up, lints, checks the layout, and runs the tests.
 #
 #   bash launch/test.sh             # what is not marked slow
 #   bash launch/test.sh --slow      # the others
@@ -14,6 +14,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 
 .venv/bin/ruff check
+.venv/bin/ruff format --check --quiet
 pytest=(.venv/bin/python -m pytest -n 2)
 if [[ ${1:-} == --slow ]]; then
   exec "${pytest[@]}" -m slow "${@:2}"

@@ -33,17 +33,29 @@ def as_textgrid(words: Sequence[alignment.Word], duration: float) -> str:
         intervals.append(("", at, duration))
     end = max(duration, at)
     lines = [
-        'File type = "ooTextFile"', 'Object class = "TextGrid"', "", "xmin = 0", f"xmax = {end:g}",
-        "tiers? <exists>", "size = 1", "item []:", "    item [1]:",
-        '        class = "IntervalTier"', '        name = "words"', "        xmin = 0",
-        f"        xmax = {end:g}", f"        intervals: size = {len(intervals)}",
-    ]  # fmt: skip
+        'File type = "ooTextFile"',
+        'Object class = "TextGrid"',
+        "",
+        "xmin = 0",
+        f"xmax = {end:g}",
+        "tiers? <exists>",
+        "size = 1",
+        "item []:",
+        "    item [1]:",
+        '        class = "IntervalTier"',
+        '        name = "words"',
+        "        xmin = 0",
+        f"        xmax = {end:g}",
+        f"        intervals: size = {len(intervals)}",
+    ]
     for i, (word, start, stop) in enumerate(intervals, 1):
         quoted = word.replace('"', '""')
         lines += [
-            f"        intervals [{i}]:", f"            xmin = {start:g}",
-            f"            xmax = {stop:g}", f'            text = "{quoted}"',
-        ]  # fmt: skip
+            f"        intervals [{i}]:",
+            f"            xmin = {start:g}",
+            f"            xmax = {stop:g}",
+            f'            text = "{quoted}"',
+        ]
     return "\n".join(lines) + "\n"
 
 

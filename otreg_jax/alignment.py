@@ -374,9 +374,12 @@ def word_time_figures(
         if not spans or not num_text:
             continue
         found = words_of(
-            utterance.text, spans, sample.begins_T, shares_ST[:num_speech, :num_text],
+            utterance.text,
+            spans,
+            sample.begins_T,
+            shares_ST[:num_speech, :num_text],
             silence_S[:num_speech],
-        )  # fmt: skip
+        )
         seconds = len(sample.mel_FM) / FRAME_RATE / num_speech
         timed = [entry for entry, (a, b) in zip(utterance.words, spans, strict=True) if a < b]
         for word, (_, start, end) in zip(found, timed, strict=True):

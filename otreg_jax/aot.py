@@ -86,9 +86,11 @@ def devices_of(topology: str, slices: int = 1) -> list:
         return jax.devices()
     # libtpu would look for a TPU, and for the machines of its pod.
     for name, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_LOG_DIR", "disabled"),
-    ):  # fmt: skip
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_LOG_DIR", "disabled"),
+    ):
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
     try:
@@ -126,8 +128,9 @@ def abstract_batch(
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
     if config.data.features == "step" and not on_host:
         speech = {
-            "audio": array(jnp.float32, frames * features.HOP), "audio_length": array(jnp.int32)
-        }  # fmt: skip
+            "audio": array(jnp.float32, frames * features.HOP),
+            "audio_length": array(jnp.int32),
+        }
     else:
         speech = {
             "mel": array(jnp.float32, frames, config.data.num_mels),
@@ -162,18 +165,25 @@ def compile_step(config, devices, frames: int, tokens: int) -> Report:
     slm, step_of, arguments = abstract_step(config, devices, frames, tokens)
     state, frozen, batch = arguments
     memory = {
-        "frozen weights": _bytes(frozen), "trained weights": _bytes(state.params),
-        "optimizer state": _bytes(state.opt_state), "batch": _bytes(batch),
-    }  # fmt: skip
+        "frozen weights": _bytes(frozen),
+        "trained weights": _bytes(state.params),
+        "optimizer state": _bytes(state.opt_state),
+        "batch": _bytes(batch),
+    }
     traced = step_of(slm).trace(*arguments)
     memory, peak, capacity, collectives = _compile(
         traced, devices, memory, "activations, gradients, buffers"
     )
     return Report(
-        config.batch_size, memory, peak, capacity,
-        flops.count(step_of(build.plain(slm)), *arguments), collectives,
-        _prompt_length(slm, frames) + tokens, dict(slm.mesh.shape),
-    )  # fmt: skip
+        config.batch_size,
+        memory,
+        peak,
+        capacity,
+        flops.count(step_of(build.plain(slm)), *arguments),
+        collectives,
+        _prompt_length(slm, frames) + tokens,
+        dict(slm.mesh.shape),
+    )
 
 
 def compile_decode(config, devices, frames: int, tokens: int) -> Report:
@@ -193,9 +203,11 @@ def compile_decode(config, devices, frames: int, tokens: int) -> Report:
     cache = jax.eval_shape(lambda: llm.init_cache(slm.llm.config, config.batch_size, length))
     cache = jax.tree.map(lambda x: _at(x, sharding.cache_sharding(x.shape, mesh)), cache)
     memory = {
-        "frozen weights": _bytes(frozen), "trained weights": _bytes(trained),
-        "keys and values": _bytes(cache), "batch": _bytes(batch),
-    }  # fmt: skip
+        "frozen weights": _bytes(frozen),
+        "trained weights": _bytes(trained),
+        "keys and values": _bytes(cache),
+        "batch": _bytes(batch),
+    }
 
     def trace(slm):
         settings = decoding.Settings(tokens)
@@ -207,10 +219,17 @@ def compile_decode(config, devices, frames: int, tokens: int) -> Report:
         trace(slm), devices, memory, "activations, buffers"
     )
     return Report(
-        config.batch_size, memory, peak, capacity,
-        flops.of_jaxpr(trace(build.plain(slm)).jaxpr), collectives, length,
-        dict(mesh.shape), of="the prompt and one token", host=_loading(trained, frozen, devices),
-    )  # fmt: skip
+        config.batch_size,
+        memory,
+        peak,
+        capacity,
+        flops.of_jaxpr(trace(build.plain(slm)).jaxpr),
+        collectives,
+        length,
+        dict(mesh.shape),
+        of="the prompt and one token",
+        host=_loading(trained, frozen, devices),
+    )
 
 
 def _compile(traced, devices, memory: dict[str, int], rest: str) -> tuple:
@@ -333,8 +352,10 @@ def main(values, _):
     devices = devices_of(values.topology, values.slices)
     frames = round((values.seconds or config.data.max_duration) * features.SAMPLE_RATE)
     frames //= features.HOP
-    tokens = values.tokens or config.data.max_tokens or round(
-        frames * TOKENS_PER_SECOND / features.FRAME_RATE
+    tokens = (
+        values.tokens
+        or config.data.max_tokens
+        or round(frames * TOKENS_PER_SECOND / features.FRAME_RATE)
     )
 
     compile_program = {"train": compile_step, "decode": compile_decode}[values.program]
@@ -349,9 +370,11 @@ def main(values, _):
     report = compile_at(config.batch_size)
     print(describe(report, devices, config, frames, tokens))
     result = {
-        "topology": values.topology, "slices": values.slices, "devices": len(devices),
+        "topology": values.topology,
+        "slices": values.slices,
+        "devices": len(devices),
         **dataclasses.asdict(report),
-    }  # fmt: skip
+    }
     if values.largest_batch and report.capacity:
         unit = sharding.batch_shards(report.mesh)
         unit *= config.accumulation if values.program == "train" else 1

@@ -69,9 +69,14 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
         raise FileNotFoundError(f"{workdir}: no checkpoint yet; let training reach one")
     weights = optim.averaged(state.params, state.opt_state)
     return Run(
-        config, slm, optim.merge(weights, frozen), tokenizer, int(state.step), mesh,
+        config,
+        slm,
+        optim.merge(weights, frozen),
+        tokenizer,
+        int(state.step),
+        mesh,
         sets.longest_seconds(workdir),
-    )  # fmt: skip
+    )
 
 
 def split(params, config):
@@ -171,9 +176,10 @@ def build(
     loaded = {}
     if config.encoder.path:
         _, loaded["encoder"] = pretrained.load_speech_encoder(
-            config.encoder.path, config.encoder.revision or None,
+            config.encoder.path,
+            config.encoder.revision or None,
             **_placement(config, "encoder", mesh),
-        )  # fmt: skip
+        )
     if llm_dir:
         _, loaded["llm"] = pretrained.load_llm(
             llm_dir, config.llm.revision or None, **_placement(config, "llm", mesh)
@@ -188,14 +194,16 @@ def frozen_params(slm: SLM, config, llm_dir: str = "") -> dict:
     frozen = {}
     if config.encoder.path and "encoder" in shapes:
         _, frozen["encoder"] = pretrained.load_speech_encoder(
-            config.encoder.path, config.encoder.revision or None,
+            config.encoder.path,
+            config.encoder.revision or None,
             **_placement(config, "encoder", slm.mesh, keep_trained=False),
-        )  # fmt: skip
+        )
     if llm_dir and "llm" in shapes:
         _, frozen["llm"] = pretrained.load_llm(
-            llm_dir, config.llm.revision or None,
+            llm_dir,
+            config.llm.revision or None,
             **_placement(config, "llm", slm.mesh, keep_trained=False),
-        )  # fmt: skip
+        )
     found = optim.flat_paths(frozen)
     missing = {path: x for path, x in optim.flat_paths(shapes).items() if path not in found}
 
@@ -226,10 +234,14 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
             )
     else:
         encoder_config = SpeechEncoderConfig(
-            num_mels=config.data.num_mels, embed_dim=c.embed_dim, num_layers=c.num_layers,
-            num_heads=c.num_heads, mlp_dim=c.mlp_dim, max_positions=c.max_positions,
+            num_mels=config.data.num_mels,
+            embed_dim=c.embed_dim,
+            num_layers=c.num_layers,
+            num_heads=c.num_heads,
+            mlp_dim=c.mlp_dim,
+            max_positions=c.max_positions,
             strides=tuple(c.strides),
-        )  # fmt: skip
+        )
     if llm_dir:
         llm_config = pretrained.llm_config(llm_dir, config.llm.revision or None)
         if llm_config.vocab_size < vocab_size:
@@ -240,21 +252,25 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
     else:
         llm_config = new_llm_config(config, vocab_size)
     adapter_config = AdapterConfig(
-        in_dim=encoder_config.embed_dim, out_dim=llm_config.embed_dim, dtype=config.compute_dtype,
+        in_dim=encoder_config.embed_dim,
+        out_dim=llm_config.embed_dim,
+        dtype=config.compute_dtype,
         **config.adapter.to_dict(),
-    )  # fmt: skip
+    )
     choose = functools.partial(
         attention.choose_kernel, config.attention, mesh, dtype=config.compute_dtype
     )
     computing = {"dtype": config.compute_dtype, "remat": config.remat}
     encoder_config = dataclasses.replace(
-        encoder_config, **computing,
+        encoder_config,
+        **computing,
         attention=choose(head_dim=encoder_config.embed_dim // encoder_config.num_heads),
-    )  # fmt: skip
+    )
     llm_config = dataclasses.replace(
-        llm_config, **computing,
+        llm_config,
+        **computing,
         attention=choose(head_dim=llm_config.head_dim, softcap=llm_config.attn_softcap),
-    )  # fmt: skip
+    )
     return slm_lib.make(encoder_config, adapter_config, llm_config, prompt, mesh)
 
 
@@ -262,10 +278,15 @@ def new_llm_config(config, vocab_size: int) -> LLMConfig:
     """The LLM that `config.llm` describes when it names no path."""
     c = config.llm
     return LLMConfig(
-        vocab_size=vocab_size, embed_dim=c.embed_dim, num_layers=c.num_layers,
-        num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
-        mlp_dim=c.mlp_dim, tied_head=c.tie_embeddings,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        embed_dim=c.embed_dim,
+        num_layers=c.num_layers,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        mlp_dim=c.mlp_dim,
+        tied_head=c.tie_embeddings,
+    )
 
 
 def init_params(slm: SLM, config, loaded: dict | None = None, ctc_classes=None) -> dict:

@@ -44,18 +44,22 @@ class Checkpoints:
         self._saving: int | None = None  # the step of the save under way
         policies = ocp.training.preservation_policies
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[DEV_LOSS], reverse=True, n=1,
+            get_metric_fn=lambda metrics: metrics[DEV_LOSS],
+            reverse=True,
+            n=1,
             keep_checkpoints_without_metrics=False,
-        )  # fmt: skip
+        )
         durable = [policies.EveryNSteps(keep_every)] if keep_every else []
         self._kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best, *durable])
         self._open()
 
     def _open(self) -> None:
         self._orbax = ocp.training.Checkpointer(
-            self.path, preservation_policy=self._kept, step_name_format=_Steps(),
+            self.path,
+            preservation_policy=self._kept,
+            step_name_format=_Steps(),
             cleanup_tmp_directories=True,
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -141,9 +145,13 @@ def _reason(error: Exception) -> str:
 
 
 def restore(
-    workdir, abstract_state, made_of: dict | None = None, any_corpus: bool = False,
-    params_only: bool = False, which: str = NEWEST,
-):  # fmt: skip
+    workdir,
+    abstract_state,
+    made_of: dict | None = None,
+    any_corpus: bool = False,
+    params_only: bool = False,
+    which: str = NEWEST,
+):
     """A checkpoint in the shardings of `abstract_state`; None if there is none.
 
     Every array must have the fingerprint that it was saved with (older checkpoints have none). Of
@@ -181,9 +189,11 @@ def restore(
             if problem:
                 problems.append(f"step {step}: {problem}")
                 logging.warning(
-                    "the checkpoint of step %d cannot be read%s: %s", step,
-                    ", trying the one before" if which == NEWEST else "", problem,
-                )  # fmt: skip
+                    "the checkpoint of step %d cannot be read%s: %s",
+                    step,
+                    ", trying the one before" if which == NEWEST else "",
+                    problem,
+                )
                 continue
             different = _differences(about, made_of or {}, ("corpus",) if any_corpus else ())
             if different:
@@ -252,7 +262,7 @@ def _of_all(path: str, problem: str) -> str:
         f"process {process} cannot read {path}, which others can: {everyones[process]}\n"
         f"Ending with status {cluster.RESTART}; start the run again to go on.",
         file=sys.stderr,
-    )  # fmt: skip
+    )
     raise SystemExit(cluster.RESTART)
 
 

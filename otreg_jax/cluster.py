@@ -128,7 +128,7 @@ def _join(count: int, method: str | None, patience: int, heartbeat: int) -> None
             "(JAX_NUM_PROCESSES=1 runs one process alone.) "
             f"Ending with status {RESTART}; start the run again to go on.",
             file=sys.stderr,
-        )  # fmt: skip
+        )
         sys.stderr.flush()
         os._exit(RESTART)
 
@@ -137,9 +137,11 @@ def _join(count: int, method: str | None, patience: int, heartbeat: int) -> None
     timer.daemon = True
     timer.start()
     jax.distributed.initialize(
-        **numbers, cluster_detection_method=method, initialization_timeout=patience + 60,
+        **numbers,
+        cluster_detection_method=method,
+        initialization_timeout=patience + 60,
         heartbeat_timeout_seconds=heartbeat,
-    )  # fmt: skip
+    )
     timer.cancel()
     # With Gloo the processes must meet within half a minute in the first collective of a set of
     # devices, and later need not: the first step's would wait for the slowest compilation.
@@ -307,7 +309,7 @@ class Watch:
                     "storage. In a compilation: raise stall_seconds.\n"
                     f"Ending with status {RESTART}; start the run again to go on.",
                     file=sys.stderr,
-                )  # fmt: skip
+                )
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
                 os._exit(RESTART)

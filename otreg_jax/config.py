@@ -118,9 +118,16 @@ def _shown(keys, values) -> str:
 def otreg_options(config: ConfigDict) -> dict:
     """The arguments of `otreg.regularizer` that the configuration fixes."""
     names = (
-        "text_set", "text_mass", "center", "cost", "epsilon", "num_iters", "speech_tau", "plan",
+        "text_set",
+        "text_mass",
+        "center",
+        "cost",
+        "epsilon",
+        "num_iters",
+        "speech_tau",
+        "plan",
         "backend",
-    )  # fmt: skip
+    )
     return {name: config.otreg[name] for name in names}
 
 

@@ -82,9 +82,13 @@ def settings_of(values) -> Settings:
 
 @functools.partial(jax.jit, static_argnames=("slm", "settings"))
 def recognize(
-    slm: slm_lib.SLM, params: dict, mel_BFM: jax.Array, mel_length_B: jax.Array,
-    settings: Settings, limit_B: jax.Array | None = None,
-) -> Decoded:  # fmt: skip
+    slm: slm_lib.SLM,
+    params: dict,
+    mel_BFM: jax.Array,
+    mel_length_B: jax.Array,
+    settings: Settings,
+    limit_B: jax.Array | None = None,
+) -> Decoded:
     """Log-mel frames -> the best hypothesis of each utterance, [B, N]. limit_B: see `greedy`."""
     speech_BSD, speech_length_B = slm_lib.speech_embeddings(slm, params, mel_BFM, mel_length_B)
     x_BPD, last_B = slm_lib.assemble(slm, params, speech_BSD, speech_length_B, None)
@@ -96,9 +100,14 @@ def recognize(
 
 @functools.partial(jax.jit, static_argnames=("llm", "eos", "settings"))
 def greedy(
-    llm: LLM, params: dict, x_BPD: jax.Array, length_B: jax.Array, eos: int, settings: Settings,
+    llm: LLM,
+    params: dict,
+    x_BPD: jax.Array,
+    length_B: jax.Array,
+    eos: int,
+    settings: Settings,
     limit_B: jax.Array | None = None,
-) -> Decoded:  # fmt: skip
+) -> Decoded:
     """The most probable token at every step, until `eos` or `settings.max_tokens` (N) tokens.
 
     Args:
@@ -143,9 +152,14 @@ def greedy(
 
 @functools.partial(jax.jit, static_argnames=("llm", "eos", "settings"))
 def beam_search(
-    llm: LLM, params: dict, x_BPD: jax.Array, length_B: jax.Array, eos: int, settings: Settings,
+    llm: LLM,
+    params: dict,
+    x_BPD: jax.Array,
+    length_B: jax.Array,
+    eos: int,
+    settings: Settings,
     limit_B: jax.Array | None = None,
-) -> Decoded:  # fmt: skip
+) -> Decoded:
     """Beam search; returns the `settings.beam_width` (W) best hypotheses of every example.
 
     The rules are those of transformers' `generate(num_beams=W, early_stopping=False)`: each step

@@ -40,9 +40,17 @@ def encode_once(config, utterances, tokenizer, slm, frozen, share, folder, skipp
     described = checkpoint.fingerprints({"encoder": frozen["encoder"]})
     described |= {"computed in": config.compute_dtype}
     return encoded.keep(
-        utterances, tokenizer, config.data, Path(folder), encode=encode, wait=wait,
+        utterances,
+        tokenizer,
+        config.data,
+        Path(folder),
+        encode=encode,
+        wait=wait,
         positions=lambda frames: speech_encoder.output_length(slm.encoder.config, frames),
-        fingerprint=json.dumps(described, sort_keys=True), batch_size=config.batch_size,
-        host_index=share[0], host_count=share[1], is_writer=jax.process_index() == 0,
+        fingerprint=json.dumps(described, sort_keys=True),
+        batch_size=config.batch_size,
+        host_index=share[0],
+        host_count=share[1],
+        is_writer=jax.process_index() == 0,
         skipped_path=skipped_path,
-    )  # fmt: skip
+    )

@@ -130,9 +130,16 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
     style = settings["normalizer"]["style"]
     with recognition.Partial(files.partial, settings | {"step": run.step}) as partial:
         rows, samples = recognition.decode_sets(
-            run, utterances, decode, settings["layer"], batch_size, files.eval_skipped,
-            f"evaluating {workdir}", partial, style,
-        )  # fmt: skip
+            run,
+            utterances,
+            decode,
+            settings["layer"],
+            batch_size,
+            files.eval_skipped,
+            f"evaluating {workdir}",
+            partial,
+            style,
+        )
     if not rows:
         raise ValueError(f"{workdir}: no utterance could be evaluated, see {files.eval_skipped}")
     results = {
@@ -279,10 +286,15 @@ def define_flags(define) -> None:
 def main(values, _):
     with cluster.membership():
         results = evaluate(
-            values.workdir, which=values.checkpoint, compare=values.compare, manifests=values.sets,
-            in_domain=values.in_domain, batch_size=values.batch_size,
-            decode=decoding.settings_of(values), normalizer=values.normalizer,
-        )  # fmt: skip
+            values.workdir,
+            which=values.checkpoint,
+            compare=values.compare,
+            manifests=values.sets,
+            in_domain=values.in_domain,
+            batch_size=values.batch_size,
+            decode=decoding.settings_of(values),
+            normalizer=values.normalizer,
+        )
     if jax.process_index() == 0:
         print(table(results))
         print(f"report: {rundir.of(values.workdir).report}")

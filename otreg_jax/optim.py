@@ -53,9 +53,12 @@ def learning_rate(config) -> optax.Schedule:
 
     def cycle(num_steps):
         return optax.warmup_cosine_decay_schedule(
-            0.0 if c.warmup_steps else c.learning_rate, c.learning_rate, c.warmup_steps,
-            max(num_steps, c.warmup_steps + 1), c.learning_rate * c.final_fraction,
-        )  # fmt: skip
+            0.0 if c.warmup_steps else c.learning_rate,
+            c.learning_rate,
+            c.warmup_steps,
+            max(num_steps, c.warmup_steps + 1),
+            c.learning_rate * c.final_fraction,
+        )
 
     second = cycle(config.num_steps - c.restart_step)
     if not c.restart_step:

@@ -101,10 +101,18 @@ def regularizer(
       ValueError: an option is unknown, out of range, or lacks its input.
     """
     check_options(
-        text_set=text_set, text_mass=text_mass, center=center, cost=cost, plan=plan,
-        backend=backend, epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau,
-        token_ids_BT=token_ids_BT, position_weight=position_weight,
-    )  # fmt: skip
+        text_set=text_set,
+        text_mass=text_mass,
+        center=center,
+        cost=cost,
+        plan=plan,
+        backend=backend,
+        epsilon=epsilon,
+        num_iters=num_iters,
+        speech_tau=speech_tau,
+        token_ids_BT=token_ids_BT,
+        position_weight=position_weight,
+    )
     nonempty_B = speech_mask_BS.any(axis=1) & text_mask_BT.any(axis=1)
     speech_mask_BS = speech_mask_BS & nonempty_B[:, None]
     text_mask_BT = text_mask_BT & nonempty_B[:, None]
@@ -132,9 +140,15 @@ def regularizer(
     if plan == "ot":
         plan_cost_BST = plan_cost_BST + feature_cost_BST
     plan_BST = transport_plan(
-        plan_cost_BST, a_BS, b_BT, epsilon=epsilon, num_iters=num_iters, speech_tau=speech_tau,
-        backend=backend, batch_sharding=batch_sharding,
-    )  # fmt: skip
+        plan_cost_BST,
+        a_BS,
+        b_BT,
+        epsilon=epsilon,
+        num_iters=num_iters,
+        speech_tau=speech_tau,
+        backend=backend,
+        batch_sharding=batch_sharding,
+    )
 
     if num_examples is None:
         num_examples = nonempty_B.sum()
@@ -168,9 +182,12 @@ def pairwise_cost(
     text_sq_BT = jnp.sum(jnp.square(text_BTD.astype(jnp.float32)), axis=-1)
     # HIGHEST: accelerators would otherwise run float32 products in bfloat16 or TF32.
     dot_BST = jnp.einsum(
-        "bsd,btd->bst", speech_BSD, text_BTD, precision=jax.lax.Precision.HIGHEST,
+        "bsd,btd->bst",
+        speech_BSD,
+        text_BTD,
+        precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
     speech_scale_BS, text_scale_BT = _inverse_root(speech_sq_BS), _inverse_root(text_sq_BT)
     cosine_BST = dot_BST * speech_scale_BS[:, :, None] * text_scale_BT[:, None]
     if cost == "cosine":
@@ -286,9 +303,14 @@ def _solve_xla(cost_BST, a_BS, b_BT, num_iters, speech_tau):
         return jnp.einsum(equation, kernel_BST, weight, precision="highest")
 
     return absorbed_sinkhorn(
-        cost_BST, a_BS[:, :, None], b_BT[:, None], weighted_sum,
-        num_iters=num_iters, speech_tau=speech_tau, speech_axis=1,
-    )  # fmt: skip
+        cost_BST,
+        a_BS[:, :, None],
+        b_BT[:, None],
+        weighted_sum,
+        num_iters=num_iters,
+        speech_tau=speech_tau,
+        speech_axis=1,
+    )
 
 
 def _solve_pallas(*problem, **options):
@@ -393,9 +415,19 @@ CHOICES = {
 
 
 def check_options(
-    *, text_set, text_mass, center, cost, plan, backend, epsilon, num_iters, speech_tau,
-    token_ids_BT, position_weight,
-) -> None:  # fmt: skip
+    *,
+    text_set,
+    text_mass,
+    center,
+    cost,
+    plan,
+    backend,
+    epsilon,
+    num_iters,
+    speech_tau,
+    token_ids_BT,
+    position_weight,
+) -> None:
     """Raises one ValueError that lists every argument of `regularizer` that cannot be meant."""
     problems = []
     given = dict(

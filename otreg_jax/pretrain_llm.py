@@ -29,10 +29,12 @@ def ensure_llm(config, tokenizer, sentences: list[str], out_dir) -> None:
     """Writes the pretrained LLM to `out_dir` in Hugging Face layout, unless it is there, made of
     the same text in the same way (pretrain.json beside it says how)."""
     recipe = {
-        "seed": config.seed, "prompt": config.prompt, "tokenizer": tokenizer.fingerprint,
+        "seed": config.seed,
+        "prompt": config.prompt,
+        "tokenizer": tokenizer.fingerprint,
         "text": hashlib.sha256("\n".join(sentences).encode()).hexdigest(),
         "llm": config.llm.to_dict(),
-    }  # fmt: skip
+    }
     stored = Path(out_dir) / "pretrain.json"
     if not stored.exists() or json.loads(stored.read_text()) != recipe:
         llm, params = pretrain(config, tokenizer, sentences)
@@ -92,9 +94,11 @@ def make_batch(encoded: list[list[int]], c, rng: np.random.Generator) -> dict[st
             stretched = np.repeat(pairs, np.stack([repeats, fillers], axis=1).ravel())
             source[row, : len(stretched)], source_length[row] = stretched, len(stretched)
     return {
-        "tokens": tokens, "token_length": token_length,
-        "source": source, "source_length": source_length,
-    }  # fmt: skip
+        "tokens": tokens,
+        "token_length": token_length,
+        "source": source,
+        "source_length": source_length,
+    }
 
 
 def copy_loss(slm: slm_lib.SLM, params, batch, key, noise: float):
@@ -109,6 +113,10 @@ def copy_loss(slm: slm_lib.SLM, params, batch, key, noise: float):
     hidden_BLD, _ = slm.llm.apply({"params": params["llm"]}, x_BLD, method="hidden")
     hidden_BTD = slm_lib.predicting(hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
     return losses.cross_entropy(
-        hidden_BTD, functools.partial(slm_lib.logits, slm, params), batch["tokens"],
-        batch["token_length"], jnp.ones_like(batch["token_length"], bool), slm.prompt.eos,
-    )  # fmt: skip
+        hidden_BTD,
+        functools.partial(slm_lib.logits, slm, params),
+        batch["tokens"],
+        batch["token_length"],
+        jnp.ones_like(batch["token_length"], bool),
+        slm.prompt.eos,
+    )

@@ -135,10 +135,14 @@ def batches(
     batch_size = -(-batch_size // shards) * shards
     host_index, host_count = cluster.batch_share(run.mesh)
     host_batches = pipeline.eval_batches(
-        utterances, run.tokenizer, data_config, batch_size=batch_size,
-        host_index=host_index, host_count=host_count,
+        utterances,
+        run.tokenizer,
+        data_config,
+        batch_size=batch_size,
+        host_index=host_index,
+        host_count=host_count,
         skipped_path=skipped_path and str(skipped_path),
-    )  # fmt: skip
+    )
     total = -(-len(utterances) // batch_size)
     for host_batch in tqdm.tqdm(host_batches, desc=label, total=total, unit="batch"):
         yield sharding.to_global(host_batch, run.mesh)
@@ -183,10 +187,14 @@ def recognize_and_embed(slm, params, batch, settings, layer: int):
 def _row(name, utterance, hypothesis: str, style: str) -> dict[str, Any]:
     words, _ = metrics.normalized_counts([utterance.text], [hypothesis], [utterance.lang], style)
     return {
-        "set": name, "id": utterance.id, "reference": utterance.text, "hypothesis": hypothesis,
-        "errors": int(words.errors[0]), "words": int(words.lengths[0]),
+        "set": name,
+        "id": utterance.id,
+        "reference": utterance.text,
+        "hypothesis": hypothesis,
+        "errors": int(words.errors[0]),
+        "words": int(words.lengths[0]),
         "lang": utterance.lang,
-    }  # fmt: skip
+    }
 
 
 def to_host(tree):

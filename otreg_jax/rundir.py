@@ -192,8 +192,9 @@ class Appended:
             if not self.is_failing:
                 logging.warning(
                     "%s cannot be written (%s): the run goes on, and so do tries to write it",
-                    self.path, error,
-                )  # fmt: skip
+                    self.path,
+                    error,
+                )
             self.is_failing = True
             return
         self.is_new = self.is_failing = False

@@ -19,7 +19,6 @@ import functools
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -44,6 +43,7 @@ from otreg_jax import (
     rundir,
     sharding,
     stages,
+    stopping,
     tracking,
 )
 from otreg_jax import config as config_lib
@@ -105,7 +105,7 @@ def train(config, workdir) -> step_lib.TrainState:
     progress = progress_bar(batches, start, config.num_steps)
     late = tracking.OneStepLate(lambda *s: read_metrics(*s, writer, progress, data.train, config))
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
-    phase_of, signals = tracking.phases(), StopSignals()
+    phase_of, signals = tracking.phases(), stopping.StopSignals()
     with closing(checkpoints, profiler, watch, writer, progress, signals):
         for step, batch in progress:
             profiler.before(step)
@@ -243,11 +243,18 @@ def train_batches(
     """
     kept = keep_encoded(config, data, files, share, slm, frozen) if config.encoder.keep else None
     batches = pipeline.train_batches(
-        data.train, data.tokenizer, config.data, batch_size=config.batch_size,
-        seed=config.seed, num_steps=config.num_steps, start_step=start,
-        host_index=share[0], host_count=share[1],
-        skipped_path=str(files.skipped(jax.process_index())), kept=kept,
-    )  # fmt: skip
+        data.train,
+        data.tokenizer,
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_steps=config.num_steps,
+        start_step=start,
+        host_index=share[0],
+        host_count=share[1],
+        skipped_path=str(files.skipped(jax.process_index())),
+        kept=kept,
+    )
 
     def saving_first():
         step = start
@@ -267,9 +274,13 @@ def train_batches(
 def progress_bar(batches, start: int, num_steps: int) -> tqdm.tqdm:
     """Iterates over (step, batch)."""
     return tqdm.tqdm(
-        zip(range(start, num_steps), batches, strict=False), initial=start, total=num_steps,
-        desc="training", unit="step", mininterval=1.0,
-    )  # fmt: skip
+        zip(range(start, num_steps), batches, strict=False),
+        initial=start,
+        total=num_steps,
+        desc="training",
+        unit="step",
+        mininterval=1.0,
+    )
 
 
 @contextlib.contextmanager
@@ -286,49 +297,6 @@ def closing(checkpoints, *opened):
                 checkpoints.close(after_error=True)
             raise
         checkpoints.close()
-
-
-class StopSignals:
-    """Listens for what tells a run to stop: SIGTERM (preemption), SIGHUP (a closed terminal) and
-    Ctrl-C, of which a second one ends the process at once.
-
-    Several processes agree on the step to stop after, by jax, which listens for SIGTERM: the other
-    signals are handed on to it as such. A signal that is ignored (nohup) stays so.
-    """
-
-    def __init__(self):
-        self.received, self.before = [], {}
-        self.is_alone = jax.process_count() == 1
-        if threading.current_thread() is threading.main_thread():  # no other gets signals
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-                is_handled = number == signal.SIGTERM and not self.is_alone
-                if not is_handled and signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self._receive)
-
-    def _receive(self, number, _) -> None:
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            os.write(2, b"\nstopping after this step, with a save; Ctrl-C again ends at once\n")
-        self.received.append(number)
-        if not self.is_alone:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def told_to_stop(self, step: int) -> bool:
-        """Whether the run must stop after `step`."""
-        if self.is_alone:
-            stop = bool(self.received)
-        else:
-            stop = multihost_utils.reached_preemption_sync_point(step)
-        if stop:
-            tqdm.tqdm.write(f"told to stop: saving step {step + 1}; start again to resume")
-        return stop
-
-    def close(self) -> None:
-        """Ends the listening. Raises KeyboardInterrupt for a Ctrl-C."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if signal.SIGINT in self.received:
-            raise KeyboardInterrupt
 
 
 def is_due(step: int, every: int, config) -> bool:
@@ -363,9 +331,11 @@ def make_tokenizer(config, files: rundir.Files, utterances) -> tokenization.Toke
         tokenization.save_tokenizer(files.root, tokenizer)
         return tokenizer
     return tokenization.train_sentencepiece(
-        [u.text for u in utterances], files.tokenizer, config.tokenizer.vocab_size,
+        [u.text for u in utterances],
+        files.tokenizer,
+        config.tokenizer.vocab_size,
         model_type=config.tokenizer.model_type,
-    )  # fmt: skip
+    )
 
 
 def prepare_llm(config, workdir, tokenizer, utterances) -> str:
@@ -383,9 +353,13 @@ def dev_loss(eval_fn, params, frozen, data: Data, config, mesh, share) -> float:
     """Mean cross-entropy a token over the dev set (nats); unreadable audio is left out."""
     data_config = pipeline.for_evaluation(config.data, num_workers=0)
     batches = pipeline.eval_batches(
-        data.dev, data.tokenizer, data_config, batch_size=config.batch_size,
-        host_index=share[0], host_count=share[1],
-    )  # fmt: skip
+        data.dev,
+        data.tokenizer,
+        data_config,
+        batch_size=config.batch_size,
+        host_index=share[0],
+        host_count=share[1],
+    )
     sums = [eval_fn(params, frozen, sharding.to_global(batch, mesh)) for batch in batches]
     total, num_tokens = np.sum(jax.device_get(sums), axis=0)
     return float(total / num_tokens)

@@ -31,23 +31,32 @@ def abstract_state(params, optimizer: optax.GradientTransformation, mesh) -> Tra
     state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
     return jax.tree.map(
         lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
-        state, sharding.tree_shardings(state, mesh),
-    )  # fmt: skip
+        state,
+        sharding.tree_shardings(state, mesh),
+    )
 
 
 def make_step(
-    slm, config, optimizer: optax.GradientTransformation, state: TrainState,
-    start: int = 0, train: str = "",
-):  # fmt: skip
+    slm,
+    config,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    start: int = 0,
+    train: str = "",
+):
     """`train_step` jitted, a function of (state, frozen, batch); the state it is given is donated,
     and its successor has the shardings of `state` (arrays or ShapeDtypeStructs).
 
     config, start, train: of a `stages.Stage`, or the configuration of a run without stages.
     """
     step = functools.partial(
-        train_step, slm=slm, config=config, optimizer=optimizer,
-        schedules=losses.make_schedules(config, start), train=train,
-    )  # fmt: skip
+        train_step,
+        slm=slm,
+        config=config,
+        optimizer=optimizer,
+        schedules=losses.make_schedules(config, start),
+        train=train,
+    )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 

@@ -196,11 +196,14 @@ def as_json(path: str, segments: Sequence[Segment]) -> str:
     line: dict[str, Any] = {"file": path, "text": joined(segments)}
     line["segments"] = [
         {
-            "start": round(s.start, 3), "end": round(s.end, 3), "text": s.text, "score": s.score,
+            "start": round(s.start, 3),
+            "end": round(s.end, 3),
+            "text": s.text,
+            "score": s.score,
             "unfinished": not s.finished,
         }
         for s in segments
-    ]  # fmt: skip
+    ]
     return json.dumps(line, ensure_ascii=False)
 
 
@@ -251,9 +254,13 @@ def main(values, arguments: Sequence[str]) -> int:
         raise ValueError(f"--srt and --vtt take one file, these are {len(paths)}")
     run = build.load_run(values.workdir, values.checkpoint)
     found, failures = transcribe(
-        run, paths, chunk_seconds=values.chunk_seconds, batch_size=values.batch_size,
-        silence_db=values.silence_db, settings=decoding.settings_of(values),
-    )  # fmt: skip
+        run,
+        paths,
+        chunk_seconds=values.chunk_seconds,
+        batch_size=values.batch_size,
+        silence_db=values.silence_db,
+        settings=decoding.settings_of(values),
+    )
     timed = {path: word_times(run, path, s) for path, s in found.items()} if kind else {}
     for path, segments in found.items():
         if values.json:

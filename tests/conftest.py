@@ -26,9 +26,11 @@ def tpu_devices():
     pytest.importorskip("libtpu", reason="libtpu is not installed (pip install jax[tpu])")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled",
-        }.items():  # fmt: skip
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_LOG_DIR": "disabled",
+        }.items():
             patch.setenv(name, value)
         topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
     return topology.devices

@@ -54,9 +54,12 @@ def test_the_corpus_is_its_utterances_in_their_order():
     found = [sources.Utterance(str(i), f"{i}.wav", f"text {i}", 1.0) for i in range(3)]
     assert agreement.corpus(found).startswith("3 utterances, 0.00 h, ")
     others = [
-        found[::-1], found[:2], [*found[:2], found[2]._replace(text="x")],
-        [*found[:2], found[2]._replace(duration=1.1)], [*found[:2], found[2]._replace(id="x")],
-    ]  # fmt: skip
+        found[::-1],
+        found[:2],
+        [*found[:2], found[2]._replace(text="x")],
+        [*found[:2], found[2]._replace(duration=1.1)],
+        [*found[:2], found[2]._replace(id="x")],
+    ]
     assert len({agreement.corpus(x) for x in (found, *others)}) == 6
     # Where the audio is kept does not matter.
     assert agreement.corpus([u._replace(audio=f"/data/{u.audio}") for u in found]) == (

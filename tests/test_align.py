@@ -71,10 +71,14 @@ def test_silence_does_not_move_the_words():
     align_one = lambda speech_SD, mel_FM: [
         np.asarray(x)[0]
         for x in alignment.shares(
-            speech_SD[None], text_TD[None], np.array([len(speech_SD)]), lengths[1], mel_FM[None],
+            speech_SD[None],
+            text_TD[None],
+            np.array([len(speech_SD)]),
+            lengths[1],
+            mel_FM[None],
             np.array([len(mel_FM)]),
         )
-    ]  # fmt: skip
+    ]
     dense, silent = align_one(speech, mel_FM)
     assert not silent.any()
     places = [0, 0, 0, 8, 20, 20]  # positions of silence, which sound like any word
@@ -155,9 +159,14 @@ def test_word_edges_are_compared_with_the_manifest():
     times = (("ab", 0.0, 0.35), ("cd", 0.45, 1.2))
     utterance = sources.Utterance("a", "a.wav", "ab cd", 1.0, words=times)
     sample = alignment.Sample(
-        utterance, np.zeros((100, 4)), np.zeros((10, 2)), np.zeros((2, 2)), np.arange(2),
-        np.array([0, 2]), np.zeros((2, 2)),
-    )  # fmt: skip
+        utterance,
+        np.zeros((100, 4)),
+        np.zeros((10, 2)),
+        np.zeros((2, 2)),
+        np.arange(2),
+        np.array([0, 2]),
+        np.zeros((2, 2)),
+    )
     shares, silent = np.repeat(np.eye(2), [4, 6], axis=0)[None], np.zeros((1, 10))
     figures = alignment.word_time_figures([sample], shares, silent)  # 0 to 0.4, 0.4 to 1
     assert figures["word_time_error_ms"] == pytest.approx(50)

@@ -21,14 +21,30 @@ FRAMES, TOKENS = 64, 7
 def config_of(**changes):
     """Sizes that occur nowhere else in the program: LLM width 24, MLP 40, 3 layers, encoder 16."""
     changes = {
-        "batch_size": 88, "data.num_mels": 8, "tokenizer.vocab_size": 50,
-        "encoder.embed_dim": 16, "encoder.num_layers": 1, "encoder.num_heads": 2,
-        "encoder.mlp_dim": 32, "llm.embed_dim": 24, "llm.num_layers": 3, "llm.mlp_dim": 40,
-        "llm.num_heads": 2, "llm.num_kv_heads": 1, "llm.head_dim": 8, "adapter.hidden_dim": 16,
-        "adapter.stack": 2, "otreg.weight": 1.0, "otreg.layer": 1, "otreg.center": "mean",
-        "otreg.text_set": "sequence", "mesh.data": 1, "mesh.fsdp": 8, "otreg.num_iters": 30,
+        "batch_size": 88,
+        "data.num_mels": 8,
+        "tokenizer.vocab_size": 50,
+        "encoder.embed_dim": 16,
+        "encoder.num_layers": 1,
+        "encoder.num_heads": 2,
+        "encoder.mlp_dim": 32,
+        "llm.embed_dim": 24,
+        "llm.num_layers": 3,
+        "llm.mlp_dim": 40,
+        "llm.num_heads": 2,
+        "llm.num_kv_heads": 1,
+        "llm.head_dim": 8,
+        "adapter.hidden_dim": 16,
+        "adapter.stack": 2,
+        "otreg.weight": 1.0,
+        "otreg.layer": 1,
+        "otreg.center": "mean",
+        "otreg.text_set": "sequence",
+        "mesh.data": 1,
+        "mesh.fsdp": 8,
+        "otreg.num_iters": 30,
         "llm.pretrain.num_steps": 1,
-    } | changes  # fmt: skip
+    } | changes
     config = toy_config()
     config.update_from_flattened_dict(changes)
     return config
@@ -196,11 +212,16 @@ def test_unknown_topologies_say_what_they_look_like():
 @pytest.mark.parametrize(
     "kind, terabytes_per_second, gigabytes",
     [
-        ("TPU v5 lite", 0.82, 17.2), ("TPU v5p", 2.77, 102), ("TPU7x", 3.69, 103),
-        ("NVIDIA H200", 4.8, 141), ("NVIDIA H100 80GB HBM3", 3.35, 85.9), ("NVIDIA B200", 8, 180),
-        ("NVIDIA GB200", 8, 186), ("NVIDIA L40S", 0.864, 48),
+        ("TPU v5 lite", 0.82, 17.2),
+        ("TPU v5p", 2.77, 102),
+        ("TPU7x", 3.69, 103),
+        ("NVIDIA H200", 4.8, 141),
+        ("NVIDIA H100 80GB HBM3", 3.35, 85.9),
+        ("NVIDIA B200", 8, 180),
+        ("NVIDIA GB200", 8, 186),
+        ("NVIDIA L40S", 0.864, 48),
     ],
-)  # fmt: skip
+)
 def test_chips_are_told_apart(kind, terabytes_per_second, gigabytes):
     chip = flops.chip(types.SimpleNamespace(device_kind=kind))
     assert chip.bandwidth == pytest.approx(1e12 * terabytes_per_second)

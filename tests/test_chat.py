@@ -31,7 +31,10 @@ FAMILIES = {
         "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
         "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
         + CHATML.removeprefix("{% for message in messages %}"),
-        "<|im_start|>", "<|im_end|>", [], True,
+        "<|im_start|>",
+        "<|im_end|>",
+        [],
+        True,
     ),
     "eurollm": ("{{ bos_token }}" + CHATML, "<s>", "<|im_end|>", ["<|im_start|>"], False),
     "llama3": (
@@ -51,8 +54,10 @@ FAMILIES = {
         "    {{- message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
         "{%- if add_generation_prompt %}\n"
         "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n",
-        "<|begin_of_text|>", "<|eot_id|>",
-        ["<|start_header_id|>", "<|end_header_id|>"], True,
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        ["<|start_header_id|>", "<|end_header_id|>"],
+        True,
     ),
     "tinyllama": (
         "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
@@ -61,7 +66,10 @@ FAMILIES = {
         "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
         "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
         "{% endfor %}",
-        "<s>", "</s>", [], False,
+        "<s>",
+        "</s>",
+        [],
+        False,
     ),
     "qwen2.5": (
         "{%- if tools %}\n    {{- tools | tojson }}\n{%- else %}\n"
@@ -74,7 +82,10 @@ FAMILIES = {
         "message.tool_calls) %}\n        {{- '<|im_start|>' + message.role + '\\n' + "
         "message.content + '<|im_end|>' + '\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
         "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
-        None, "<|im_end|>", ["<|im_start|>"], True,
+        None,
+        "<|im_end|>",
+        ["<|im_start|>"],
+        True,
     ),
     "qwen3": (
         "{%- set ns = namespace(last=messages|length - 1) %}\n"
@@ -96,7 +107,10 @@ FAMILIES = {
         "    {{- '<|im_start|>assistant\\n' }}\n"
         "    {%- if enable_thinking is defined and enable_thinking is false %}\n"
         "        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}",
-        None, "<|im_end|>", ["<|im_start|>"], True,
+        None,
+        "<|im_end|>",
+        ["<|im_start|>"],
+        True,
     ),
     "mistral": (
         "{{- bos_token }}\n{%- for message in messages %}\n"
@@ -106,14 +120,20 @@ FAMILIES = {
         "        {{- '[INST] ' + message['content'] + '[/INST]' }}\n    {%- else %}\n"
         "        {{- ' ' + message['content']|trim + eos_token }}\n    {%- endif %}\n"
         "{%- endfor %}\n",
-        "<s>", "</s>", ["[INST]", "[/INST]"], False,
+        "<s>",
+        "</s>",
+        ["[INST]", "[/INST]"],
+        False,
     ),
     "ministral": (
         "{{- bos_token }}{%- for message in messages %}\n    {%- if message.role == 'user' %}\n"
         '        {{- "[INST]" + message["content"] + "[/INST]" }}\n'
         '    {%- elif message.role == "assistant" %}\n'
         '        {{- message["content"] + eos_token }}\n    {%- endif %}\n{%- endfor %}',
-        "<s>", "</s>", ["[INST]", "[/INST]"], True,
+        "<s>",
+        "</s>",
+        ["[INST]", "[/INST]"],
+        True,
     ),
     "gemma2": (
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
@@ -122,7 +142,10 @@ FAMILIES = {
         "{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
         "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}",
-        "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], False,
+        "<bos>",
+        "<eos>",
+        ["<start_of_turn>", "<end_of_turn>"],
+        False,
     ),
     "gemma3": (
         "{{ bos_token }}\n{%- set first_user_prefix = '' -%}\n{%- for message in messages -%}\n"
@@ -135,9 +158,12 @@ FAMILIES = {
         "    {%- else -%}\n        {{ raise_exception('Invalid content type') }}\n"
         "    {%- endif -%}\n    {{ '<end_of_turn>\n' }}\n{%- endfor -%}\n"
         "{%- if add_generation_prompt -%}\n    {{'<start_of_turn>model\n'}}\n{%- endif -%}\n",
-        "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], False,
+        "<bos>",
+        "<eos>",
+        ["<start_of_turn>", "<end_of_turn>"],
+        False,
     ),
-}  # fmt: skip
+}
 
 
 def tokenizer(begin, end, control, byte_level: bool) -> tokenizers.Tokenizer:
@@ -156,10 +182,12 @@ def tokenizer(begin, end, control, byte_level: bool) -> tokenizers.Tokenizer:
         )
         made.decoder = decoders.Sequence(
             [
-                decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
                 decoders.Strip(" ", 1, 0),
             ]
-        )  # fmt: skip
+        )
         alphabet = []
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -182,8 +210,10 @@ def family(request, tmp_path_factory):
     template, begin, end, control, byte_level = FAMILIES[request.param]
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer(begin, end, control, byte_level),
-        bos_token=begin, eos_token=end, unk_token=None if byte_level else "<unk>",
-    )  # fmt: skip
+        bos_token=begin,
+        eos_token=end,
+        unk_token=None if byte_level else "<unk>",
+    )
     theirs.chat_template = template
     directory = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(directory)

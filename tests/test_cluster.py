@@ -15,9 +15,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 PATIENCE = 240
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-4]",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
     "SLURM_NTASKS": "4",
-}  # fmt: skip
+}
 OMPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "3"}
 
 JOIN = """
@@ -51,10 +54,13 @@ def run_all(machines: list[dict], stall: int = 60, body: str = "pass") -> list[t
         path = os.pathsep.join([machine.get("PYTHONPATH", ""), str(ROOT)])
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", program], env=base | machine | {"PYTHONPATH": path},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                [sys.executable, "-c", program],
+                env=base | machine | {"PYTHONPATH": path},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
-        )  # fmt: skip
+        )
     return [(process.wait(), text) for process in processes for text in [process.communicate()[0]]]
 
 
@@ -68,13 +74,18 @@ def by_hand(count: int) -> list[dict]:
 @pytest.mark.parametrize(
     ("variables", "count"),
     [
-        ({}, 1), (SLURM, 4), (SLURM | {"SLURM_NTASKS": "1"}, 1), (OMPI, 3),
-        (SLURM | {"JAX_NUM_PROCESSES": "1"}, 1), ({"WORLD_SIZE": "4", "JAX_NUM_PROCESSES": "1"}, 1),
+        ({}, 1),
+        (SLURM, 4),
+        (SLURM | {"SLURM_NTASKS": "1"}, 1),
+        (OMPI, 3),
+        (SLURM | {"JAX_NUM_PROCESSES": "1"}, 1),
+        ({"WORLD_SIZE": "4", "JAX_NUM_PROCESSES": "1"}, 1),
         (SLURM | {"JAX_COORDINATOR_ADDRESS": "n2:1"}, 4),
         (dict(zip(BY_HAND, ("h:1", "2", "1"), strict=True)), 2),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 1), ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 1),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
     ],
-)  # fmt: skip
+)
 def test_the_processes_are_counted_as_jax_finds_them(environment, variables, count):
     environment(variables)
     assert cluster._cluster() == (count, None)
@@ -84,10 +95,12 @@ def test_the_only_worker_of_a_gke_slice_runs_alone(environment, monkeypatch):
     """Its pod has an index, as every pod of an indexed job; jax knows that there is one."""
     environment(
         {
-            "TPU_WORKER_HOSTNAMES": "worker-0", "MEGASCALE_NUM_SLICES": "1",
-            "JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+            "TPU_WORKER_HOSTNAMES": "worker-0",
+            "MEGASCALE_NUM_SLICES": "1",
+            "JOB_COMPLETION_INDEX": "0",
+            "KUBERNETES_SERVICE_HOST": "10.0.0.1",
         }
-    )  # fmt: skip
+    )
     monkeypatch.setattr(cluster.clusters.GkeTpuCluster, "is_env_present", lambda: True)
     assert cluster._cluster() == (1, None)
 
@@ -105,7 +118,7 @@ def test_the_only_worker_of_a_gke_slice_runs_alone(environment, monkeypatch):
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "all of JAX_COORDINATOR_ADDRESS"),
         (dict(zip(BY_HAND, ("h:1", "two", "0"), strict=True)), "the last two numbers"),
     ],
-)  # fmt: skip
+)
 def test_what_was_started_as_many_is_not_run_as_one(environment, variables, words):
     environment(variables)
     with pytest.raises(ValueError, match=words), cluster.membership():

@@ -47,9 +47,11 @@ def run_train(*args):
 
 def test_a_mistyped_key_is_named_with_its_neighbour():
     code, output = run_train(
-        "--config=configs/manifest.py", "--workdir=x", "--config.otreg.wieght=1",
+        "--config=configs/manifest.py",
+        "--workdir=x",
+        "--config.otreg.wieght=1",
         "--config.data.trian=a",
-    )  # fmt: skip
+    )
     assert code == 2
     assert "--config.otreg.wieght: unknown key (did you mean 'otreg.weight'?)" in output
     assert "--config.data.trian: unknown key (did you mean 'data.train'?)" in output
@@ -69,9 +71,14 @@ def test_help_says_what_to_type():
 
 def test_check_lists_every_problem_at_once():
     config = toy_config(
-        num_steps=10, otreg__start_step=10, otreg__layer=2, compute_dtype="float16",
-        prompt="no speech", otreg__center="median", otreg__epsilon=0.0,
-    )  # fmt: skip
+        num_steps=10,
+        otreg__start_step=10,
+        otreg__layer=2,
+        compute_dtype="float16",
+        prompt="no speech",
+        otreg__center="median",
+        otreg__epsilon=0.0,
+    )
     with pytest.raises(ValueError) as error:
         config_lib.check(config)
     parts = ("data.train", "start_step=10", "otreg.layer=2", "float16", "{speech}", "'median'")
@@ -86,8 +93,9 @@ def test_what_may_change_on_resume():
     now.otreg.weight = 1.0
     now.data.train = "other.jsonl"
     assert config_lib.differences(stored, now) == [
-        "data.train: '' -> 'other.jsonl'", "otreg.weight: 0.0 -> 1.0",
-    ]  # fmt: skip
+        "data.train: '' -> 'other.jsonl'",
+        "otreg.weight: 0.0 -> 1.0",
+    ]
 
 
 def test_a_recipe_that_cannot_be_loaded_is_one_line(tmp_path):

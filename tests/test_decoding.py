@@ -194,9 +194,14 @@ def reference(tmp_path_factory):
 
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        vocab_size=29, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
-    )  # fmt: skip
+        vocab_size=29,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+    )
     theirs = transformers.Qwen2ForCausalLM(config).eval()
     folder = tmp_path_factory.mktemp("qwen2")
     theirs.save_pretrained(folder)
@@ -211,9 +216,13 @@ def generate(theirs, x_BPD, length_B, **settings):
         prompt = torch.from_numpy(x_PD[None, :length].copy())
         with torch.no_grad():
             out = theirs.generate(
-                inputs_embeds=prompt, attention_mask=torch.ones(1, length, dtype=torch.long),
-                do_sample=False, eos_token_id=EOS, pad_token_id=EOS, **settings,
-            )  # fmt: skip
+                inputs_embeds=prompt,
+                attention_mask=torch.ones(1, length, dtype=torch.long),
+                do_sample=False,
+                eos_token_id=EOS,
+                pad_token_id=EOS,
+                **settings,
+            )
         yield [[t for t in row if t != EOS] for row in out.tolist()]
 
 
@@ -237,9 +246,16 @@ def test_beam_search_matches_transformers(reference, width, length_penalty, ngra
     settings = decoding.Settings(10, width, length_penalty, ngram)
     out = decoding.beam_search(llm, params, x, length, EOS, settings)
     wanted = generate(
-        theirs, x, length, max_new_tokens=10, num_beams=width, num_return_sequences=width,
-        length_penalty=length_penalty, early_stopping=False, no_repeat_ngram_size=ngram,
-    )  # fmt: skip
+        theirs,
+        x,
+        length,
+        max_new_tokens=10,
+        num_beams=width,
+        num_return_sequences=width,
+        length_penalty=length_penalty,
+        early_stopping=False,
+        no_repeat_ngram_size=ngram,
+    )
     for i, best in enumerate(wanted):
         found = hypotheses(jax.tree.map(lambda leaf, i=i: leaf[i], out))
         assert found == best

@@ -56,9 +56,14 @@ def test_every_set_is_scored_and_marked(runs, results):
         assert row["wer"] > 0 and row["interval"][0] <= row["wer"] <= row["interval"][1]
         assert row["unfinished"] + row["empty_hypotheses"] > 0  # the model has learned nothing
         assert set(row["alignment"]) == {
-            "transport_cost", "marginal_error", "entropy", "nearest_cosine",
-            "retrieval_accuracy", "monotonicity", "centroid_distance",
-        }  # fmt: skip
+            "transport_cost",
+            "marginal_error",
+            "entropy",
+            "nearest_cosine",
+            "retrieval_accuracy",
+            "monotonicity",
+            "centroid_distance",
+        }
         assert np.isfinite(list(row["alignment"].values())).all()
     rows = [json.loads(x) for x in (runs / "ours/eval/hypotheses.jsonl").read_text().splitlines()]
     assert [r["id"] for r in rows if r["set"] == "dev"] == [f"utt-{i}" for i in range(9)]
@@ -83,10 +88,13 @@ def test_two_processes_evaluate_as_one(runs, results, tmp_path):
     processes = []
     for i in range(2):
         env = os.environ | {
-            "JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(i), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        }  # fmt: skip
+            "JAX_NUM_CPU_DEVICES": "4",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(i),
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        }
         processes.append(
             subprocess.Popen([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True)
         )

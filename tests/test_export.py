@@ -51,8 +51,9 @@ def test_export_opens_and_gives_the_same_outputs(run, tmp_path):
         np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits, logits, atol=1e-4)
     assert theirs.config.eos_token_id == run.tokenizer.eos_id
     assert json.loads((tmp_path / "llm" / export.GENERATION).read_text()) == {
-        "bos_token_id": run.tokenizer.bos_id, "eos_token_id": run.tokenizer.eos_id,
-    }  # fmt: skip
+        "bos_token_id": run.tokenizer.bos_id,
+        "eos_token_id": run.tokenizer.eos_id,
+    }
     assert tokenization.load_tokenizer(tmp_path / "llm").fingerprint == run.tokenizer.fingerprint
 
     mel_BFM = np.random.default_rng(0).normal(size=(1, 60, run.slm.encoder.config.num_mels))

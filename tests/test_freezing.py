@@ -86,9 +86,13 @@ def test_only_what_trains_is_loaded_in_float32(tmp_path, monkeypatch, freeze):
 def test_full_fine_tuning_does_not_move_what_otreg_aims_at():
     slm, params = toy_slm()
     config = toy_config(
-        freeze="^encoder/", otreg__weight=1.0, otreg__layer=1, llm__pretrain__num_steps=1,
-        optim__learning_rate=3e-2, optim__warmup_steps=0,
-    )  # fmt: skip
+        freeze="^encoder/",
+        otreg__weight=1.0,
+        otreg__layer=1,
+        llm__pretrain__num_steps=1,
+        optim__learning_rate=3e-2,
+        optim__warmup_steps=0,
+    )
     trained, frozen = build.split(params, config)
     frozen |= build.text_target(trained, config)
     batch = toy_batch(4)
@@ -97,9 +101,12 @@ def test_full_fine_tuning_does_not_move_what_otreg_aims_at():
     optimizer = optim.make_optimizer(config)
     state = train_step.init_state(trained, optimizer)
     step = functools.partial(
-        train_step.train_step, slm=slm, config=config, optimizer=optimizer,
+        train_step.train_step,
+        slm=slm,
+        config=config,
+        optimizer=optimizer,
         schedules=losses.make_schedules(config),
-    )  # fmt: skip
+    )
     step = jax.jit(step, donate_argnums=0)
     for _ in range(3):
         state, _ = step(state, frozen, batch)

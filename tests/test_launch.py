@@ -144,7 +144,7 @@ def test_train_local_hands_a_config_to_train(fake):
 def test_test_sh_lints_then_runs_pytest(fake):
     printed = launch("test.sh", "-k", "name with spaces")
     assert calls(fake, "pip")[0][3] == "requirements-dev.txt"
-    assert calls(fake, "ruff") == [["check"]]
+    assert calls(fake, "ruff") == [["check"], ["format", "--check", "--quiet"]]
     assert calls(fake, "python") == [["-m", "pytest", "-n", "2", "-k", "name with spaces"]]
     assert printed.endswith("python -m pytest -n 2 -k name with spaces\n")
 
@@ -166,10 +166,14 @@ def test_slurm_submits_itself_outside_a_job(fake, monkeypatch):
 @pytest.mark.parametrize(
     ("train", "restarts", "code", "requeued"),
     [
-        ("0", 0, 0, False), ("75", 3, 0, True), ("75", 100, 75, False), ("1", 0, 1, False),
-        ("134", 0, 0, True), ("137", 0, 0, True),
+        ("0", 0, 0, False),
+        ("75", 3, 0, True),
+        ("75", 100, 75, False),
+        ("1", 0, 1, False),
+        ("134", 0, 0, True),
+        ("137", 0, 0, True),
     ],
-)  # fmt: skip
+)
 def test_slurm_requeues_only_what_was_interrupted(
     fake, monkeypatch, train, restarts, code, requeued
 ):

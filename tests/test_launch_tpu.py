@@ -223,7 +223,8 @@ EXPECTED = {  # how the commands that ask for it begin, or what they hold
         "--provisioning-model=flex-start --max-run-duration=24h ",
     ],
     "v5p reserved": [
-        QUEUED.replace("gcloud", "gcloud alpha"), "--reservation=r --service-account=a@p",
+        QUEUED.replace("gcloud", "gcloud alpha"),
+        "--reservation=r --service-account=a@p",
     ],
     "ironwood": [
         TEMPLATE + "--machine-type=tpu7x-standard-4t --image-family=ubuntu-accel-2404-amd64-tpu-tp",
@@ -234,13 +235,15 @@ EXPECTED = {  # how the commands that ask for it begin, or what they hold
     "ironwood spot": ["--provisioning-model=SPOT", GROUP + " --size=1 "],
     "ironwood flex": ["--provisioning-model=FLEX_START --max-run-duration=24h "],
     "v6e group": [
-        TEMPLATE + "--machine-type=ct6e-standard-4t ", "--subnet=s --region=us-east5",
-        "--accelerator-topology=8x8 ", GROUP + " --size=16 ",
+        TEMPLATE + "--machine-type=ct6e-standard-4t ",
+        "--subnet=s --region=us-east5",
+        "--accelerator-topology=8x8 ",
+        GROUP + " --size=16 ",
         "--provisioning-model=RESERVATION_BOUND --instance-termination-action=DELETE "
         "--reservation-affinity=specific --reservation=r",
     ],
     "v6e host": ["--machine-type=ct6e-standard-8t", "--no-address", "compute ssh run-INSTANCE"],
-}  # fmt: skip
+}
 
 
 def dry_run(options) -> list[str]:

@@ -31,9 +31,13 @@ def config(tmp_path_factory):
     bad = {"audio_filepath": "bad.wav", "text": "do", "duration": 0.3}
     manifest.write_text(manifest.read_text() + json.dumps(bad) + "\n")
     return tone_config(
-        manifest, num_steps=6, checkpoint_every=3, data__num_buckets=1, otreg__num_iters=10,
+        manifest,
+        num_steps=6,
+        checkpoint_every=3,
+        data__num_buckets=1,
+        otreg__num_iters=10,
         data__on_bad_audio="skip",
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +60,21 @@ class Processes:
         self.logs = [folder / f"{workdir.name}-{i}.log" for i in range(count)]
         for i, log in enumerate(self.logs):
             env = os.environ | {
-                "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(i), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            }  # fmt: skip
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(i),
+                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            }
             command = [
-                sys.executable, "-m", "otreg_jax.train", f"--config={recipe}",
-                f"--workdir={workdir}", *flags,
-            ]  # fmt: skip
+                sys.executable,
+                "-m",
+                "otreg_jax.train",
+                f"--config={recipe}",
+                f"--workdir={workdir}",
+                *flags,
+            ]
             with open(log, "w") as file:
                 self.processes.append(
                     subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
@@ -116,9 +127,13 @@ def test_four_processes_train_as_one_and_one_goes_on(config, alone, tmp_path):
     # All that is written once, is.
     written = {path.name for path in workdir.iterdir() if "tfevents" not in path.name}
     assert written == {
-        "checkpoints", "config.json", "data.json", "metrics.jsonl", "skipped.jsonl",
+        "checkpoints",
+        "config.json",
+        "data.json",
+        "metrics.jsonl",
+        "skipped.jsonl",
         "tokenizer.model",
-    }  # fmt: skip
+    }
     assert len(list(workdir.glob("*tfevents*"))) == 1
     assert len((workdir / "skipped.jsonl").read_text().splitlines()) == 1
     assert checkpoints(workdir) == {"3", "6"}

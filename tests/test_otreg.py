@@ -36,9 +36,13 @@ def compiled(batch, token_ids_BT, position_weight, num_examples, options):
 
     def loss(speech_BSD):
         out = otreg.regularizer(
-            speech_BSD, *rest, token_ids_BT=token_ids_BT, position_weight=position_weight,
-            num_examples=num_examples, **dict(options),
-        )  # fmt: skip
+            speech_BSD,
+            *rest,
+            token_ids_BT=token_ids_BT,
+            position_weight=position_weight,
+            num_examples=num_examples,
+            **dict(options),
+        )
         return out.loss, out
 
     grad_BSD, out = jax.grad(loss, has_aux=True)(speech_BSD)

@@ -34,9 +34,12 @@ cross_entropy, weight = 1.0, 0.5
 def run(code: str, folder):
     """The literal that a fresh Python prints; it finds modules in `folder`, not in this project."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True,
+        [sys.executable, "-P", "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(folder)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return ast.literal_eval(done.stdout)
 

@@ -205,10 +205,11 @@ def test_hosts_in_processes_of_their_own_take_the_same_steps(corpus):
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", COUNT_STEPS, manifest, str(host)],
-            stdout=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for host in range(2)
-    ]  # fmt: skip
+    ]
     said = [host.communicate(timeout=100)[0].strip().splitlines()[-1].split("|") for host in hosts]
     assert [s[:2] for s in said] == [["5", "11"]] * 2
     assert said[0][2] == said[1][2]  # the same shape at every step: no host waits

@@ -55,10 +55,15 @@ def test_relaxed_plan_is_pots_unbalanced_plan():
     plan_BST = transport_plan(cost_BST, a_BS, b_BT, epsilon=0.1, num_iters=1000, speech_tau=0.8)
     for b in range(len(cost_BST)):
         reference_ST = ot.unbalanced.sinkhorn_unbalanced(
-            a_BS[b].astype(np.float64), b_BT[b].astype(np.float64), cost_BST[b].astype(np.float64),
-            reg=0.1, reg_m=(0.1 * 0.8 / 0.2, np.inf), reg_type="kl", numItermax=5000,
+            a_BS[b].astype(np.float64),
+            b_BT[b].astype(np.float64),
+            cost_BST[b].astype(np.float64),
+            reg=0.1,
+            reg_m=(0.1 * 0.8 / 0.2, np.inf),
+            reg_type="kl",
+            numItermax=5000,
             stopThr=1e-12,
-        )  # fmt: skip
+        )
         assert np.abs(plan_BST[b] - reference_ST).sum() < 1e-5
 
 

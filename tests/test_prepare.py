@@ -72,8 +72,12 @@ def test_a_prepared_data_set_holds_the_corpus(manifest, tmp_path):
     before, after = load(manifest), load(output)
     for a, b in zip(before, after, strict=True):
         assert (a.id, a.text, a.lang, a.speaker, a.words) == (
-            b.id, b.text, b.lang, b.speaker, b.words,
-        )  # fmt: skip
+            b.id,
+            b.text,
+            b.lang,
+            b.speaker,
+            b.words,
+        )
         np.testing.assert_array_equal(sources.load_audio(a), sources.load_audio(b))
     for line in (output / "SHA256SUMS").read_text().splitlines():
         checksum, name = line.split("  ")

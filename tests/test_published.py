@@ -18,13 +18,24 @@ from otreg_jax import pretrained
 from otreg_jax.pretrained import checks, configs
 
 SHRUNK = dict(
-    vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=12,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+)
 EYE = dict(
-    hidden_size=8, image_size=28, intermediate_size=8, model_type="siglip_vision_model",
-    num_attention_heads=2, num_hidden_layers=1, patch_size=14, vision_use_head=False,
-)  # fmt: skip
+    hidden_size=8,
+    image_size=28,
+    intermediate_size=8,
+    model_type="siglip_vision_model",
+    num_attention_heads=2,
+    num_hidden_layers=1,
+    patch_size=14,
+    vision_use_head=False,
+)
 
 
 def shrunk(raw: dict) -> dict:
@@ -65,10 +76,14 @@ def test_config_json_is_read_as_transformers_reads_it(name, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "SmolLM2-135M-Instruct", "Llama-3.2-1B-Instruct, fine-tuned",
-        "Ministral-8B-Instruct-2410, own class", "gemma-2-2b-it", "gemma-3-270m", "gemma-3-4b-it",
+        "SmolLM2-135M-Instruct",
+        "Llama-3.2-1B-Instruct, fine-tuned",
+        "Ministral-8B-Instruct-2410, own class",
+        "gemma-2-2b-it",
+        "gemma-3-270m",
+        "gemma-3-4b-it",
     ],
-)  # fmt: skip
+)
 def test_shrunk_models_compute_the_same(name, tmp_path):
     """From the published keys, not from those that transformers would save. (All of them agreed;
     these cover every key.)"""

@@ -57,9 +57,11 @@ def test_the_product_is_that_of_the_unpacked_kernels(layout):
 def test_trains_on_any_mesh_and_is_exported_as_it_was_evaluated(tmp_path):
     manifest = write_tones(tmp_path)
     changes = dict(
-        freeze=r"^(encoder|llm)/(?!.*/lora_[ab]$)", lora__pattern="llm/layers/attn/[qv]/kernel",
-        num_steps=4, frozen_int8=True,
-    )  # fmt: skip
+        freeze=r"^(encoder|llm)/(?!.*/lora_[ab]$)",
+        lora__pattern="llm/layers/attn/[qv]/kernel",
+        num_steps=4,
+        frozen_int8=True,
+    )
     train_lib.train(tone_config(manifest, **changes), tmp_path / "int8")
     axes = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     train_lib.train(tone_config(manifest, **changes, **axes), tmp_path / "split")
@@ -84,9 +86,10 @@ def test_trains_on_any_mesh_and_is_exported_as_it_was_evaluated(tmp_path):
     _, frozen = build.split(based, config)
     compared = checkpoint.provenance(config, run.tokenizer, frozen)["frozen"]
     assert {path for path in compared if "mlp/up" in path} == {
-        "encoder/layers/mlp/up/bias", "encoder/layers/mlp/up/kernel_max",
+        "encoder/layers/mlp/up/bias",
+        "encoder/layers/mlp/up/kernel_max",
         "llm/layers/mlp/up/kernel_max",
-    }  # fmt: skip
+    }
 
 
 def test_nothing_to_quantize_is_an_error():

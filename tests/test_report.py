@@ -120,12 +120,24 @@ def test_browser_shows_every_image_and_logs_no_error(page, tmp_path, width):
     })</script>"""
     (tmp_path / "report.html").write_text(page + probe, encoding="utf-8")
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width},1000", "--enable-logging=stderr", "--log-level=0",
-        "--virtual-time-budget=10000", "--dump-dom", (tmp_path / "report.html").as_uri(),
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},1000",
+        "--enable-logging=stderr",
+        "--log-level=0",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+        (tmp_path / "report.html").as_uri(),
+    ]
     if keep := os.environ.get("OTREG_SCREENSHOTS"):
         screenshot = [f"--screenshot={keep}/report-{width}.png", f"--window-size={width},6000"]
         subprocess.run([*command[:-2], *screenshot, command[-1]], capture_output=True, timeout=60)

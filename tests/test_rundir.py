@@ -23,8 +23,9 @@ def test_local_and_remote_directories_hold_the_same_files():
     assert str(local.checkpoints) == f"{os.getcwd()}/runs/a/checkpoints"
     assert str(remote.checkpoints) == "gs://bucket/runs/a/checkpoints"
     assert [local.skipped(process).name for process in (0, 3)] == [
-        "skipped.jsonl", "skipped-3.jsonl"
-    ]  # fmt: skip
+        "skipped.jsonl",
+        "skipped-3.jsonl",
+    ]
     assert rundir.checkpoint_steps(local) == []
 
 

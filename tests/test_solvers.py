@@ -16,9 +16,18 @@ S, T, D = 37, 13, 16
 NUM_ITERS = 50
 EPSILONS = 0.02, 0.05, 0.1, 0.5
 EXAMPLES = (
-    "random", "aligned .2", "aligned .6", "aligned .9", "sharp", "duplicate tokens",
-    "one speech position", "one token", "no speech", "no text", "full",
-)  # fmt: skip
+    "random",
+    "aligned .2",
+    "aligned .6",
+    "aligned .9",
+    "sharp",
+    "duplicate tokens",
+    "one speech position",
+    "one token",
+    "no speech",
+    "no text",
+    "full",
+)
 
 
 @functools.cache
@@ -84,9 +93,12 @@ transport_plan = jax.jit(
 def test_every_backend_runs_the_reference_iterations(backend, speech_tau):
     for epsilon in EPSILONS:  # traced: one compilation
         plan_BST = transport_plan(
-            *make_batch(), epsilon=epsilon, num_iters=NUM_ITERS, speech_tau=speech_tau,
+            *make_batch(),
+            epsilon=epsilon,
+            num_iters=NUM_ITERS,
+            speech_tau=speech_tau,
             backend=backend,
-        )  # fmt: skip
+        )
         assert plan_BST.dtype == jnp.float32
         error_B = np.abs(plan_BST - reference(epsilon, speech_tau)).sum(axis=(1, 2))
         for example, error in zip(EXAMPLES, error_B, strict=True):
@@ -130,9 +142,14 @@ def test_extreme_costs_stay_finite(backend, monkeypatch):
     cost_BST[:, ::5] += 10
     for speech_tau in 1.0, 0.5:
         plan_BST = transport_plan(
-            cost_BST, a_BS, b_BT, epsilon=2e-3, num_iters=NUM_ITERS, speech_tau=speech_tau,
+            cost_BST,
+            a_BS,
+            b_BT,
+            epsilon=2e-3,
+            num_iters=NUM_ITERS,
+            speech_tau=speech_tau,
             backend=backend,
-        )  # fmt: skip
+        )
         assert np.all(np.isfinite(plan_BST))
         solvable_B = (a_BS.sum(axis=1) > 0) & (b_BT.sum(axis=1) > 0)
         mass_B = plan_BST.sum(axis=(1, 2))[solvable_B]
@@ -212,11 +229,14 @@ def test_pallas_lowers_for(platform, call, speech_tau, shape):
 @pytest.mark.parametrize(
     "backend, shape",
     [
-        ("xla", (150, 32)), ("xla", (1500, 128)), ("pallas", (150, 32)), ("pallas", (1500, 128)),
+        ("xla", (150, 32)),
+        ("xla", (1500, 128)),
+        ("pallas", (150, 32)),
+        ("pallas", (1500, 128)),
         ("pallas", (8000, 256)),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_compiles_for_tpu(tpu_devices, backend, shape):
     mesh = data_mesh(tpu_devices)
     s, t = shape

@@ -104,9 +104,7 @@ def test_spoken_sentences_beside_recordings(tmp_path):
     found = sets.load_train(c, tmp_path)
     assert [u.text for u in found[:1]] == ["ein Ton"] and len(found) == 8
     assert {u.lang for u in found} == {"de", "nl"} and all(len(u.words) > 3 for u in found[1:])
-    batches = pipeline.train_batches(
-        found, Letters(), c.data, batch_size=4, seed=0, num_steps=2
-    )  # fmt: skip
+    batches = pipeline.train_batches(found, Letters(), c.data, batch_size=4, seed=0, num_steps=2)
     index = np.concatenate([batch["index"] for batch in batches])
     assert (index == 0).sum() == 2  # a quarter of an epoch's eight
     # The dev set is that of the recordings, if there is one; the spoken one is evaluated beside it.

@@ -33,8 +33,10 @@ def step_of(config, stage):
     trained, frozen = optim.split(params, config.freeze)
     optimizer = optim.make_optimizer(stage.config, stage.train)
     state = train_step.init_state(trained, optimizer)
-    return state, frozen, train_step.make_step(
-        slm, stage.config, optimizer, state, stage.start, stage.train
+    return (
+        state,
+        frozen,
+        train_step.make_step(slm, stage.config, optimizer, state, stage.start, stage.train),
     )
 
 
@@ -48,8 +50,12 @@ def test_a_stage_replaces_what_it_names_and_keeps_the_rest():
     assert align.config.otreg.weight == sft.config.otreg.weight == 0.5
     assert align.config.optim.clip_norm == 2.0
     assert [stages.at((align, sft), step).name for step in (0, 4, 5, 19, 20)] == [
-        "align", "align", "sft", "sft", "sft",
-    ]  # fmt: skip
+        "align",
+        "align",
+        "sft",
+        "sft",
+        "sft",
+    ]
 
 
 def test_a_stage_without_cross_entropy_runs_no_more_of_the_llm_than_its_losses_need():
@@ -172,9 +178,15 @@ def test_ctc_over_classes_in_use_is_ctc_over_a_table_of_them():
 
 def staged_config(manifest, **changes):
     config = tone_config(
-        manifest, freeze="^(encoder|llm)/", data__augment__freq_masks=0, ctc__classes="used",
-        adapter__norm="table", keep_checkpoints=3, otreg__weight=0.0, **changes,
-    )  # fmt: skip
+        manifest,
+        freeze="^(encoder|llm)/",
+        data__augment__freq_masks=0,
+        ctc__classes="used",
+        adapter__norm="table",
+        keep_checkpoints=3,
+        otreg__weight=0.0,
+        **changes,
+    )
     config.stages = {"align": ALIGN, "sft": {**SFT, "start": 4}}
     return config
 
@@ -184,8 +196,9 @@ def test_a_run_crosses_the_boundary_of_its_stages_and_resumes_on_either_side_to_
     train.train(config, tmp_path / "straight")
     wanted = metrics_of(tmp_path / "straight")
     assert [("ce" in wanted[step], "ctc" in wanted[step]) for step in (4, 5)] == [
-        (False, True), (True, False),
-    ]  # fmt: skip
+        (False, True),
+        (True, False),
+    ]
     assert wanted[5]["learning_rate"] < wanted[4]["learning_rate"]  # the warm-up begins anew
     for kept in (4, 8):
         workdir = tmp_path / f"from{kept}"

@@ -79,7 +79,7 @@ def test_a_second_ctrl_c_ends_at_once_and_nohup_holds():
     program = """
 import os, signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-from otreg_jax.train import StopSignals
+from otreg_jax.stopping import StopSignals
 signals = StopSignals()
 os.kill(os.getpid(), signal.SIGHUP)
 assert not signals.told_to_stop(0)

@@ -81,9 +81,10 @@ def test_a_folder_is_copied_to_a_bucket(storage, tmp_path):
         "print(gcsfs.GCSFileSystem().du('bucket/exported', total=False))\n"
     )
     assert run(program, variables).splitlines() == [
-        "False", "True",
+        "False",
+        "True",
         "{'bucket/exported/config.json': 2, 'bucket/exported/llm/model.safetensors': 1000}",
-    ]  # fmt: skip
+    ]
 
 
 READ = """

@@ -16,9 +16,12 @@ from otreg_jax.models.adapter import KINDS, Adapter, AdapterConfig
 from otreg_jax.models.llm import LLM, LLMConfig, init_cache
 
 ALL = dict(
-    otreg__weight=1.0, otreg__layer=1, otreg__center="mean", otreg__position_weight=1.0,
+    otreg__weight=1.0,
+    otreg__layer=1,
+    otreg__center="mean",
+    otreg__position_weight=1.0,
     ctc__weight=0.3,
-)  # fmt: skip
+)
 LORA = dict(lora__pattern="llm/layers/attn/[qv]/kernel", freeze=r"^(encoder|llm)/(?!.*/lora_[ab]$)")
 
 
@@ -45,9 +48,12 @@ def make_step(optimizer=None, **changes):
             return optimizer.update(*args)
 
     step = functools.partial(
-        train_step.train_step, slm=slm, config=c, schedules=losses.make_schedules(c),
+        train_step.train_step,
+        slm=slm,
+        config=c,
+        schedules=losses.make_schedules(c),
         optimizer=optax.GradientTransformation(optimizer.init, update),
-    )  # fmt: skip
+    )
     return train_step.init_state(trained, optimizer), frozen, step
 
 
@@ -123,11 +129,26 @@ def test_adapters_promote_nothing(kind, dtype, strict):
 def test_llms_promote_nothing(dtype, strict):
     """Everything that a family may have at once, whole sequences and steps over a cache."""
     config = LLMConfig(
-        vocab_size=24, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-        mlp_dim=24, tied_head=False, norm_offset=1.0, post_norms=True, qk_norm=True, qkv_bias=True,
-        embed_scale=4.0, attn_softcap=50.0, logit_softcap=30.0, sliding_window=3,
-        local_layers=(True, False), local_rope_theta=1e3, dtype=dtype,
-    )  # fmt: skip
+        vocab_size=24,
+        embed_dim=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_dim=24,
+        tied_head=False,
+        norm_offset=1.0,
+        post_norms=True,
+        qk_norm=True,
+        qkv_bias=True,
+        embed_scale=4.0,
+        attn_softcap=50.0,
+        logit_softcap=30.0,
+        sliding_window=3,
+        local_layers=(True, False),
+        local_rope_theta=1e3,
+        dtype=dtype,
+    )
     model, tokens = LLM(config), jnp.zeros((2, 5), jnp.int32)
     logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), tokens)
     assert logits.dtype == jnp.float32

@@ -70,10 +70,18 @@ def line(arm: str, seed: int, errors, world="trimmed", step_seconds=0.1):
     names = [name for members in study_questions.SHIFTS.values() for name in members]
     one = {"errors": list(errors), "lengths": [5] * len(errors), "hallucinated": 0.25}
     return {
-        "run": f"{world},{arm},{seed}", "world": world, "arm": arm, "seed": seed, "changes": [],
-        "sets": dict.fromkeys(names, one), "process": 1, "step_seconds": step_seconds,
-        "spoken_mass": 0.4, "spoken_mass_even": 0.6, "seconds": [1000, 200],
-    }  # fmt: skip
+        "run": f"{world},{arm},{seed}",
+        "world": world,
+        "arm": arm,
+        "seed": seed,
+        "changes": [],
+        "sets": dict.fromkeys(names, one),
+        "process": 1,
+        "step_seconds": step_seconds,
+        "spoken_mass": 0.4,
+        "spoken_mass_even": 0.6,
+        "seconds": [1000, 200],
+    }
 
 
 @pytest.fixture
@@ -83,11 +91,16 @@ def results(monkeypatch):
     monkeypatch.setattr(study_report, "QUESTIONS", (question,))
     monkeypatch.setitem(study_questions.RECIPE, "ARMS", dict.fromkeys(question.arms))
     return [
-        line("ce", 1, [2, 2, 2, 2]), line("ce", 2, [3, 3, 3, 3]), line("ce", 3, [4, 4, 4, 4]),
-        line("better", 1, [1, 1, 1, 1], step_seconds=0.15), line("better", 2, [1, 1, 1, 1]),
+        line("ce", 1, [2, 2, 2, 2]),
+        line("ce", 2, [3, 3, 3, 3]),
+        line("ce", 3, [4, 4, 4, 4]),
+        line("better", 1, [1, 1, 1, 1], step_seconds=0.15),
+        line("better", 2, [1, 1, 1, 1]),
         line("better", 3, [1, 1, 1, 1], step_seconds=0.2),
-        line("same", 1, [1, 3, 2, 2]), line("same", 2, [3, 3, 2, 4]), line("same", 3, [5, 3, 4, 4]),
-    ]  # fmt: skip
+        line("same", 1, [1, 3, 2, 2]),
+        line("same", 2, [3, 3, 2, 4]),
+        line("same", 3, [5, 3, 4, 4]),
+    ]
 
 
 def test_the_report_holds_what_the_lines_say(results, tmp_path):

@@ -200,9 +200,14 @@ def test_fingerprints_tell_weights_apart_and_not_how_they_are_split(dtype):
     swapped[[0, 1]] = swapped[[1, 0]]
     one[5, 7] += 1
     variants = {
-        "x": x, "doubled": x + x, "negated": -x, "reversed": x[::-1], "swapped": swapped,
-        "one": one, "reshaped": x.reshape(32, 64),
-    }  # fmt: skip
+        "x": x,
+        "doubled": x + x,
+        "negated": -x,
+        "reversed": x[::-1],
+        "swapped": swapped,
+        "one": one,
+        "reshaped": x.reshape(32, 64),
+    }
     found = checkpoint.fingerprints(variants)
     assert len(set(found.values())) == len(variants)
     split = jax.device_put(x, sharding.batch_sharding(sharding.data_mesh()))
@@ -228,9 +233,13 @@ def test_kill_9_and_resume_continue_to_the_bit(manifest, tmp_path, uninterrupted
     recipe = write_recipe(tmp_path, tone_config(manifest))
     workdir = tmp_path / "run"
     command = [
-        sys.executable, "-m", "otreg_jax.train", f"--config={recipe}", f"--workdir={workdir}",
+        sys.executable,
+        "-m",
+        "otreg_jax.train",
+        f"--config={recipe}",
+        f"--workdir={workdir}",
         "--config.mesh.data=-1",
-    ]  # fmt: skip
+    ]
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     first = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
     for _ in range(1200):
@@ -256,9 +265,10 @@ def test_non_finite_steps_name_their_utterances_and_end_the_run(manifest, tmp_pa
     with pytest.raises(FloatingPointError, match="3 steps in a row.*learning_rate"):
         train_lib.train(tone_config(manifest, max_bad_steps=3), tmp_path)
     skipped = [
-        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
         if "skipped" in line
-    ]  # fmt: skip
+    ]
     assert len(skipped) == 3
     for line, indices in zip(skipped, fed, strict=False):
         assert sorted(line["skipped"]) == sorted(f"{i}.wav" for i in indices)
@@ -340,8 +350,11 @@ def test_a_remote_workdir_gets_every_file(manifest):
     names = {path.name for path in workdir.iterdir()}
     assert any(name.startswith("events.out.tfevents.") for name in names)
     assert {name for name in names if not name.startswith("events.")} == {
-        "config.json", "tokenizer.model", "skipped.jsonl", "metrics.jsonl"
-    }  # fmt: skip
+        "config.json",
+        "tokenizer.model",
+        "skipped.jsonl",
+        "metrics.jsonl",
+    }
     config.llm.pretrain.num_steps = 1
     with pytest.raises(ValueError, match="(?s)gs://bucket/run is remote.*llm.path"):
         train_lib.train(config, workdir)

@@ -12,9 +12,12 @@ from toy import toy_batch, toy_config, toy_slm
 from otreg_jax import losses, optim, sharding, train_step
 
 OTREG = dict(
-    otreg__weight=1.0, otreg__layer=1, otreg__center="mean", otreg__position_weight=1.0,
+    otreg__weight=1.0,
+    otreg__layer=1,
+    otreg__center="mean",
+    otreg__position_weight=1.0,
     ctc__weight=0.3,
-)  # fmt: skip
+)
 
 # Written down once: a change here changes every result.
 GOLDEN = {"loss": 7.66618, "ce": 4.13637, "otreg": 0.99988, "ctc": 8.43309, "grad_norm": 10.24395}
@@ -30,9 +33,12 @@ def make(axes=None, freeze="", **changes):
     params, frozen = optim.split(params, freeze)
     optimizer = optim.make_optimizer(config)
     step = functools.partial(
-        train_step.train_step, slm=slm, config=config, optimizer=optimizer,
+        train_step.train_step,
+        slm=slm,
+        config=config,
+        optimizer=optimizer,
         schedules=losses.make_schedules(config),
-    )  # fmt: skip
+    )
     state = train_step.init_state(params, optimizer)
     if axes is None:
         return state, frozen, jax.jit(step)
@@ -57,10 +63,14 @@ def test_golden_metrics_of_one_step():
 @pytest.mark.parametrize(
     "axes, accumulation, backend",
     [
-        ((8, 1, 1), 1, "auto"), ((1, 8, 1), 1, "auto"), ((2, 2, 2), 1, "pallas"),
-        (None, 4, "auto"), ((2, 1, 1), 4, "pallas"), ((1, 2, 2), 2, "ott"),
+        ((8, 1, 1), 1, "auto"),
+        ((1, 8, 1), 1, "auto"),
+        ((2, 2, 2), 1, "pallas"),
+        (None, 4, "auto"),
+        ((2, 1, 1), 4, "pallas"),
+        ((1, 2, 2), 2, "ott"),
     ],
-)  # fmt: skip
+)
 def test_any_mesh_micro_batches_and_solver_give_what_one_device_gives(axes, accumulation, backend):
     """Also where rows have different numbers of tokens, none of them, or are filler."""
     one_state, frozen, one_step = make(**OTREG)
@@ -78,9 +88,10 @@ def test_any_mesh_micro_batches_and_solver_give_what_one_device_gives(axes, accu
                 metrics[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=f"{name}, step {i}"
             )
     for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(one_state.params),
+        jax.tree_util.tree_leaves_with_path(state.params),
+        jax.tree.leaves(one_state.params),
         strict=True,
-    ):  # fmt: skip
+    ):
         np.testing.assert_allclose(a, b, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
@@ -98,9 +109,12 @@ def test_logits_a_few_positions_at_a_time_change_nothing(monkeypatch):
 
 def test_what_is_frozen_or_multiplied_by_zero_stays_and_the_loss_falls():
     state, frozen, step = make(
-        freeze="^llm/|positions", optim__learning_rate=3e-2,
-        optim__multipliers=(("^encoder/", 0.0),), optim__warmup_steps=0, **OTREG,
-    )  # fmt: skip
+        freeze="^llm/|positions",
+        optim__learning_rate=3e-2,
+        optim__multipliers=(("^encoder/", 0.0),),
+        optim__warmup_steps=0,
+        **OTREG,
+    )
     assert not any(path.startswith("llm") for path in optim.flat_paths(state.params))
     moments = jax.tree.leaves(state.opt_state)
     assert sum(x.size for x in moments) < 2.1 * sum(x.size for x in jax.tree.leaves(state.params))
@@ -171,9 +185,13 @@ def test_no_recompilation_after_the_first_step_of_a_shape():
 
 def test_two_stages_are_schedules():
     config = toy_config(
-        num_steps=100, otreg__weight=2.0, otreg__start_step=40, otreg__ramp_steps=20,
-        otreg__position_weight=3.0, otreg__position_weight_final=0.0,
-    )  # fmt: skip
+        num_steps=100,
+        otreg__weight=2.0,
+        otreg__start_step=40,
+        otreg__ramp_steps=20,
+        otreg__position_weight=3.0,
+        otreg__position_weight_final=0.0,
+    )
     schedules = losses.make_schedules(config)
     weights = [float(schedules.otreg_weight(jnp.int32(s))) for s in (0, 40, 50, 60, 99)]
     np.testing.assert_allclose(weights, [0, 0, 1, 2, 2])

@@ -20,16 +20,30 @@ def toy_slm(
 ):
     """(SLM, params) with random weights from a fixed seed; the SLM computes on `mesh`."""
     encoder = SpeechEncoderConfig(
-        embed_dim=width, num_layers=1, num_heads=2, mlp_dim=2 * width, num_mels=8,
-        max_positions=64, strides=(1, 2), dtype=dtype, remat=remat,
-    )  # fmt: skip
+        embed_dim=width,
+        num_layers=1,
+        num_heads=2,
+        mlp_dim=2 * width,
+        num_mels=8,
+        max_positions=64,
+        strides=(1, 2),
+        dtype=dtype,
+        remat=remat,
+    )
     adapter = AdapterConfig(
         in_dim=width, out_dim=width, hidden_dim=width, stack=2, dtype=dtype, dropout=dropout
     )
     llm = LLMConfig(
-        vocab_size=VOCAB, embed_dim=width, num_layers=2, num_heads=2, num_kv_heads=1,
-        head_dim=width // 2, mlp_dim=2 * width, dtype=dtype, remat=remat,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        embed_dim=width,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=width // 2,
+        mlp_dim=2 * width,
+        dtype=dtype,
+        remat=remat,
+    )
     slm = slm_lib.make(encoder, adapter, llm, Prompt(prefix=(1,), suffix=(3, 4), eos=2), mesh)
     key = jax.random.key(0)
 

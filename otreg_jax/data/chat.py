@@ -50,9 +50,13 @@ def turn(template: str, special_tokens: Mapping[str, str], content: str) -> tupl
 def _render(template, messages, special_tokens, **options) -> str:
     try:
         return _compile(template).render(
-            messages=messages, tools=None, documents=None, enable_thinking=False,
-            **special_tokens, **options,
-        )  # fmt: skip
+            messages=messages,
+            tools=None,
+            documents=None,
+            enable_thinking=False,
+            **special_tokens,
+            **options,
+        )
     except Exception as error:  # whatever a template of another's making does
         raise ValueError(f"chat template: {type(error).__name__}: {error}") from error
 
@@ -79,9 +83,12 @@ def _compile(template: str) -> jinja2.Template:
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
             sort_keys=sort_keys,
-        )  # fmt: skip
+        )
 
     environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
     environment.globals["raise_exception"] = raise_exception

@@ -94,9 +94,16 @@ def keep(
     for k in missing:
         part = [utterances[i] for i in rows[k]]
         found = _encode_shard(
-            part, tokenizer, data_config, encode, batch_size, host_index, host_count,
-            skipped_path, progress,
-        )  # fmt: skip
+            part,
+            tokenizer,
+            data_config,
+            encode,
+            batch_size,
+            host_index,
+            host_count,
+            skipped_path,
+            progress,
+        )
         if is_writer:
             _write_shard(folder / names[k], found, positions)
     progress.close()
@@ -140,15 +147,20 @@ def _name(utterances: Sequence[Utterance], data_config, fingerprint: str) -> str
 
 def _encode_shard(
     part, tokenizer, data_config, encode, batch_size, host_index, host_count, skipped_path, progress
-):  # fmt: skip
+):
     """[(frames, outputs [S, E] of the bucket's size) or None, ...] in the order of `part`."""
     settings = pipeline.for_evaluation(
         data_config, on_bad_audio=data_config.on_bad_audio, num_buckets=1, num_workers=0
     )
     batches = pipeline.eval_batches(
-        part, tokenizer, settings, batch_size=batch_size, host_index=host_index,
-        host_count=host_count, skipped_path=skipped_path,
-    )  # fmt: skip
+        part,
+        tokenizer,
+        settings,
+        batch_size=batch_size,
+        host_index=host_index,
+        host_count=host_count,
+        skipped_path=skipped_path,
+    )
     found = [None] * len(part)
     for batch in batches:
         encoded_BSE, frames_B, index_B = encode(batch)

@@ -245,11 +245,13 @@ def _report(lines: list[dict], refused: list[Problem], odd: list, num_shards: in
         "speakers": len({line["speaker"] for line in lines if line["speaker"]}),
         "seconds_at_percentile": {
             str(q): round(float(np.percentile(durations, q)), 2) for q in (0, 5, 50, 95, 100)
-        } if lines else {},
+        }
+        if lines
+        else {},
         "characters": sum(len(line["text"]) for line in lines),
         "refused": dict(Counter(problem.kind for problem in refused).most_common()),
         "odd": {kind: found for kind, found in audio.places(odd).items()},
-    }  # fmt: skip
+    }
 
 
 def _write_metadata(output: Path) -> None:

@@ -97,9 +97,10 @@ def at_hand(paths: list) -> list:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otreg_jax/records"
     copies = [cache / str(p).partition("://")[2] if "://" in str(p) else p for p in paths]
     missing = [
-        (path, copy) for path, copy in zip(paths, copies, strict=True)
+        (path, copy)
+        for path, copy in zip(paths, copies, strict=True)
         if copy is not path and not (copy.is_file() and copy.stat().st_size == path.stat().length)
-    ]  # fmt: skip
+    ]
     if missing:
         size = sum(path.stat().length for path, _ in missing) / 2**30
         folder, where = missing[0][0].parent, missing[0][1].parent

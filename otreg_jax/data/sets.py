@@ -25,9 +25,11 @@ def load_train(config, workdir, skipped_path=None) -> list[sources.Utterance]:
     utterances = []
     if config.data.train:
         utterances += sources.load_utterances(
-            config.data.train, config.data, max_duration=max_seconds(config),
+            config.data.train,
+            config.data,
+            max_duration=max_seconds(config),
             skipped_path=skipped_path,
-        )  # fmt: skip
+        )
     if is_spoken(config):
         found, refused = not_too_long(load_synthetic(config, workdir)["train"], config)
         sources.handle(refused, config.data.on_bad_audio, skipped_path)
@@ -207,9 +209,7 @@ def synthetic_sets(config) -> dict[str, list[synthetic.Speech]]:
     rng = random.Random(config.seed + 3)
 
     def speak(texts, voices, conditions):
-        items = zip(
-            texts, _cycle(voices, len(texts)), _cycle(conditions, len(texts)), strict=True
-        )  # fmt: skip
+        items = zip(texts, _cycle(voices, len(texts)), _cycle(conditions, len(texts)), strict=True)
         for text, (voice, pitch), condition in items:
             condition = {"silence": plain, "rate": 1.0} | dict(condition)
             silence = tuple(round(rng.uniform(*condition["silence"]), 3) for _ in range(2))

@@ -10,9 +10,14 @@ from otreg_jax.losses.common import pieces, positions_at_a_time
 
 
 def cross_entropy(
-    hidden_BTD: jax.Array, to_logits: Callable, tokens_BT: jax.Array, length_B: jax.Array,
-    real_B: jax.Array, eos: int, num_tokens: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    hidden_BTD: jax.Array,
+    to_logits: Callable,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    real_B: jax.Array,
+    eos: int,
+    num_tokens: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy and accuracy over the transcript tokens and one end of sequence each.
 
     With a large vocabulary the logits are made, used and forgotten a few positions at a time, and

@@ -69,9 +69,12 @@ def ctc_loss(
     length_B = text_mask_BT.sum(axis=1)
     is_padding = lambda mask: (~mask).astype(jnp.float32)
     loss_B = optax.ctc_loss(
-        logits_BSV, is_padding(speech_mask_BS), labels_BT, is_padding(text_mask_BT),
+        logits_BSV,
+        is_padding(speech_mask_BS),
+        labels_BT,
+        is_padding(text_mask_BT),
         blank_id=logits_BSV.shape[2] - 1,
-    )  # fmt: skip
+    )
     loss_B += jnp.sum(left_out_BS, axis=1, where=speech_mask_BS)
     if num_tokens is None:
         num_tokens = jnp.sum(length_B, where=fits_B)

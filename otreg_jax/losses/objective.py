@@ -84,9 +84,15 @@ def count_tokens(batch) -> jax.Array:
 
 
 def loss_fn(
-    slm: slm_lib.SLM, params, batch, step, *, config, schedules: Schedules,
+    slm: slm_lib.SLM,
+    params,
+    batch,
+    step,
+    *,
+    config,
+    schedules: Schedules,
     totals: Totals | None = None,
-):  # fmt: skip
+):
     """The loss of a batch and its metrics.
 
     Args:
@@ -125,18 +131,29 @@ def loss_fn(
         if totals.center is not None:
             options["center"] = totals.center
         ot = otreg.regularizer(
-            out.speech_BSD, out.text_BTD, speech_mask_BS, text_mask_BT,
-            token_ids_BT=batch["tokens"], position_weight=schedules.position_weight(step),
-            num_examples=totals.num_examples, batch_sharding=batch_sharding, **options,
-        )  # fmt: skip
+            out.speech_BSD,
+            out.text_BTD,
+            speech_mask_BS,
+            text_mask_BT,
+            token_ids_BT=batch["tokens"],
+            position_weight=schedules.position_weight(step),
+            num_examples=totals.num_examples,
+            batch_sharding=batch_sharding,
+            **options,
+        )
         loss = loss + schedules.otreg_weight(step) * ot.loss
         metrics |= {"otreg": ot.loss}
         metrics |= {key: ot.metrics[key] for key in ("marginal_error", "entropy", "nearest_cosine")}
     if config.ctc.weight:
         ctc, infeasible = ctc_loss(
-            out.adapted_BSD, out.speech_length_B, batch["tokens"], text_mask_BT,
-            params["llm"]["embed"]["embedding"], params["ctc"], totals.num_ctc_tokens,
-        )  # fmt: skip
+            out.adapted_BSD,
+            out.speech_length_B,
+            batch["tokens"],
+            text_mask_BT,
+            params["llm"]["embed"]["embedding"],
+            params["ctc"],
+            totals.num_ctc_tokens,
+        )
         loss = loss + config.ctc.weight * ctc
         metrics |= {"ctc": ctc, "ctc_infeasible": infeasible}
     if config.infonce.weight:
@@ -152,6 +169,11 @@ def loss_fn(
 def transcript_cross_entropy(slm: slm_lib.SLM, params, hidden_BTD, batch, num_tokens=None):
     """`cross_entropy` of the states of `slm_lib.forward` over a batch of the data pipeline."""
     return cross_entropy(
-        hidden_BTD, functools.partial(slm_lib.logits, slm, params), batch["tokens"],
-        batch["token_length"], batch["index"] >= 0, slm.prompt.eos, num_tokens,
-    )  # fmt: skip
+        hidden_BTD,
+        functools.partial(slm_lib.logits, slm, params),
+        batch["tokens"],
+        batch["token_length"],
+        batch["index"] >= 0,
+        slm.prompt.eos,
+        num_tokens,
+    )

@@ -110,9 +110,12 @@ class ConformerBlock(nn.Module):
             gated = layers.Dense(2 * width, True, dtype=self.dtype, name="pointwise_in")(x_BSE)
             x_BSE = layers.zero_padding(jax.nn.glu(gated), length_B)
             depthwise = nn.Conv(
-                width, (CONFORMER_WIDTH,), feature_group_count=width, dtype=self.dtype,
+                width,
+                (CONFORMER_WIDTH,),
+                feature_group_count=width,
+                dtype=self.dtype,
                 name="depthwise",
-            )  # fmt: skip
+            )
             x_BSE = jax.nn.silu(norm("depthwise_norm", depthwise(x_BSE)))
             return layers.Dense(width, True, dtype=self.dtype, name="pointwise_out")(x_BSE)
 

@@ -89,11 +89,16 @@ def attention(
             length_B = jnp.maximum(length_B, 1)  # a softmax over nothing is not defined
         with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes: softmax is in float32
             return jax.nn.dot_product_attention(
-                q_BLHd, k_BSKd, v_BSKd, mask=None if mask_BLS is None else mask_BLS[:, None],
-                scale=scale, is_causal=is_causal, key_value_seq_lengths=length_B,
+                q_BLHd,
+                k_BSKd,
+                v_BSKd,
+                mask=None if mask_BLS is None else mask_BLS[:, None],
+                scale=scale,
+                is_causal=is_causal,
+                key_value_seq_lengths=length_B,
                 local_window_size=None if window is None else (window - 1, 0),
                 implementation=kernel,
-            )  # fmt: skip
+            )
     B, L, H, d = q_BLHd.shape
     S, K = k_BSKd.shape[1:3]
     if mask_BLS is None:

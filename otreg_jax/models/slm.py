@@ -132,9 +132,7 @@ def logits(slm: SLM, params, hidden: jax.Array) -> jax.Array:
     return slm.llm.apply({"params": params["llm"]}, hidden, method="logits")
 
 
-def forward(
-    slm: SLM, params, batch, layer: int = 0, rngs=None, predict: bool = True
-) -> Outputs:
+def forward(slm: SLM, params, batch, layer: int = 0, rngs=None, predict: bool = True) -> Outputs:
     """The teacher-forced forward pass over a batch of the data pipeline.
 
     Args:

@@ -170,9 +170,12 @@ class _Tensor(NamedTuple):
 
 
 def read_params(
-    directory: pathlib.Path, table: tables.Table, shapes: dict, shardings: Shardings | None = None,
+    directory: pathlib.Path,
+    table: tables.Table,
+    shapes: dict,
+    shardings: Shardings | None = None,
     read: Read | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Params of the given shapes and dtypes from the safetensors files of a directory; `read` as
     for `load_llm`.
 

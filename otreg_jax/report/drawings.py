@@ -45,12 +45,21 @@ def color(i: int) -> str:
 def chart(draw: Callable[[Figure], None], width: float, height: float, alt: str) -> str:
     """A matplotlib chart of width × height inches as an `<img>` holding its own SVG."""
     style = {
-        "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.grid": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999",
-        "axes.labelcolor": "#555555", "xtick.color": "#555555", "ytick.color": "#555555",
-        "grid.color": "#ececec", "axes.axisbelow": True, "lines.linewidth": 1.4,
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#999999",
+        "axes.labelcolor": "#555555",
+        "xtick.color": "#555555",
+        "ytick.color": "#555555",
+        "grid.color": "#ececec",
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.4,
         "svg.hashsalt": "otreg",
-    }  # fmt: skip
+    }
     buffer = io.BytesIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
         # A run named in a script that matplotlib's font lacks is no reason to fail.
@@ -171,12 +180,16 @@ def plan_svg(plan: Plan) -> str:
     parts = [
         image.format(left, 0, width, mel_height, png(matplotlib.colormaps["gray_r"](mel)), ""),
         image.format(
-            left, top, width, row * num_tokens, png(PLAN_COLORS(share)),
+            left,
+            top,
+            width,
+            row * num_tokens,
+            png(PLAN_COLORS(share)),
             "style='image-rendering:pixelated'",
         ),
         f"<rect class='frame' x='{left}' y='{top}' width='{width}' height='{row * num_tokens}'/>",
         f"<rect class='frame' x='{left}' y='0' width='{width}' height='{mel_height}'/>",
-    ]  # fmt: skip
+    ]
     for t, token in enumerate(plan.tokens):
         y = top + row * (t + 0.5) + 3.5
         parts.append(f"<text class='token' x='{left - 5}' y='{y}'>{esc(_visible(token))}</text>")

@@ -13,9 +13,13 @@ def solve(
     """Plans [B, S, T] float32 for costs in units of epsilon and marginals; zero mass is padding."""
     # min == max: a convergence test would put an all-reduce into the loop of a sharded batch.
     solver = sinkhorn.Sinkhorn(
-        lse_mode=True, threshold=0.0, norm_error=1, inner_iterations=num_iters,
-        min_iterations=num_iters, max_iterations=num_iters,
-    )  # fmt: skip
+        lse_mode=True,
+        threshold=0.0,
+        norm_error=1,
+        inner_iterations=num_iters,
+        min_iterations=num_iters,
+        max_iterations=num_iters,
+    )
 
     def of_example(cost_ST, a_S, b_T):
         # Without any mass logarithms would meet as inf - inf: give such an example some to move.

@@ -33,9 +33,13 @@ INTERPRETED = TPU  # everywhere else, for tests
 
 
 def solve(
-    absorbed_sinkhorn, cost_BST: jax.Array, a_BS: jax.Array, b_BT: jax.Array, num_iters: int,
+    absorbed_sinkhorn,
+    cost_BST: jax.Array,
+    a_BS: jax.Array,
+    b_BT: jax.Array,
+    num_iters: int,
     speech_tau: float,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Plans [B, S, T] float32 for costs in units of epsilon and marginals; zero mass is padding.
 
     absorbed_sinkhorn: `otreg.absorbed_sinkhorn`, handed over since otreg.py may stand anywhere.
@@ -44,13 +48,13 @@ def solve(
     """
     on = functools.partial(_solve, absorbed_sinkhorn, num_iters=num_iters, speech_tau=speech_tau)
     return jax.lax.platform_dependent(
-        cost_BST, a_BS, b_BT,
+        cost_BST,
+        a_BS,
+        b_BT,
         tpu=functools.partial(on, TPU, compiler_params=pltpu.CompilerParams()),
-        cuda=functools.partial(
-            on, GPU, compiler_params=pltriton.CompilerParams(num_warps=16)
-        ),
+        cuda=functools.partial(on, GPU, compiler_params=pltriton.CompilerParams(num_warps=16)),
         default=functools.partial(on, INTERPRETED, interpret=True),
-    )  # fmt: skip
+    )
 
 
 def _solve(absorbed_sinkhorn, chip, cost_BST, a_BS, b_BT, *, num_iters, speech_tau, **options):
@@ -103,9 +107,14 @@ def _whole(absorbed_sinkhorn, cost_ref, a_ref, b_ref, plan_ref, *, num_iters, sp
         return jnp.sum(kernel_BTS * weight, axis=axis, keepdims=True)
 
     plan_ref[...] = absorbed_sinkhorn(
-        cost_ref[...], a_ref[...], b_ref[...], weighted_sum,
-        num_iters=num_iters, speech_tau=speech_tau, speech_axis=2,
-    )  # fmt: skip
+        cost_ref[...],
+        a_ref[...],
+        b_ref[...],
+        weighted_sum,
+        num_iters=num_iters,
+        speech_tau=speech_tau,
+        speech_axis=2,
+    )
 
 
 def _streamed(cost_ref, a_ref, b_ref, plan_ref, *scratch, block, num_iters, speech_tau):

@@ -91,9 +91,13 @@ def _run(config, workdir: Path) -> str | None:
         preflight.check_model(config, mesh)
         data = train.load_data(config, rundir.of(workdir))
         batches = pipeline.train_batches(
-            data.train, data.tokenizer, config.data, batch_size=config.batch_size,
-            seed=config.seed, num_steps=config.num_steps,
-        )  # fmt: skip
+            data.train,
+            data.tokenizer,
+            config.data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_steps=config.num_steps,
+        )
         batch = next(iter(batches))
         speech = batch["mel"] if "mel" in batch else batch["audio"]
         frames = speech.shape[1] if "mel" in batch else speech.shape[1] // 160
