@@ -81,8 +81,8 @@ def sample_of(utterance: sources.Utterance, tokenizer, batch, compared, b: int) 
 def measure(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
     """Alignment figures of every set, on the plan MEASURED_PLAN, mean-centred by the set's text.
 
-    Returns for each set `figures` (see docs/evaluation.md), and the `plan_ST` of the utterance
-    `example`, the one of median transcript length.
+    Returns for each set `figures` (see docs/evaluation.md), and of the utterance `example`, the one
+    of median transcript length, the `plan_ST` and the `words` (`word_times`).
     """
     everything = [sample for found in samples.values() for sample in found]
     if not everything:
@@ -105,18 +105,20 @@ def measure(samples: dict[str, list[Sample]]) -> dict[str, dict[str, Any]]:
         found_figures, plan_BST = figures(
             *embedded, stack("ids_T", num_text), stack("spoken_T2", num_text), *padded_lengths
         )
+        words, example = [], int(np.argsort(lengths[1], kind="stable")[len(found) // 2])
         if any(sample.utterance.words for sample in found):
             mel_length = pad(np.array([len(s.mel_FM) for s in found], np.int32), NUM_MEASURED)
             mel = stack("mel_FM", num_frames), mel_length
-            heard = shares(*embedded, *padded_lengths, *mel)
-            found_figures |= word_time_figures(found, *map(np.asarray, heard))
-        example = int(np.argsort(lengths[1], kind="stable")[len(found) // 2])
+            heard = [np.asarray(x) for x in shares(*embedded, *padded_lengths, *mel)]
+            found_figures |= word_time_figures(found, *heard)
+            words = word_times(found[example], *(x[example] for x in heard))
         plan_ST = np.asarray(plan_BST[example, : lengths[0][example], : lengths[1][example]])
         measured[name] = {
             # A figure without its data (word times) is not a number, and left out.
             "figures": {k: float(v) for k, v in found_figures.items() if np.isfinite(v)},
             "example": found[example],
             "plan_ST": plan_ST,
+            "words": words,
         }
     return measured
 
@@ -359,6 +361,30 @@ def spoken_times(utterance: sources.Utterance, begins_T: Sequence[int]) -> np.nd
     return times[np.minimum(index_T, len(times) - 1)] / utterance.duration
 
 
+def word_times(
+    sample: Sample, shares_ST: np.ndarray, silence_S: np.ndarray
+) -> list[tuple[Word, float, float]]:
+    """The words of an utterance as `align` times them, each with the start and end of the
+    manifest; all in seconds. Empty where it says none. Others: see `shares`."""
+    utterance, num_speech, num_text = sample.utterance, len(sample.speech_SD), len(sample.ids_T)
+    spans = sources.word_spans(utterance) if utterance.words else []
+    if not spans or not num_text:
+        return []
+    found = words_of(
+        utterance.text,
+        spans,
+        sample.begins_T,
+        shares_ST[:num_speech, :num_text],
+        silence_S[:num_speech],
+    )
+    seconds = len(sample.mel_FM) / FRAME_RATE / num_speech
+    timed = [entry for entry, (a, b) in zip(utterance.words, spans, strict=True) if a < b]
+    return [
+        (word._replace(start=word.start * seconds, end=word.end * seconds), start, end)
+        for word, (_, start, end) in zip(found, timed, strict=True)
+    ]
+
+
 def word_time_figures(
     samples: Sequence[Sample], shares_BST: np.ndarray, silence_BS: np.ndarray
 ) -> dict[str, float]:
@@ -368,22 +394,9 @@ def word_time_figures(
     no further off than CLOSE. Empty where no words are timed.
     """
     errors = []
-    for sample, shares_ST, silence_S in zip(samples, shares_BST, silence_BS, strict=False):
-        utterance, num_speech, num_text = sample.utterance, len(sample.speech_SD), len(sample.ids_T)
-        spans = sources.word_spans(utterance) if utterance.words else []
-        if not spans or not num_text:
-            continue
-        found = words_of(
-            utterance.text,
-            spans,
-            sample.begins_T,
-            shares_ST[:num_speech, :num_text],
-            silence_S[:num_speech],
-        )
-        seconds = len(sample.mel_FM) / FRAME_RATE / num_speech
-        timed = [entry for entry, (a, b) in zip(utterance.words, spans, strict=True) if a < b]
-        for word, (_, start, end) in zip(found, timed, strict=True):
-            errors += [abs(word.start * seconds - start), abs(word.end * seconds - end)]
+    for found in map(word_times, samples, shares_BST, silence_BS):
+        for word, start, end in found:
+            errors += [abs(word.start - start), abs(word.end - end)]
     if not errors:
         return {}
     return {

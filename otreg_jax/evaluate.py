@@ -152,7 +152,7 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
     plans = []
     for name, found in alignment.measure(samples).items():
         results["sets"][name]["alignment"] = found["figures"]
-        plans.append((name, found["example"], found["plan_ST"]))
+        plans.append((name, found["example"], found["plan_ST"], found["words"]))
     figures = report.arrays(plans, samples, run.tokenizer)
     if jax.process_index() == 0:
         rundir.write_lines(files.hypotheses, rows)
@@ -230,7 +230,7 @@ def _stored(workdir, settings, which: str):
         return None
     rows = rundir.read_lines(files.hypotheses, remedy)
     try:
-        figures = dict(np.load(io.BytesIO(files.figures.read_bytes())))
+        figures = dict(np.load(io.BytesIO(rundir.read_bytes(files.figures))))
     except Exception as error:  # of zip files, of zlib, of numpy
         raise ValueError(f"{files.figures}: damaged ({error}); {remedy}") from error
     print(f"{workdir}: using its evaluation of step {results['step']}")

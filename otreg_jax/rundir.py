@@ -159,6 +159,17 @@ def write_lines(path: str | os.PathLike, values: list) -> None:
     write_text(path, "".join(dumps(value) + "\n" for value in values))
 
 
+def append_lines(path: str | os.PathLike, values: list) -> None:
+    """Adds JSON lines to a file, at once: processes may add to a local one side by side."""
+    data = "".join(dumps(value) + "\n" for value in values).encode()
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        write_bytes(path, (read_bytes(path) if path.exists() else b"") + data)
+    else:
+        _append(path, data)
+
+
 class Appended:
     """A file that grows beside a run and never stops it.
 
@@ -218,6 +229,17 @@ def _append(path: epath.Path, data: bytes) -> None:
 # Reading ---------------------------------------------------------------------------------------
 
 
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """What a file holds: of a remote one, whatever else happens to it, one of its contents whole.
+
+    An opened object is read up to the length that it had when it was opened, be it another by then.
+    """
+    if not is_remote(path):
+        return epath.Path(path).read_bytes()
+    storage, name = fsspec.core.url_to_fs(str(path))
+    return storage.cat_file(name)
+
+
 def read_json(path: str | os.PathLike, remedy: str) -> dict:
     """The JSON object that a file holds.
 
@@ -242,7 +264,7 @@ def read_lines(path: str | os.PathLike, remedy: str) -> list[dict]:
 
 def _read_text(path, remedy: str) -> str:
     try:
-        return epath.Path(path).read_bytes().decode()
+        return read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise _damaged(path, f"byte {error.start} is no UTF-8 text", remedy) from error
 

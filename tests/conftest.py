@@ -13,11 +13,34 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from launching import fake  # noqa: E402, F401 # a fixture
+from toy_run import metrics_of, tone_config, write_tones  # noqa: E402
+
+from otreg_jax import train  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Tests spend their time compiling. Those marked `shipped` speak of the program that users run: in a
 # job of its own (launch/test.sh) XLA optimises as it does for them.
 jax.config.update("jax_disable_most_optimizations", "OTREG_TEST_SHIPPED" not in os.environ)
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory):
+    """Twelve utterances: each word is a tone. Who changes a file puts it back."""
+    return write_tones(tmp_path_factory.mktemp("tones"))
+
+
+@pytest.fixture(scope="session")
+def finished(manifest, tmp_path_factory):
+    """The work directory of a run on them that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    train.train(tone_config(manifest), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(finished):
+    """Its metrics, by step."""
+    return metrics_of(finished)
 
 
 @pytest.fixture(scope="session")

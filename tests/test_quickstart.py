@@ -75,4 +75,6 @@ def test_evaluation_compares_the_arms_on_every_set(runs):
     assert stored == json.loads(json.dumps(results))
     hypotheses = (ours / "eval" / "hypotheses.jsonl").read_text().splitlines()
     assert len(hypotheses) == 8 and "reference" in json.loads(hypotheses[0])
-    assert "<html" in (ours / "eval" / "report.html").read_text()
+    page = (ours / "eval" / "report.html").read_text()
+    plans = page.split("<svg class='plan'")[1:]
+    assert len(plans) == 4 and all("class='word'" in plan for plan in plans)  # timed by eSpeak

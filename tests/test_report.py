@@ -40,6 +40,7 @@ def make_run(name, *, seed=0, sharp=1.0, compared_with=None):
     distance = np.abs(positions[:, None] - np.arange(len(tokens)))
     plan = np.exp(-sharp * distance)
     plan /= plan.sum(axis=1, keepdims=True) * len(plan)
+    words = [("turn", 0.0, 0.4, 0.1, 0.5), (SCRIPT, 0.4, 3.2, 0.6, 3.0)]
     mel = rng.normal(size=(320, 80)) + 2 * np.sin(np.arange(320)[:, None] / 25)
     return report.Run(
         name=name,
@@ -47,7 +48,7 @@ def make_run(name, *, seed=0, sharp=1.0, compared_with=None):
         hypotheses=rows,
         curve=curve,
         config={"otreg.weight": 3.0 * sharp, "data.train": f"a{SCRIPT}.jsonl"},
-        plans=[report.Plan("dev", "a/b/utt-0", 3.2, mel, plan, tokens)],
+        plans=[report.Plan("dev", "a/b/utt-0", 3.2, mel, plan, tokens, words)],
         speech_ND=rng.normal(size=(200, 16)),
         text_ND=rng.normal(size=(60, 16)) + 1.0,
         differences=compared_with and {"dev": {"difference": -0.061, "interval": (-0.102, -0.021)}},
@@ -92,6 +93,19 @@ def test_plan_heat_map_holds_the_plan():
     pixels = drawings.matplotlib.image.imread(drawings.io.BytesIO(base64.b64decode(data)))
     dark = pixels[..., :3].sum(axis=-1) < 1.5
     np.testing.assert_array_equal(dark, [[1, 1, 0, 0], [0, 0, 1, 1]])
+
+
+def test_words_stand_where_align_finds_them_and_where_they_are_spoken():
+    words = [("ab", 0.0, 0.5, 0.25, 0.5), ("c", 0.5, 2.0, 1.0, 2.0)]
+    plan = report.Plan("dev", "u", 2.0, np.zeros((8, 5)), np.full((4, 2), 0.1), ["ab", "c"], words)
+    boxes = re.findall(r"class='word' x='(.+?)' y='(.+?)' width='(.+?)'", drawings.plan_svg(plan))
+    (left, align, _), (_, _, _), (_, spoken, _), (_, _, _) = boxes
+    places = [(y, (float(x) - float(left)) / 290, float(w) / 290) for x, y, w in boxes]
+    expected = [(align, 0, 0.25), (align, 0.25, 0.75), (spoken, 0.125, 0.125), (spoken, 0.5, 0.5)]
+    assert align < spoken
+    for (row, at, wide), (other_row, other_at, other_wide) in zip(places, expected, strict=True):
+        assert row == other_row and (at, wide) == pytest.approx((other_at, other_wide), abs=1e-3)
+    assert "class='word'" not in drawings.plan_svg(plan._replace(words=()))
 
 
 def test_projection_keeps_the_two_widest_directions():

@@ -8,7 +8,7 @@ import re
 
 import jax
 import pytest
-from toy_run import tone_config, write_tones
+from toy_run import tone_config
 
 from otreg_jax import config as config_lib
 from otreg_jax import optim, otreg, preflight, rules, settings, sharding
@@ -134,11 +134,6 @@ IMPOSSIBLE = [
     {"mesh.fsdp": -1},
     {"mesh.fsdp": 0},
 ]
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_tones(tmp_path_factory.mktemp("tones"))
 
 
 @pytest.mark.parametrize("changes", IMPOSSIBLE, ids=str)

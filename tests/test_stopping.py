@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from toy_run import metrics_of, tone_config, write_tones
+from toy_run import metrics_of, tone_config
 
 from otreg_jax import rundir
 from otreg_jax import train as train_lib
@@ -21,18 +21,6 @@ def in_the_foreground():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_tones(tmp_path_factory.mktemp("tones"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(manifest, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("finished")
-    train_lib.train(tone_config(manifest), workdir)
-    return metrics_of(workdir)
 
 
 @pytest.fixture

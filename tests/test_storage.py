@@ -67,6 +67,30 @@ def test_a_storage_that_is_away_for_seconds_is_waited_for(storage):
     assert run(program, variables) == "{}\n"
 
 
+RACE = """
+import collections, threading
+from otreg_jax import rundir
+path = rundir.of("gs://bucket/raced").metrics
+contents = [b"", b'{"step": 1}\\n', b'{"step": 1}\\n' * 5000]
+
+def write():
+    while True:
+        for content in contents:
+            rundir.write_bytes(path, content)
+
+rundir.write_bytes(path, contents[1])
+threading.Thread(target=write, daemon=True).start()
+lengths = {len(rundir.read_lines(path, "no remedy")) for _ in range(80)}
+print(sorted(lengths))
+"""
+
+
+def test_what_is_replaced_while_it_is_read_is_the_old_or_the_new(storage):
+    """Evaluation reads metrics.jsonl while training writes it, now longer, now shorter."""
+    variables, _ = storage
+    assert run(RACE, variables) == "[0, 1, 5000]\n"
+
+
 def test_a_folder_is_copied_to_a_bucket(storage, tmp_path):
     variables, _ = storage
     (tmp_path / "llm").mkdir()

@@ -5,7 +5,7 @@ import struct
 import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from toy_run import metrics_of, tone_config, write_tones
+from toy_run import metrics_of, tone_config
 
 from otreg_jax import cluster, rundir, tracking
 from otreg_jax import train as train_lib
@@ -62,18 +62,6 @@ def test_events_are_tensorboard_s_and_a_restart_hides_what_came_after(tmp_path):
     assert (restart.step, restart.session_log.status) == (5, SessionLog.START)
     assert [(v.tag, v.simple_value) for v in values.summary.value] == [("dev_ce", 1.25)]
     assert values.step == 5 and values.wall_time > 1.7e9
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_tones(tmp_path_factory.mktemp("tones"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(manifest, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("finished")
-    train_lib.train(tone_config(manifest), workdir)
-    return metrics_of(workdir)
 
 
 def test_a_full_disk_neither_stops_nor_hangs_a_run(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from toy_run import metrics_of, serve_buckets, tone_config, write_recipe, write_tones
+from toy_run import metrics_of, serve_buckets, tone_config, write_recipe
 
 from otreg_jax import build, checkpoint, cluster, rundir, sharding, tracking
 from otreg_jax import config as config_lib
@@ -22,24 +22,6 @@ from otreg_jax import train as train_lib
 from otreg_jax.data import sources, tokenization
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    return write_tones(tmp_path_factory.mktemp("tones"))
-
-
-@pytest.fixture(scope="module")
-def finished(manifest, tmp_path_factory):
-    """The work directory of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("finished")
-    train_lib.train(tone_config(manifest), workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(finished):
-    return metrics_of(finished)
 
 
 def test_metrics_hold_what_is_promised(uninterrupted):

@@ -1,14 +1,14 @@
 """What is read and what is wrong with it: utterances, problems, and how problems are told."""
 
 import concurrent.futures
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import tqdm
-from etils import epath
+
+from otreg_jax import rundir
 
 SAMPLE_RATE = 16000  # of all audio once it is read, mono
 THREADS = 16  # of readers that wait for files
@@ -95,15 +95,7 @@ def record_skipped(
         return
     print(f"{note} {count(problems)}" + (f": see {path}" if path else ""))
     if path:
-        path = epath.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems]
-        if "://" in str(path):  # remote files cannot be appended to
-            before = path.read_text() if path.exists() else ""
-            path.write_text(before + "".join(lines))
-        else:  # loader workers append side by side, and a long run one line at a time
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+        rundir.append_lines(path, [problem._asdict() for problem in problems])
 
 
 def in_threads(function: Callable, items: Sequence, label: str) -> list:

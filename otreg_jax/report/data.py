@@ -11,7 +11,10 @@ MAX_NOTES = 8  # lines of the report about utterances that could not be evaluate
 
 
 class Plan(NamedTuple):
-    """Transport plan of one utterance: S speech positions, T transcript tokens, F mel frames."""
+    """Transport plan of one utterance: S speech positions, T transcript tokens, F mel frames.
+
+    words: (word, its start and end by `align`, its start and end by the manifest), in seconds.
+    """
 
     set: str
     id: str
@@ -19,6 +22,7 @@ class Plan(NamedTuple):
     mel_FM: np.ndarray
     plan_ST: np.ndarray
     tokens: Sequence[str]
+    words: Sequence[tuple[str, float, float, float, float]] = ()
 
 
 class Run(NamedTuple):
@@ -45,16 +49,19 @@ class Run(NamedTuple):
 def arrays(plans, samples, tokenizer) -> dict[str, np.ndarray]:
     """The arrays of figures.npz: plans of the first and the last set, points of the map.
 
-    plans: (name of the set, sample, plan [S, T]). samples: of `recognition.decode_sets`.
+    plans: (name of the set, sample, plan [S, T], `alignment.word_times`). samples: of
+    `recognition.decode_sets`.
     """
     found = {}
-    for i, (name, sample, plan_ST) in enumerate(plans[:1] + plans[1:][-1:]):
+    for i, (name, sample, plan_ST, words) in enumerate(plans[:1] + plans[1:][-1:]):
         found |= {
             f"set{i}": np.array(name),
             f"id{i}": np.array(sample.utterance.id),
             f"mel{i}": sample.mel_FM.astype(np.float16),
             f"plan{i}": plan_ST,
             f"tokens{i}": np.array(tokenizer.tokens(sample.ids_T.tolist())),
+            f"words{i}": np.array([word.text for word, *_ in words], np.str_),
+            f"times{i}": np.array([[w.start, w.end, *said] for w, *said in words]),
         }
     first = next(iter(samples.values()), [])
     if first:
@@ -81,6 +88,12 @@ def column(
             figures[f"mel{i}"].astype(np.float32),
             figures[f"plan{i}"],
             list(figures[f"tokens{i}"]),
+            [
+                (str(word), *times)
+                for word, times in zip(
+                    figures.get(f"words{i}", ()), figures.get(f"times{i}", ()), strict=True
+                )
+            ],
         )
         for i in range(2)
         if f"id{i}" in figures

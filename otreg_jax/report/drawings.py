@@ -153,7 +153,8 @@ def plans(runs: Sequence[Run]) -> str:
         "<p>Above, the log-mel spectrogram; below, where each moment of speech sends its mass by "
         "the similarity of embeddings alone, one row a transcript token, the darker the more. "
         "A dark staircase from top left to bottom right is an alignment; an even tint says that "
-        "the embeddings tell nothing apart.</p>"
+        "the embeddings tell nothing apart. Between the two, if the manifest says when words are "
+        "spoken: where align finds them, and where they are.</p>"
         f"<div class='grid {'' if len(runs) % 3 == 0 else 'wide'}'>{''.join(panels)}</div>"
     )
 
@@ -164,14 +165,15 @@ def short(utterance_id: str) -> str:
 
 
 def plan_svg(plan: Plan) -> str:
-    """The plan under its spectrogram on one time axis, as inline SVG.
+    """The plan under its spectrogram, and its words if they are timed, on one time axis, as inline
+    SVG.
 
     Tokens are SVG text, so that the browser's fonts draw every script. A cell is the share of a
     speech position's mass, S · P_st in [0, 1].
     """
     left, width, mel_height, row, gap = 78, 290, 60, 13, 5
     speech_positions, num_tokens = plan.plan_ST.shape
-    top = mel_height + gap
+    top = mel_height + gap + (2 * row + gap if plan.words else 0)
     height = top + row * num_tokens
     low, high = np.percentile(plan.mel_FM, [2, 99.5])
     mel = np.clip((plan.mel_FM.T[::-1] - low) / max(high - low, 1e-6), 0, 1)
@@ -190,6 +192,12 @@ def plan_svg(plan: Plan) -> str:
         f"<rect class='frame' x='{left}' y='{top}' width='{width}' height='{row * num_tokens}'/>",
         f"<rect class='frame' x='{left}' y='0' width='{width}' height='{mel_height}'/>",
     ]
+    for i, name in enumerate(("align", "spoken") if plan.words else ()):
+        y = mel_height + gap + row * i
+        parts.append(f"<text class='token' x='{left - 5}' y='{y + 9.5}'>{name}</text>")
+        for word, *times in plan.words:
+            start, end = (left + width * t / plan.seconds for t in times[2 * i : 2 * i + 2])
+            parts.append(_word_box(word, start, end, y, row - 1, (SPEECH_COLOR, "#6b6b6b")[i]))
     for t, token in enumerate(plan.tokens):
         y = top + row * (t + 0.5) + 3.5
         parts.append(f"<text class='token' x='{left - 5}' y='{y}'>{esc(_visible(token))}</text>")
@@ -203,6 +211,17 @@ def plan_svg(plan: Plan) -> str:
     return (
         f"<svg class='plan' viewBox='0 0 {left + width + 6} {height + 18}' role='img' "
         f"aria-label='{esc(label)}'>{''.join(parts)}</svg>"
+    )
+
+
+def _word_box(word: str, start: float, end: float, y: float, height: float, fill: str) -> str:
+    """A word in a box as wide as it lasts; its letters are pressed together if they must."""
+    room = max(end - start - 3, 1)
+    squeezed = f"textLength='{room:.1f}' lengthAdjust='spacingAndGlyphs'"
+    return (
+        f"<rect class='word' x='{start:.1f}' y='{y}' width='{end - start:.1f}' height='{height}' "
+        f"fill='{fill}'/><text class='said' x='{(start + end) / 2:.1f}' y='{y + 9}' "
+        f"{squeezed if 5 * len(word) > room else ''}>{esc(word)}</text>"
     )
 
 

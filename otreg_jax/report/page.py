@@ -313,6 +313,7 @@ img { display: block; max-width: 100%; height: auto; }
 .plan { width: 100%; max-width: 34rem; height: auto; display: block; }
 .plan text { font-size: 10px; fill: var(--ink); } .plan .token { text-anchor: end; }
 .plan .tick { text-anchor: middle; fill: var(--soft); font-size: 9px; }
+.plan .word { stroke: #fff; } .plan .said { text-anchor: middle; fill: #fff; font-size: 9px; }
 .plan line { stroke: #999; } .plan .frame { fill: none; stroke: #cfd6da; }
 i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
 .key { margin-right: 1rem; overflow-wrap: anywhere; }
