@@ -1,15 +1,20 @@
 """Word times: monotone spans against brute force, tokens to words, and the command."""
 
+import functools
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
+from toy import toy_batch, toy_slm
 from toy_run import TEXTS, make_run, write_set
 
 from otreg_jax import align, alignment
 from otreg_jax.data import features, sets, sources, tokenization
+from otreg_jax.data.text import Prompt
+from otreg_jax.models import slm as slm_lib
 
 
 def test_spans_are_the_best_monotone_division():
@@ -106,6 +111,27 @@ def test_silence_before_between_and_after_words_is_theirs_alone():
     silent[:] = 1  # where all is silent, every word still has a position
     words = alignment.words_of("ab cc dd", spans, begins, shares, silent)
     assert all(w.start < w.end for w in words)
+
+
+def test_a_prompt_does_not_move_the_words():
+    """In hidden states, where speech stands behind the prompt; without attention, through which
+    they may well see it."""
+    slm, params = toy_slm()
+    params["llm"]["layers"]["attn"]["o"]["kernel"] *= 0
+    batch = toy_batch()
+    batch["mel"] *= 0.1  # as loud all the time: no silence
+    plain, prompted = [
+        alignment.token_shares(
+            slm_lib.make(slm.encoder.config, slm.adapter.config, slm.llm.config, prompt),
+            params,
+            batch,
+            layer=1,
+        )
+        for prompt in (Prompt((), (), 2), Prompt(tuple(range(5, 20)), (3, 4), 2))
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), plain, prompted)
+    shares_BST, _, length_B = plain
+    assert np.ptp(shares_BST[0, : length_B[0]], axis=0).min() > 0.01  # they tell positions apart
 
 
 def tokenizers_of(folder, texts):

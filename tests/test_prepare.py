@@ -333,6 +333,14 @@ def aishell(root):
     return root, "dev", ("而对楼市", "zh", "S0002")
 
 
+def test_mls_folders_are_named_by_a_language_or_its_code(tmp_path):
+    root, split, _ = mls(tmp_path)
+    for name, lang in (("mls_german_opus", "de"), ("mls_de", "de"), ("mls_parts", "")):
+        root = root.rename(tmp_path / name)
+        (_, line), *_ = corpora.mls(root, split)
+        assert line["lang"] == lang
+
+
 @pytest.mark.parametrize("layout", corpora.LAYOUTS)
 def test_published_layouts(layout, tmp_path):
     root, split, expected = globals()[layout](tmp_path / "corpus")

@@ -32,8 +32,10 @@ def librispeech(root: Path, split: str) -> Lines:
 
 
 def mls(root: Path, split: str) -> Lines:
-    """mls_LANGUAGE/train/{transcripts.txt,audio/SPEAKER/BOOK/*.flac} (openslr.org/94)."""
-    lang = _MLS_LANGUAGES.get(root.name.removeprefix("mls_").removesuffix("_opus"), "")
+    """mls_LANGUAGE/train/{transcripts.txt,audio/SPEAKER/BOOK/*.flac} (openslr.org/94); the language
+    by its name, or by its code."""
+    name = root.name.removeprefix("mls_").removesuffix("_opus")
+    lang = name if name in _MLS_LANGUAGES.values() else _MLS_LANGUAGES.get(name, "")
     suffix = "opus" if root.name.endswith("_opus") else "flac"
     for where, line in _lines(root / split / "transcripts.txt"):
         key, _, text = line.partition("\t")
