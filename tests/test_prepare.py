@@ -342,9 +342,10 @@ def test_mls_folders_are_named_by_a_language_or_its_code(tmp_path):
 
 
 @pytest.mark.parametrize("layout", corpora.LAYOUTS)
-def test_published_layouts(layout, tmp_path):
+def test_published_layouts(layout, tmp_path, monkeypatch):
     root, split, expected = globals()[layout](tmp_path / "corpus")
-    utterances, problems = prepare.read_corpus(layout, str(root), split)
+    monkeypatch.chdir(tmp_path)
+    utterances, problems = prepare.read_corpus(layout, str(root.relative_to(tmp_path)), split)
     assert problems == []
     (utterance,) = utterances
     assert (utterance.text, utterance.lang, utterance.speaker) == expected

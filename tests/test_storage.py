@@ -116,8 +116,9 @@ import subprocess, sys
 sys.path.insert(0, "TESTS")
 import gcsfs, numpy as np
 from etils import epath
-from otreg_jax import build, export, optim, pretrained, rundir
-from otreg_jax.data import sources
+from otreg_jax import build, export, optim, preflight, pretrained, rundir
+from otreg_jax import config as config_lib
+from otreg_jax.data import pipeline, sources
 from toy_run import make_run, write_set
 
 LOCAL, REMOTE = "FOLDER", "gs://bucket/up"
@@ -150,6 +151,18 @@ export.export(run, LOCAL + "/out")
 rundir.copy_tree(LOCAL + "/out", "gs://bucket/out")
 same(pretrained.load_llm(f"{LOCAL}/out/llm")[1], pretrained.load_llm("gs://bucket/out/llm")[1])
 print("export")
+
+def noisy_batch(place):
+    config, manifest = config_lib.default(), f"{place}/set/set.jsonl"
+    config.data.train = config.data.augment.noise = config.data.augment.rir = manifest
+    config.data.augment.update(noise_prob=1.0, rir_prob=1.0)
+    assert preflight.missing_files(config) == []
+    rest = run.tokenizer, config.data
+    options = {"batch_size": 3, "seed": 0, "num_steps": 1}
+    return next(iter(pipeline.train_batches(sources.scan(manifest)[0], *rest, **options)))
+
+np.testing.assert_equal(noisy_batch(REMOTE), noisy_batch(LOCAL))
+print("noise")
 """
 
 
@@ -158,7 +171,7 @@ def test_data_weights_and_exports_may_be_on_a_bucket(storage, tmp_path):
     program = READ.replace("FOLDER", str(tmp_path / "up")).replace("TESTS", str(ROOT / "tests"))
     printed = run(program, variables | {"XDG_CACHE_HOME": str(tmp_path / "cache")})
     lines = [line for line in printed.splitlines() if not line.startswith("copying 1 shards")]
-    assert lines == ["set/set.jsonl", "records", "weights", "export"], printed
+    assert lines == ["set/set.jsonl", "records", "weights", "export", "noise"], printed
     assert printed.count("copying 1 shards") == 1 and "gs://bucket/up/records" in printed
 
 

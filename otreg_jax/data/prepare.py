@@ -52,7 +52,7 @@ def read_corpus(
         if layout == "manifest":
             found, wrong = manifest.scan_manifest(path.strip())
         else:
-            lines = list(corpora.LAYOUTS[layout](Path(path.strip()), split))
+            lines = list(corpora.LAYOUTS[layout](Path(path.strip()).absolute(), split))
             if not lines:
                 raise FileNotFoundError(f"{path}: no split {split!r} in the layout of {layout}")
             found, wrong = manifest.check_lines(lines, path, strict=False)
