@@ -31,6 +31,7 @@ from otreg_jax import (
     decoding,
     flops,
     optim,
+    preflight,
     pretrained,
     recognition,
     sharding,
@@ -349,6 +350,7 @@ def describe(report: Report, devices, config, frames: int, tokens: int) -> str:
 def main(values, _):
     config = config_lib.given(values)
     config_lib.check(config)
+    preflight.check_model(config)
     devices = devices_of(values.topology, values.slices)
     frames = round((values.seconds or config.data.max_duration) * features.SAMPLE_RATE)
     frames //= features.HOP
@@ -400,6 +402,13 @@ def define_flags(define) -> None:
     define.string("out", "", "File that the result is appended to, as a line of JSON.")
 
 
+cli = functools.partial(
+    command.run,
+    main,
+    define_flags,
+    required=["config", "topology"],
+    check=config_lib.check_flags,
+)
+
 if __name__ == "__main__":
-    required = ("config", "topology")
-    sys.exit(command.run(main, define_flags, required=required, check=config_lib.check_flags))
+    sys.exit(cli())

@@ -91,7 +91,7 @@ LOOKS = {
 }
 
 
-def check_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check_model(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> None:
     """Raises one ValueError that lists what is wrong with settings that speak of the model: regexes
     that match none of its parameters, or all, `otreg.layer`, `encoder.keep`. Nothing is computed;
     of pretrained models config.json is read."""

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy import toy_config
+from toy_run import tone_config, write_recipe
 
 from otreg_jax import aot, compiler, flops, losses, sharding
 
@@ -202,6 +203,12 @@ def test_what_does_not_fit_is_read_from_either_message_of_the_compiler():
     report = aot.Report(8, {}, *sizes, 0, {}, 0, {})
     shown = aot.describe(report, jax.devices(), config_of(), FRAMES, TOKENS)
     assert re.search(r"peak, at least +16.220 of 15.75  DOES NOT FIT", shown)
+
+
+def test_settings_that_match_nothing_end_before_anything_is_compiled(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, tone_config("nowhere.jsonl", freeze="^encodr/"))
+    assert aot.cli([f"--config={recipe}", "--topology=v5e:4x4"]) == 1
+    assert "freeze='^encodr/': matches no parameter" in capsys.readouterr().err
 
 
 def test_unknown_topologies_say_what_they_look_like():

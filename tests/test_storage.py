@@ -34,7 +34,7 @@ def run(program: str, variables: dict) -> str:
     """What a program prints, in a process of its own: gcsfs keeps what it once read of them."""
     environment = os.environ | variables | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program]
-    return subprocess.check_output(command, env=environment, text=True, timeout=120)
+    return subprocess.check_output(command, env=environment, text=True, timeout=600)
 
 
 def test_what_another_process_writes_is_seen(storage):

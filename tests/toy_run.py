@@ -71,7 +71,8 @@ def serve_buckets():
         def _strip_protocol(cls, path):
             return "/" + path.removeprefix("gs://").removeprefix("gcs://").strip("/")
 
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
 
 
 def write_tones(folder):
