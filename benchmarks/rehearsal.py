@@ -292,7 +292,7 @@ FAULTS = {"preempt": preempt, "kill": kill, "unavailable": unavailable, "full-di
 
 def train(stage: Stage) -> None:
     """launch/train_tpu.sh, with the faults."""
-    group = ["--type=tpu7x-16", "--project=p"]
+    group = [f"--type=tpu7x-{8 * stage.args.workers}", "--project=p"]  # four chips a worker
     command = [
         "bash",
         "launch/train_tpu.sh",
