@@ -1,7 +1,8 @@
 """Greedy and beam search over a KV cache: batched, jitted, static shapes, early stop.
 
 Prompts are embeddings, right-padded; every example decodes at its own positions (cache slot index
-is position), so an example's result does not depend on what shares its batch.
+is position), so an example's result does not depend on what shares its batch, but for rounding (see
+docs/evaluation.md on bfloat16).
 """
 
 import functools
