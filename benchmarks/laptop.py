@@ -85,6 +85,7 @@ def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
         f"--config.encoder.path={values.encoder}",
         f"--config.llm.path={values.llm}",
         f"--config.seed={values.seed}",
+        f"--config.data.cache={out / 'cache'}",  # of all runs: what is spoken and encoded once
         *data_flags(condition, sets, values),
         *values.flags,
     ]
