@@ -141,7 +141,7 @@ def link_venv(venv: Path, into: Path, accelerator: str) -> None:
         f'exec {venv.absolute()}/bin/python "$@"\n'
     )
     python.chmod(0o755)
-    archive = "git archive HEAD | tar -xO --wildcards 'requirements*.txt' setup.py | cksum"
+    archive = "git archive HEAD | tar -xO --wildcards 'requirements*.txt' pyproject.toml | cksum"
     checksum = subprocess.check_output(archive, shell=True, cwd=ROOT, text=True).strip()
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stamp = f"{version} {accelerator} {checksum}\n"

@@ -61,7 +61,7 @@ case $accelerator in
 esac
 
 find_python
-key="$version ${jax_extra:-cpu} $(cat requirements*.txt setup.py | cksum)"
+key="$version ${jax_extra:-cpu} $(cat requirements*.txt pyproject.toml | cksum)"
 
 if command -v flock >/dev/null; then  # two launches at once must not install over each other
   mkdir -p .cache

@@ -17,6 +17,7 @@ def run(
     define_flags: Callable[[SimpleNamespace], None],
     argv: Sequence[str] | None = None,
     *,
+    program: str = "",
     required: Sequence[str] = (),
     arguments: str = "",
     check: Callable[[Sequence[str]], Sequence[str]] = lambda argv: (),
@@ -33,6 +34,7 @@ def run(
       define_flags: defines the flags with the functions it is given, absl's DEFINE_string as
         `string` and so on (and the flags themselves as `values`).
       argv: the command line without the program; by default that of this process.
+      program: what the user typed to come here, for messages; by default python and the module.
       required: flags that must be given.
       arguments: what else must be given, for messages: "FILE..."; "": nothing may.
       check: says what is wrong with a command line before its flags are parsed.
@@ -41,12 +43,9 @@ def run(
       The exit status: that of `main` (0 for None), 1 after an error, 2 after a wrong command line.
     """
     home = main.__globals__  # of the command's module
-    name = f"-m {home['__spec__'].name}" if home["__spec__"] else sys.argv[0]
-    values = flags.FlagValues()
-    define = _definers(values)
-    define_flags(define)
-    define.bool("help", False, "Show this.", short_name="h")
-    values.set_gnu_getopt(True)  # flags may stand behind other arguments
+    spec = home["__spec__"]
+    program = program or f"python {f'-m {spec.name}' if spec else sys.argv[0]}"
+    values = _flags(define_flags)
     argv = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     problems = [*check(argv)]
     try:
@@ -54,7 +53,11 @@ def run(
     except flags.Error as error:
         problems = [str(error)]
     if not problems and values.help:
-        print(home["__doc__"], "flags:", *_describe(values), sep="\n")
+        lines = (
+            f"  --{name}{'=' * bool(default)}{default}: {x}"
+            for name, default, x in _describe(values)
+        )
+        print(home["__doc__"], "flags:", *lines, sep="\n")
         return 0
     if not problems:
         problems = [f"--{flag} is missing" for flag in required if values[flag].value is None]
@@ -63,7 +66,7 @@ def run(
         if arguments and not rest:
             problems.append(f"{arguments} is missing")
     if problems:
-        return _say(problems, f"try: python {name} --help", USAGE)
+        return _say(problems, f"try: {program} --help", USAGE)
     if not flags.FLAGS.is_parsed():  # libraries read theirs
         flags.FLAGS.mark_as_parsed()
     if "jax" in sys.modules:  # which what computes has imported
@@ -94,22 +97,37 @@ def quiet_and_cached() -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
 
 
-def _definers(values: flags.FlagValues) -> SimpleNamespace:
+def flags_of(cli: functools.partial) -> list[tuple[str, str, str]]:
+    """(name, default or "", meaning) of every flag of a command.
+
+    cli: `run` with the command's own first arguments.
+    """
+    _, define_flags = cli.args
+    return _describe(_flags(define_flags))
+
+
+def _flags(define_flags: Callable[[SimpleNamespace], None]) -> flags.FlagValues:
+    """The flags that a command defines, and --help."""
+    values = flags.FlagValues()
     define = SimpleNamespace(values=values)
     for kind in ("string", "integer", "float", "bool", "enum", "list", "multi_string"):
         function = getattr(flags, f"DEFINE_{kind}")
         setattr(define, kind, functools.partial(function, flag_values=values))
-    return define
+    define_flags(define)
+    define.bool("help", False, "Show this.", short_name="h")
+    values.set_gnu_getopt(True)  # flags may stand behind other arguments
+    return values
 
 
-def _describe(values: flags.FlagValues) -> list[str]:
-    lines = []
+def _describe(values: flags.FlagValues) -> list[tuple[str, str, str]]:
+    """(name, default or "", meaning) of every flag, by name."""
+    described = []
     for name in sorted(values.flag_values_dict()):
         if len(name) > 1:
             default = values[name].default
-            shown = "" if default in (None, "", [], False) else f"={default}".replace("\n", "\\n")
-            lines.append(f"  --{name}{shown}: {values[name].help}")
-    return lines
+            shown = "" if default in (None, "", [], False) else f"{default}".replace("\n", "\\n")
+            described.append((name, shown, values[name].help.partition("\n")[0]))
+    return described
 
 
 def _say(problems: Sequence[str], hint: str, status: int) -> int:

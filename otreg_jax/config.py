@@ -10,6 +10,7 @@ table of all keys is in settings.py;
 
 import collections
 import difflib
+import functools
 import json
 import runpy
 import sys
@@ -20,8 +21,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, config_flags
 
-from otreg_jax import rules, rundir, settings, stages
+from otreg_jax import command, rules, rundir, settings, stages
 from otreg_jax.data import text
+
+HERE = Path(__file__).parent
+# Of an installed package; in a checkout they are where users edit them.
+RECIPES = next(
+    (f for f in (HERE / "recipes", HERE.parent / "configs") if f.is_dir()), HERE / "recipes"
+)
 
 
 def default() -> ConfigDict:
@@ -197,17 +204,25 @@ def differences(stored: ConfigDict, config: ConfigDict) -> list[str]:
     ]
 
 
+def recipe_path(name: str) -> str:
+    """The file of a recipe, and behind a colon its argument, if there is one: "my/recipe.py:ce" as
+    it is, "quickstart:ce", the name of one that is shipped, as "FOLDER/quickstart.py:ce"."""
+    stem, colon, argument = name.partition(":")
+    shipped = RECIPES / f"{stem}.py"
+    return f"{shipped}{colon}{argument}" if shipped.is_file() else name
+
+
 def load_recipe(name: str) -> ConfigDict:
-    """The configuration that a recipe gives: "configs/quickstart.py", or with its argument behind a
-    colon, "configs/quickstart.py:ce".
+    """The configuration that a recipe gives, see `recipe_path`.
 
     Raises:
       ValueError: there is no such file, or it fails; the message names its line.
     """
-    path, _, argument = name.partition(":")
+    path, _, argument = recipe_path(name).partition(":")
     if not Path(path).is_file():
-        recipes = ", ".join(str(p) for p in sorted(Path("configs").glob("*.py"))) or "none here"
-        raise ValueError(f"{path}: no such file; configs/: {recipes}")
+        names = sorted(p.stem for p in RECIPES.glob("*.py"))
+        close = suggest(Path(path).stem, names)
+        raise ValueError(f"{path}: no such file{close}; shipped are {', '.join(names)}")
     try:
         return runpy.run_path(path)["get_config"](*([argument] if argument else []))
     except Exception as error:  # a recipe is the user's own code
@@ -235,8 +250,11 @@ def _import_hint(error: Exception, path: str) -> str:
 
 def define_flag(define) -> None:
     """The flag of a recipe, and with it those of its settings (--config.KEY=VALUE)."""
-    meaning = "Recipe, a file of configs/."
+    meaning = "Recipe: a file, or the name of one that is shipped (quickstart)."
     config_flags.DEFINE_config_file("config", None, meaning, flag_values=define.values)
+    parser = define.values["config"].parser
+    parse = parser.parse
+    parser.parse = lambda name: parse(recipe_path(name))
 
 
 def check_flags(argv: Sequence[str]) -> list[str]:
@@ -303,5 +321,13 @@ wrong with a configuration is said in one message before data are read or anythi
 run that is resumed must keep every key, but for those where the last column says otherwise."""
 
 
+def main(values, _) -> None:
+    print(as_markdown() if values.markdown else as_text())
+
+
+cli = functools.partial(
+    command.run, main, lambda define: define.bool("markdown", False, "As docs/configuration.md.")
+)
+
 if __name__ == "__main__":
-    print(as_markdown() if sys.argv[1:] == ["--markdown"] else as_text())
+    sys.exit(cli())

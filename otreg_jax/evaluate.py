@@ -8,6 +8,7 @@ The sets are those of the run's configuration unless --sets names others. Writes
 results.json, hypotheses.jsonl (a line an utterance), figures.npz and report.html.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -300,5 +301,7 @@ def main(values, _):
         print(f"report: {rundir.of(values.workdir).report}")
 
 
+cli = functools.partial(command.run, main, define_flags, required=["workdir"])
+
 if __name__ == "__main__":
-    sys.exit(command.run(main, define_flags, required=["workdir"]))
+    sys.exit(cli())

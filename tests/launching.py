@@ -80,7 +80,7 @@ def fake(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "launch", repository / "launch")
     (repository / "configs").mkdir()
     (repository / "configs/x.py").touch()
-    for name in ("requirements.txt", "requirements-dev.txt", "setup.py"):
+    for name in ("requirements.txt", "requirements-dev.txt", "pyproject.toml"):
         (repository / name).write_text("jax==1.2.3\n")
     (repository / ".gitignore").write_text(".venv/\n.cache/\nruns/\n")
     scripts = {"python3": PYTHON, "srun": SRUN}

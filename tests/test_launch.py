@@ -33,7 +33,7 @@ def test_setup_installs_once(fake):
     assert len(calls(fake, "pip")) == 2
 
 
-@pytest.mark.parametrize("changed", ["requirements.txt", "setup.py"])
+@pytest.mark.parametrize("changed", ["requirements.txt", "pyproject.toml"])
 def test_setup_follows_changed_requirements(fake, changed):
     launch("setup.sh")
     Path(changed).write_text("jax==1.2.4\n")

@@ -176,11 +176,9 @@ def test_data_weights_and_exports_may_be_on_a_bucket(storage, tmp_path):
 
 
 SWEEP = """
-import importlib.util, json, sys
+import json
 from etils import epath
-spec = importlib.util.spec_from_file_location("sweep", "launch/sweep.py")
-sweep = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sweep)
+from otreg_jax import sweep
 
 def execute(command, log):
     with log.open("a") as file:

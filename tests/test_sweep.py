@@ -1,16 +1,12 @@
-"""launch/sweep.py: what it runs, what it skips, and what it makes of the results."""
+"""Sweeps: what it runs, what it skips, and what it makes of the results."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("sweep", ROOT / "launch/sweep.py")
-sweep = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sweep)
+from otreg_jax import sweep
 
 RECIPE = """
 from ml_collections import ConfigDict

@@ -19,6 +19,7 @@ file system too), whose options then say where it runs:
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -278,7 +279,7 @@ def define_flags(define) -> None:
     define.float("shard_hours", 1.0, "Audio in a shard; an hour is 115 MB.", 0)
     define.string("machine", "0/1", "Which of how many machines this is.")
     define.string("beam", None, "Options of an Apache Beam pipeline to run as.")
-    define.integer("workers", os.cpu_count(), "Processes.", 1)
+    define.integer("workers", None, "Processes; by default one a core.", 1)
 
 
 def _machine(text: str) -> tuple[int, int]:
@@ -298,7 +299,7 @@ def main(values, _) -> None:
         split,
         max_duration=values.max_duration,
         shard_hours=values.shard_hours,
-        workers=values.workers,
+        workers=values.workers or os.cpu_count(),
         machine=machine,
         beam=None if values.beam is None else shlex.split(values.beam),
     )
@@ -311,5 +312,7 @@ def main(values, _) -> None:
         print(f"refused {refused} utterances: see {values.output}/refused-{split}.jsonl")
 
 
+cli = functools.partial(command.run, main, define_flags, required=["input", "output"])
+
 if __name__ == "__main__":
-    sys.exit(command.run(main, define_flags, required=["input", "output"]))
+    sys.exit(cli())
