@@ -19,6 +19,7 @@ PICTURE = ROOT / "docs" / "structure.png"
 # From the top down. A module imports its own layer, without a circle, and the layers below.
 # "data/" stands for all modules of that folder.
 LAYERS = {
+    "the command otreg": ("cli",),
     "commands": (
         "train",
         "evaluate",
@@ -27,6 +28,7 @@ LAYERS = {
         "export",
         "aot",
         "data.prepare",
+        "sweep",
     ),
     "parts of commands": (
         "pretrain_llm",
@@ -34,6 +36,7 @@ LAYERS = {
         "agreement",
         "encode_once",
         "tracking",
+        "writers",
         "stopping",
         "recognition",
         "decoding",
@@ -59,6 +62,7 @@ LAYERS = {
         "normalize",
         "languages",
         "open_asr",
+        "metric_names",
     ),
 }
 COMMANDS = LAYERS["commands"]

@@ -68,6 +68,20 @@ def one_of(*choices: str) -> Allowed:
     return Allowed(words, lambda value: value in choices, ("foo", choices[-1] + " ", 1, None))
 
 
+def some_of(*choices: str) -> Allowed:
+    """Words separated by commas, each at most once, or none."""
+
+    def accepts(value):
+        names = [name.strip() for name in value.split(",")] if _is_text(value) and value else []
+        known = isinstance(value, str) and set(names) <= set(choices)
+        return known and len(set(names)) == len(names)
+
+    words = f"some of {', '.join(choices)}, separated by commas"
+    return Allowed(
+        words, accepts, ("foo", f"{choices[0]},foo", f"{choices[0]},{choices[0]}", 1, None)
+    )
+
+
 def series(each: Allowed, at_least: int = 0, at_most: int | None = None) -> Allowed:
     """Tuples of values that `each` accepts."""
 
@@ -165,3 +179,4 @@ SENTENCES = TEXT._replace(words="a text file, or language=file, separated by com
 MODEL = TEXT._replace(words="a Hugging Face directory or hub id")
 TOKENIZER = TEXT._replace(words="tokenizer.json, *.model or a directory with one of them")
 FOLDER = TEXT._replace(words="a directory")
+WRITERS = some_of("tensorboard", "wandb", "mlflow")  # `writers.OTHERS`

@@ -1,5 +1,6 @@
 """What can be known to be wrong with a run before its data are read or anything is compiled."""
 
+import importlib.util
 import os
 import re
 
@@ -49,7 +50,7 @@ def _named(kind: allowed.Allowed, value: str) -> list[tuple[str, str]]:
         return [(f"{name}={path}", path) for name, path in sets.named_manifests(value).items()]
     if kind is allowed.SENTENCES:
         return [(path, path) for _, path in spoken.files(value)]
-    paths = value.split(",") if kind is allowed.MANIFESTS else [value]
+    paths = value.split(",") if kind in (allowed.MANIFESTS, allowed.WRITERS) else [value]
     return [(path.strip(), path.strip()) for path in paths]
 
 
@@ -80,7 +81,13 @@ def _look_for_folder(path: str, revision) -> str:
     return "" if os.path.isdir(path) else "no such directory"
 
 
+def _look_for_writer(name: str, revision) -> str:
+    is_here = name == "tensorboard" or importlib.util.find_spec(name)
+    return "" if is_here else f'not installed: pip install "otreg_jax[{name}]"'
+
+
 LOOKS = {
+    allowed.WRITERS: _look_for_writer,
     allowed.MANIFEST: _look_for_data,
     allowed.MANIFESTS: _look_for_data,
     allowed.NAMED_MANIFESTS: _look_for_data,

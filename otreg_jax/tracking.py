@@ -1,54 +1,51 @@
-"""What a run says of itself while it trains: metrics.jsonl and TensorBoard's events; profiles.
+"""What a run says of itself while it trains: its metrics, which `writers` write; profiles."""
 
-Neither a full disk nor a bucket that does not answer stops a run here: see `rundir.Appended`.
-"""
-
-import struct
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
-from otreg_jax import flops, rundir
+from otreg_jax import config as config_lib
+from otreg_jax import flops, rundir, writers
 from otreg_jax.data import features
 
 
 class MetricsWriter:
     """The metrics of a run, written by process 0; one line each `log_every` steps, every value the
-    mean over these steps. Lines after the resumed step are dropped.
-
-    A remote file is written with each checkpoint.
+    mean over these steps. Lines after the resumed step are dropped. Names: `metric_names`.
 
     Args:
       files: of the run. start: the step it begins after.
       learning_rate: a function of the step before the one logged.
       watch: has `times()`, added to each line.
       num_shares: how many processes feed different rows of a batch.
+      log_to, settings: see `writers.open_all`.
     """
 
     def __init__(
-        self, files: rundir.Files, start: int, log_every: int, learning_rate, watch, num_shares: int
+        self,
+        files: rundir.Files,
+        start: int,
+        log_every: int,
+        learning_rate,
+        watch,
+        num_shares: int,
+        log_to: str = "tensorboard",
+        settings: dict[str, Any] | None = None,
     ):
         self.log_every, self.learning_rate = log_every, learning_rate
         self.watch, self.num_shares = watch, num_shares
-        self.is_writer = jax.process_index() == 0
         self.window, self.count = [], {"audio": 0.0, "tokens": 0, "flops": 0}
         chip = flops.chip(jax.devices()[0])
         self.peak_flops = chip.flops * jax.device_count() if chip else None
         self.time = None  # the first window starts after the first step: compilation is no speed
-        if self.is_writer:
+        self.writers = []
+        if jax.process_index() == 0:
             kept = [line for line in read(files) if line["step"] <= start] if start else []
-            self.lines = rundir.Appended(files.metrics, b"".join(map(_json_line, kept)))
-            now = time.time()
-            first = Event(wall_time=now, file_version="brain.Event:2")
-            restart = Event(wall_time=now, step=start + 1)  # TensorBoard drops what is after it
-            restart.session_log.status = SessionLog.START
-            self.events = rundir.Appended(files.events(now), _record(first) + _record(restart))
+            self.writers = writers.open_all(log_to, files, start, kept, settings or {})
 
     def step(self, step: int, metrics: dict, batch, step_flops: int) -> dict | None:
         """Adds a step; returns the line if one was written."""
@@ -88,38 +85,33 @@ class MetricsWriter:
         self._write({"step": step, "skipped": ids, **metrics})
 
     def _write(self, line: dict) -> None:
-        if not self.is_writer:
-            return
-        self.lines.add(_json_line(line))
-        event = Event(wall_time=time.time(), step=line["step"])
-        for key, value in line.items():
-            if isinstance(value, float):
-                event.summary.value.append(Summary.Value(tag=key, simple_value=value))
-        self.events.add(_record(event))
+        for writer in self.writers:
+            writer.add(line)
 
     def publish(self) -> None:
         """Writes what is not written yet: to a remote workdir, or after the disk was full."""
-        if self.is_writer:
-            self.lines.publish()
-            self.events.publish()
+        for writer in self.writers:
+            writer.publish()
 
-    close = publish
-
-
-def _json_line(line: dict) -> bytes:
-    return (rundir.dumps(line) + "\n").encode()
+    def close(self) -> None:
+        """Writes it too; nothing more comes."""
+        for writer in self.writers:
+            writer.close()
 
 
-def _record(event: Event) -> bytes:
-    """An event as TensorBoard's files hold it: length, content and their checksums.
-
-    tensorboardX's own writer has a thread behind a queue; an error of the disk ends the thread, and
-    the run waits for ever for a place in the queue.
-    """
-    data = event.SerializeToString()
-    length = struct.pack("<Q", len(data))
-    checksum = lambda part: struct.pack("<I", masked_crc32c(part))
-    return length + checksum(length) + data + checksum(data)
+def writer_of(config, files: rundir.Files, start: int, learning_rate, watch, num_shares: int):
+    """The `MetricsWriter` of a run."""
+    settings = config_lib.flatten(config)
+    return MetricsWriter(
+        files,
+        start,
+        config.log_every,
+        learning_rate,
+        watch,
+        num_shares,
+        log_to=config.log_to,
+        settings=settings,
+    )
 
 
 def read(files: rundir.Files) -> list[dict]:

@@ -100,7 +100,7 @@ def train(config, workdir) -> step_lib.TrainState:
     batches = train_batches(config, data, files, share, start, save, slm, frozen)
     watch = cluster.Watch(config.stall_seconds, *tracking.time_before(files, start))
     rate = optim.learning_rates(plan)
-    writer = tracking.MetricsWriter(files, start, config.log_every, rate, watch, share[1])
+    writer = tracking.writer_of(config, files, start, rate, watch, share[1])
     profiler = tracking.Profiler(files.profile, *config_lib.profile_window(config))
     progress = progress_bar(batches, start, config.num_steps)
     late = tracking.OneStepLate(lambda *s: read_metrics(*s, writer, progress, data.train, config))
@@ -417,6 +417,13 @@ def define_flags(define) -> None:
     define.string("workdir", None, "Directory of the run; made if missing.")
 
 
+cli = functools.partial(
+    command.run,
+    main,
+    define_flags,
+    required=["config", "workdir"],
+    check=config_lib.check_flags,
+)
+
 if __name__ == "__main__":
-    required = ("config", "workdir")
-    sys.exit(command.run(main, define_flags, required=required, check=config_lib.check_flags))
+    sys.exit(cli())
