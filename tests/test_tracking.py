@@ -1,13 +1,16 @@
 """metrics.jsonl and TensorBoard's events: complete whatever happens, and readable by others."""
 
 import struct
+import sys
+from types import ModuleType, SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from toy_run import metrics_of, tone_config
 
-from otreg_jax import cluster, rundir, tracking
+from benchmarks import structure
+from otreg_jax import allowed, cluster, metric_names, preflight, rundir, tracking, writers
 from otreg_jax import train as train_lib
 
 
@@ -35,9 +38,9 @@ def masked_crc32c(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def writer_of(workdir, start=0, log_every=1):
-    files = rundir.of(workdir)
-    return tracking.MetricsWriter(files, start, log_every, lambda step: 0.5, cluster.Watch(), 1)
+def writer_of(workdir, start=0, log_every=1, **options):
+    files, rate = rundir.of(workdir), lambda step: 0.5
+    return tracking.MetricsWriter(files, start, log_every, rate, cluster.Watch(), 1, **options)
 
 
 def test_a_value_that_is_not_finite_is_null_and_old_lines_are_read(tmp_path):
@@ -62,6 +65,91 @@ def test_events_are_tensorboard_s_and_a_restart_hides_what_came_after(tmp_path):
     assert (restart.step, restart.session_log.status) == (5, SessionLog.START)
     assert [(v.tag, v.simple_value) for v in values.summary.value] == [("dev_ce", 1.25)]
     assert values.step == 5 and values.wall_time > 1.7e9
+
+
+class Service(ModuleType):
+    """What stands for a tracking service's library: it remembers its calls, and fails when told."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.calls, self.broken = [], False
+        self.run = SimpleNamespace(
+            define_metric=self.call("define_metric"),
+            log=self.call("log"),
+            finish=self.call("finish"),
+            info=SimpleNamespace(run_id="given-id"),
+        )
+
+    def call(self, name):
+        def called(*args, **kwargs):
+            if self.broken:
+                raise RuntimeError("no answer")
+            self.calls.append((name, args, kwargs))
+            return self.run
+
+        return called
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.call(name)
+
+
+@pytest.fixture
+def service(request, monkeypatch):
+    library = Service(request.param)
+    monkeypatch.setitem(sys.modules, request.param, library)
+    return library
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"], indirect=True)
+def test_a_service_gets_what_metrics_jsonl_gets_and_a_restart_goes_on_there(service, tmp_path):
+    options = {"log_to": service.__name__, "settings": {"otreg.weight": 1.0}}
+    writer = writer_of(tmp_path, **options)
+    writer.evaluated(1, {"dev_ce": 1.5})
+    writer.skipped(2, {"loss": 2.0}, ["an-id"])
+    writer.close()
+    names = [name for name, _, _ in service.calls]
+    sent = [call for call in service.calls if call[0] in ("log", "log_metrics")]
+    if service.__name__ == "wandb":
+        assert [args for _, args, _ in sent] == [
+            ({"step": 1, "dev_ce": 1.5},),
+            ({"step": 2, "loss": 2.0},),
+        ]
+        assert service.calls[0][2]["config"] == {"otreg.weight": 1.0} and names[-1] == "finish"
+    else:
+        assert [(args, kwargs["step"]) for _, args, kwargs in sent] == [
+            (({"dev_ce": 1.5},), 1),
+            (({"loss": 2.0},), 2),
+        ]
+        assert "log_params" in names and names[-1] == "end_run"
+    first = (tmp_path / f"{service.__name__}-run.txt").read_text().strip()
+    service.calls.clear()
+    writer_of(tmp_path, start=1, **options).close()
+    started = next(kwargs for name, _, kwargs in service.calls if name in ("init", "start_run"))
+    assert first in started.values() and "log_params" not in [name for name, _, _ in service.calls]
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"], indirect=True)
+def test_a_service_that_does_not_answer_is_one_warning(service, tmp_path, caplog):
+    service.broken = True
+    writer = writer_of(tmp_path, log_to=f"tensorboard,{service.__name__}")
+    for step in (1, 2, 3):
+        writer.evaluated(step, {"dev_ce": 1.5})
+    writer.close()
+    assert caplog.text.count(f"{service.__name__} does not work (no answer)") == 1
+    assert [line["step"] for line in tracking.read(rundir.of(tmp_path))] == [1, 2, 3]
+
+
+def test_writers_can_be_chosen_and_one_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    assert all(allowed.WRITERS.accepts(name) for name in (*writers.OTHERS, "", "mlflow, wandb"))
+    writer_of(tmp_path, log_to="").close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    config = tone_config("")
+    config.log_to = "tensorboard,wandb"
+    (line,) = [x for x in preflight.missing_files(config) if x.startswith("log_to")]
+    assert line == """log_to='wandb': not installed: pip install "otreg_jax[wandb]\""""
 
 
 def test_a_full_disk_neither_stops_nor_hangs_a_run(
