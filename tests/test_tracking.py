@@ -152,6 +152,15 @@ def test_writers_can_be_chosen_and_one_that_is_not_installed_is_named(tmp_path, 
     assert line == """log_to='wandb': not installed: pip install "otreg_jax[wandb]\""""
 
 
+def test_every_metric_has_its_unit_and_meaning(uninterrupted):
+    seen = set().union(*uninterrupted.values())
+    assert len(seen) > 12 and seen <= metric_names.TABLE.keys()
+    page = (structure.ROOT / "docs/metrics.md").read_text()
+    assert page == metric_names.as_markdown() + "\n", (
+        "run python -m otreg_jax.metric_names > docs/metrics.md"
+    )
+
+
 def test_a_full_disk_neither_stops_nor_hangs_a_run(
     manifest, tmp_path, uninterrupted, monkeypatch, caplog
 ):
