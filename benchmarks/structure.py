@@ -57,6 +57,7 @@ LAYERS = {
         "compiler",
         "sharding",
         "otreg",
+        "priors",
         "sinkhorn/",
         "metrics",
         "normalize",

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 NUM_DIRECTIONS = 3  # principal directions of the text vectors that center="pcs" projects out
+MIN_MASS = 0.01  # of the largest; less would make the scalings of Sinkhorn large for nothing
 
 
 class OTReg(NamedTuple):
@@ -57,7 +58,9 @@ def regularizer(
     text_mass: str = "uniform",
     center: str | Centering = "none",
     cost: str = "cosine",
+    speech_mass_BS: jax.Array | None = None,
     position_weight: float | jax.Array = 0.0,
+    prior_BST: jax.Array | None = None,
     epsilon: float | jax.Array = 0.05,
     num_iters: int = 50,
     speech_tau: float = 1.0,
@@ -80,7 +83,10 @@ def regularizer(
       center: "none"; "mean": subtract the mean text vector of the batch from both sides; "pcs":
         also project out the text's top principal directions; or a `Centering` computed elsewhere.
       cost: "cosine" (1 - cos) or "sqeuclidean" (|x - y|^2; scale `epsilon` with the embeddings).
+      speech_mass_BS: how much a speech position has to give, relative to the others of its
+        example; below MIN_MASS of the largest, nothing. By default all give the same.
       position_weight: gamma of (1); enters the plan only. May be traced (a schedule).
+      prior_BST: a further cost that enters the plan only, such as those of `priors`.
       epsilon: absolute entropic regularization, in units of the cost. May be traced.
       num_iters: Sinkhorn iterations, always all of them. Watch `marginal_error`.
       speech_tau: rho in (0, 1]: 1 keeps the speech marginal; below 1 speech positions (silence,
@@ -100,19 +106,14 @@ def regularizer(
     Raises:
       ValueError: an option is unknown, out of range, or lacks its input.
     """
-    check_options(
-        text_set=text_set,
-        text_mass=text_mass,
-        center=center,
-        cost=cost,
-        plan=plan,
-        backend=backend,
-        epsilon=epsilon,
-        num_iters=num_iters,
-        speech_tau=speech_tau,
-        token_ids_BT=token_ids_BT,
-        position_weight=position_weight,
+    choices = dict(
+        text_set=text_set, text_mass=text_mass, center=center, cost=cost, plan=plan, backend=backend
     )
+    is_even = _is_number(position_weight) and position_weight <= 0 and prior_BST is None
+    check_options(choices, epsilon, num_iters, speech_tau, token_ids_BT, is_even)
+    if speech_mass_BS is None:
+        speech_mass_BS = jnp.ones(speech_mask_BS.shape)
+    speech_mask_BS = gives_mass(speech_mass_BS, speech_mask_BS)
     nonempty_B = speech_mask_BS.any(axis=1) & text_mask_BT.any(axis=1)
     speech_mask_BS = speech_mask_BS & nonempty_B[:, None]
     text_mask_BT = text_mask_BT & nonempty_B[:, None]
@@ -132,13 +133,15 @@ def regularizer(
     if text_set == "unique":
         first_BT, count_BT = first_occurrences(token_ids_BT, text_mask_BT)
         weight_BT = jnp.where(first_BT, count_BT if text_mass == "count" else 1.0, 0.0)
-    a_BS = _normalize(speech_mask_BS.astype(jnp.float32))
+    a_BS = _normalize(jnp.where(speech_mask_BS, jax.lax.stop_gradient(speech_mass_BS), 0.0))
     b_BT = _normalize(weight_BT)
 
     cosine_BST, feature_cost_BST = pairwise_cost(speech_BSD, text_BTD, cost)
     plan_cost_BST = position_weight * position_BST
     if plan == "ot":
         plan_cost_BST = plan_cost_BST + feature_cost_BST
+    if prior_BST is not None:
+        plan_cost_BST = plan_cost_BST + prior_BST
     plan_BST = transport_plan(
         plan_cost_BST,
         a_BS,
@@ -209,6 +212,12 @@ def position_cost(speech_mask_BS: jax.Array, text_mask_BT: jax.Array) -> jax.Arr
 
     speech_BS, text_BT = relative_position(speech_mask_BS), relative_position(text_mask_BT)
     return jnp.square(speech_BS[:, :, None] - text_BT[:, None])
+
+
+def gives_mass(mass_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """bool [B, S]: valid, and of at least MIN_MASS of the example's largest mass."""
+    mass_BS = jnp.where(mask_BS, mass_BS, 0.0)
+    return (mass_BS > 0) & (mass_BS >= MIN_MASS * mass_BS.max(axis=1, keepdims=True))
 
 
 def first_occurrences(ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -386,7 +395,12 @@ def absorbed_sinkhorn(cost, a, b, weighted_sum, *, num_iters, speech_tau, speech
 
 
 def _normalize(weight_BN: jax.Array) -> jax.Array:
-    return weight_BN / jnp.maximum(weight_BN.sum(axis=1, keepdims=True), 1.0)
+    total_B1 = weight_BN.sum(axis=1, keepdims=True)
+    return weight_BN / jnp.where(total_B1 > 0, total_B1, 1.0)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float))  # a traced value cannot be looked at
 
 
 def _marginal_error(plan_BST, a_BS, b_BT, speech_tau):
@@ -414,37 +428,21 @@ CHOICES = {
 }
 
 
-def check_options(
-    *,
-    text_set,
-    text_mass,
-    center,
-    cost,
-    plan,
-    backend,
-    epsilon,
-    num_iters,
-    speech_tau,
-    token_ids_BT,
-    position_weight,
-) -> None:
+def check_options(choices, epsilon, num_iters, speech_tau, token_ids_BT, is_even) -> None:
     """Raises one ValueError that lists every argument of `regularizer` that cannot be meant."""
     problems = []
-    given = dict(
-        text_set=text_set, text_mass=text_mass, center=center, cost=cost, plan=plan, backend=backend
-    )
-    for name, value in given.items():
+    for name, value in choices.items():
         if not isinstance(value, Centering) and value not in CHOICES[name]:
             problems.append(f"{name}={value!r} is not one of {', '.join(CHOICES[name])}")
-    if isinstance(epsilon, (int, float)) and epsilon <= 0:
+    if _is_number(epsilon) and epsilon <= 0:
         problems.append(f"epsilon={epsilon} must be above 0")
     if num_iters < 1:
         problems.append(f"num_iters={num_iters} must be at least 1")
     if not 0 < speech_tau <= 1:
         problems.append(f"speech_tau={speech_tau} must be in (0, 1]")
-    if text_set == "unique" and token_ids_BT is None:
+    if choices["text_set"] == "unique" and token_ids_BT is None:
         problems.append("text_set='unique' needs token_ids_BT")
-    if plan == "position" and isinstance(position_weight, (int, float)) and position_weight <= 0:
+    if choices["plan"] == "position" and is_even:
         problems.append("plan='position' needs position_weight > 0: the plan would be uniform")
     if problems:
         raise ValueError("otreg: " + "; ".join(problems))

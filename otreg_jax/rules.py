@@ -111,6 +111,13 @@ def _position_plan(plan, weight, final):
     return ""
 
 
+@rule("otreg.after_ctc", "otreg.weight", "ctc.weight")
+def _after_ctc(after_ctc, weight, ctc_weight):
+    if after_ctc and weight and not ctc_weight:
+        return "it needs ctc.weight above 0: what CTC hears decides what remains"
+    return ""
+
+
 @rule("otreg.layer", "llm.num_layers", "llm.path")
 def _layer(layer, num_layers, path):
     return "" if path else layer_problem(layer, num_layers)

@@ -8,7 +8,7 @@ listed where the thing they choose is defined.
 import fnmatch
 from typing import Any, NamedTuple
 
-from otreg_jax import otreg, stages
+from otreg_jax import otreg, priors, stages
 from otreg_jax.allowed import (
     FLAG,
     FOLDER,
@@ -292,6 +292,25 @@ _ROWS = (
         number(0, also=(-1,)),
         "gamma at the last step (linear); -1: constant",
     ),
+    (
+        "otreg.position",
+        "square",
+        one_of(*priors.KINDS),
+        "how the prior grows with the distance from the diagonal, see otreg_jax/priors.py",
+    ),
+    (
+        "otreg.window",
+        1.0,
+        number(above=0, high=1),
+        "pairs further from the diagonal, relative to the lengths, carry nothing; 1: no window",
+    ),
+    (
+        "otreg.after_ctc",
+        False,
+        FLAG,
+        "the plan is of what CTC's collapse leaves: its blanks give up their mass, its repeats are "
+        "merged",
+    ),
     ("otreg.epsilon", OT["epsilon"], POSITIVE, "entropic regularization, in units of the cost"),
     ("otreg.num_iters", OT["num_iters"], SIZE, "Sinkhorn iterations; watch marginal_error"),
     (
@@ -317,6 +336,12 @@ _ROWS = (
         "large table cosine logits learn nothing",
     ),
     ("ctc.scale", 10.0, POSITIVE, "initial (learned) scale of its cosine logits"),
+    (
+        "kl.weight",
+        0.0,
+        WEIGHT,
+        "KL divergence from the LLM that reads the transcript to the LLM that hears it; 0: none",
+    ),
     ("infonce.weight", 0.0, WEIGHT, "contrastive loss of pooled speech and text; 0: none"),
     ("infonce.temperature", 0.1, POSITIVE, "its cosines are divided by it"),
     ("optim.learning_rate", 1e-3, POSITIVE, "at the end of the warm-up"),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 # What a stage may name beside `start` and `train`; whole sections, any of their keys.
-SECTIONS = ("ce", "ctc", "infonce", "optim", "otreg")
+SECTIONS = ("ce", "ctc", "infonce", "kl", "optim", "otreg")
 
 
 class Stage(NamedTuple):

@@ -1,7 +1,7 @@
 """The training loss and its terms."""
 
 from otreg_jax.losses.cross_entropy import cross_entropy
-from otreg_jax.losses.ctc import ctc_feasible, ctc_loss, init_ctc
+from otreg_jax.losses.ctc import ctc_collapse, ctc_feasible, ctc_loss, ctc_reading, init_ctc
 from otreg_jax.losses.infonce import infonce_loss
 from otreg_jax.losses.objective import (
     Schedules,
@@ -12,6 +12,7 @@ from otreg_jax.losses.objective import (
     make_schedules,
     transcript_cross_entropy,
 )
+from otreg_jax.losses.reading import reading_kl
 
 __all__ = [
     "Schedules",
@@ -19,11 +20,14 @@ __all__ = [
     "batch_totals",
     "count_tokens",
     "cross_entropy",
+    "ctc_collapse",
     "ctc_feasible",
     "ctc_loss",
+    "ctc_reading",
     "infonce_loss",
     "init_ctc",
     "loss_fn",
     "make_schedules",
+    "reading_kl",
     "transcript_cross_entropy",
 ]

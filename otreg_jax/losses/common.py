@@ -28,3 +28,20 @@ def inverse_norm(x: jax.Array) -> jax.Array:
 def unit(x: jax.Array) -> jax.Array:
     """Vectors [..., D] divided by their norms, float32."""
     return x.astype(jnp.float32) * inverse_norm(x)[..., None]
+
+
+def sums_in_pieces(sums, arrays, num_classes: int):
+    """sums(*arrays), a tree of scalar sums over positions, of arrays [B, T, ...]; where the logits
+    that it makes are many, a few positions at a time, once more in the backward pass. What is added
+    at the end of the arrays is zero: a mask among them leaves it out."""
+    size = positions_at_a_time(num_classes)
+    if arrays[0].shape[1] <= size:
+        return sums(*arrays)
+
+    def add(carry, piece):
+        return jax.tree.map(jnp.add, carry, jax.checkpoint(sums)(*piece)), None
+
+    cut = [pieces(x, size) for x in arrays]
+    shapes = jax.eval_shape(sums, *(x[0] for x in cut))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zero, cut)[0]

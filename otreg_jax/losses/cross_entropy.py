@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otreg_jax.losses.common import pieces, positions_at_a_time
+from otreg_jax.losses.common import sums_in_pieces
 
 
 def cross_entropy(
@@ -41,16 +41,6 @@ def cross_entropy(
         return jnp.sum(losses_Bn, where=mask_Bn), jnp.sum(correct_Bn, where=mask_Bn)
 
     vocab_size = jax.eval_shape(to_logits, hidden_BTD).shape[-1]
-    size = positions_at_a_time(vocab_size)
-    if num_predictions <= size:
-        loss, correct = sums(hidden_BTD, labels_BT, mask_BT)
-    else:
-
-        def add(carry, piece):
-            return jax.tree.map(jnp.add, carry, jax.checkpoint(sums)(*piece)), None
-
-        zero = jnp.float32(0), jnp.int32(0)
-        arrays = [pieces(x, size) for x in (hidden_BTD, labels_BT, mask_BT)]  # added: masked out
-        (loss, correct), _ = jax.lax.scan(add, zero, arrays)
+    loss, correct = sums_in_pieces(sums, [hidden_BTD, labels_BT, mask_BT], vocab_size)
     count = jnp.maximum(mask_BT.sum() if num_tokens is None else num_tokens, 1)
     return loss / count.astype(jnp.float32), correct / count

@@ -82,6 +82,52 @@ def ctc_loss(
     return loss, jnp.sum((length_B > 0) & ~fits_B)
 
 
+def ctc_reading(speech_BSD, speech_mask_BS, table_VD, ctc_params) -> tuple[jax.Array, jax.Array]:
+    """What CTC hears: at each position the most probable class, int32 [B, S], the blank being -1,
+    and the probability that it is not the blank, float32 [B, S]. No gradient flows."""
+    speech_BSD, table_VD, ctc_params = jax.lax.stop_gradient((speech_BSD, table_VD, ctc_params))
+    speech_BSD = jnp.where(speech_mask_BS[..., None], speech_BSD, 0)
+    if "classes" in ctc_params:
+        table_VD = table_VD[ctc_params["classes"]]
+    scale_BS = jnp.exp(ctc_params["log_scale"]) * inverse_norm(speech_BSD)
+    blank_BS = _dot("bsd,d->bs", speech_BSD, unit(ctc_params["blank"])) * scale_BS
+    norm_V = inverse_norm(table_VD)
+
+    def read(piece):
+        speech_BnD, scale_Bn, blank_Bn = piece
+        logits_BnV = _of_table(speech_BnD, scale_Bn, table_VD, norm_V)
+        heard_Bn = jax.nn.sigmoid(jax.nn.logsumexp(logits_BnV, axis=-1) - blank_Bn)
+        is_blank_Bn = blank_Bn >= logits_BnV.max(axis=-1)
+        return jnp.where(is_blank_Bn, -1, logits_BnV.argmax(axis=-1)), heard_Bn
+
+    size = positions_at_a_time(len(table_VD) + 1)
+    cut = [pieces(x, size) for x in (speech_BSD, scale_BS, blank_BS)]
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(len(x[0]), -1)[:, : speech_BSD.shape[1]]
+    return jax.tree.map(join, jax.lax.map(read, cut))
+
+
+def ctc_collapse(speech_BSD, speech_mask_BS, class_BS, heard_BS):
+    """Speech as CTC's collapse leaves it, for a plan between what remains and the transcript.
+
+    Neighbours of one class (`ctc_reading`) become one position, their mean, as the collapse of
+    Graves et al. 2006 merges repeats; blanks stay apart. So as long as CTC hears blanks alone,
+    nothing is merged. Positions keep their order and their number, S; the last ones are then empty.
+
+    Returns:
+      speech [B, S, D] float32, mask [B, S], and the mass of each position, its probability of not
+      being a blank: that of a blank is next to none.
+    """
+    both_BS = speech_mask_BS[:, 1:] & speech_mask_BS[:, :-1]
+    repeats_BS = both_BS & (class_BS[:, 1:] == class_BS[:, :-1]) & (class_BS[:, 1:] >= 0)
+    segment_BS = jnp.cumsum(jnp.pad(~repeats_BS, ((0, 0), (1, 0))), axis=1)
+    total = jax.vmap(lambda x, segment: jax.ops.segment_sum(x, segment, len(segment)))
+    count_BS = total(speech_mask_BS.astype(jnp.float32), segment_BS)
+    speech_BSD = jnp.where(speech_mask_BS[..., None], speech_BSD, 0).astype(jnp.float32)
+    mass_BS = total(jnp.where(speech_mask_BS, heard_BS, 0.0), segment_BS)
+    each_BS = 1 / jnp.maximum(count_BS, 1)
+    return total(speech_BSD, segment_BS) * each_BS[..., None], count_BS > 0, mass_BS * each_BS
+
+
 def _class_of(tokens_BT, classes_C):
     """Where each token stands among the sorted classes; anywhere, if it is none of them."""
     return jnp.minimum(jnp.searchsorted(classes_C, tokens_BT), len(classes_C) - 1)

@@ -1,6 +1,6 @@
-"""The training loss: cross-entropy + lambda * OTReg + weight * CTC -> (loss, metrics).
+"""The training loss: cross-entropy + lambda * OTReg + weight * CTC + ... -> (loss, metrics).
 
-Every term is a sum divided by a global count (transcript tokens for cross-entropy and CTC,
+Every term is a sum divided by a global count (transcript tokens for cross-entropy, KL and CTC,
 utterances for OTReg), so that the value does not depend on how many devices the batch is spread
 over, nor on how many micro-batches it is cut into.
 """
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from otreg_jax import config as config_lib
-from otreg_jax import otreg, sharding
+from otreg_jax import otreg, priors, sharding
 from otreg_jax.losses.cross_entropy import cross_entropy
-from otreg_jax.losses.ctc import ctc_feasible, ctc_loss
+from otreg_jax.losses.ctc import ctc_collapse, ctc_feasible, ctc_loss, ctc_reading
 from otreg_jax.losses.infonce import infonce_loss
+from otreg_jax.losses.reading import reading_kl
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.layers import length_mask
 
@@ -103,7 +104,7 @@ def loss_fn(
     Returns:
       loss: float32 scalar. metrics: float32 scalars `loss`, and where the term is on `ce`,
       `token_accuracy`, `otreg`, `marginal_error`, `entropy`, `nearest_cosine`, `ctc`,
-      `ctc_infeasible`, `infonce`; all of them sums over utterances divided by totals.
+      `ctc_infeasible`, `infonce`, `kl`; all of them sums over utterances divided by totals.
     """
     totals = totals or Totals()
     rngs = None
@@ -111,17 +112,30 @@ def loss_fn(
         # The first row's index: micro-batches of a step draw apart, and apart from SpecAugment.
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         rngs = {"dropout": jax.random.fold_in(key, batch["index"][0])}
-    predict = config.ce.weight > 0
+    predict = config.ce.weight > 0 or config.kl.weight > 0
     layer = config.otreg.layer if config.otreg.weight or config.infonce.weight else 0
     out = slm_lib.forward(slm, params, batch, layer, rngs, predict)
     real_B = batch["index"] >= 0
     loss, metrics = jnp.float32(0), {}
-    if predict:
+    if config.ce.weight:
         ce, accuracy = transcript_cross_entropy(
             slm, params, out.hidden_BTD, batch, totals.num_tokens
         )
         loss = config.ce.weight * ce
         metrics |= {"ce": ce, "token_accuracy": accuracy}
+    if config.kl.weight:
+        read_BTD, teacher = slm_lib.read(slm, params, batch)
+        kl = reading_kl(
+            out.hidden_BTD,
+            read_BTD,
+            functools.partial(slm_lib.logits, slm, params),
+            functools.partial(slm_lib.logits, slm, teacher),
+            batch["token_length"],
+            real_B,
+            totals.num_tokens,
+        )
+        loss = loss + config.kl.weight * kl
+        metrics["kl"] = kl
 
     text_mask_BT = length_mask(batch["token_length"], batch["tokens"].shape[1]) & real_B[:, None]
     speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
@@ -130,13 +144,22 @@ def loss_fn(
         batch_sharding = None if slm.mesh is None else sharding.batch_sharding(slm.mesh)
         if totals.center is not None:
             options["center"] = totals.center
+        speech_BSD, given_BS, mass_BS = out.speech_BSD, speech_mask_BS, None
+        if config.otreg.after_ctc:
+            table_VD = params["llm"]["embed"]["embedding"]
+            heard = ctc_reading(out.adapted_BSD, speech_mask_BS, table_VD, params["ctc"])
+            speech_BSD, given_BS, mass_BS = ctc_collapse(speech_BSD, speech_mask_BS, *heard)
+            given_BS = otreg.gives_mass(mass_BS, given_BS)
+        weight = schedules.position_weight(step)
+        c = config.otreg
+        options |= priors.arguments(c.position, weight, c.window, c.epsilon, given_BS, text_mask_BT)
         ot = otreg.regularizer(
-            out.speech_BSD,
+            speech_BSD,
             out.text_BTD,
-            speech_mask_BS,
+            given_BS,
             text_mask_BT,
             token_ids_BT=batch["tokens"],
-            position_weight=schedules.position_weight(step),
+            speech_mass_BS=mass_BS,
             num_examples=totals.num_examples,
             batch_sharding=batch_sharding,
             **options,

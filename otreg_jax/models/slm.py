@@ -173,6 +173,17 @@ def forward(slm: SLM, params, batch, layer: int = 0, rngs=None, predict: bool = 
     return Outputs(hidden_BTD, speech_BSD, text_BTD, speech_length_B, adapted_BSD)
 
 
+def read(slm: SLM, params, batch) -> tuple[jax.Array, dict]:
+    """The transcript read by the LLM, without LoRA and without gradient, in the place of the speech
+    that `forward` has there: states [B, T + 1, D] that predict the transcript as `hidden_BTD` does,
+    and the parameters that `logits` turns them into logits with."""
+    params = {"llm": jax.lax.stop_gradient(lora.strip(params["llm"]))}
+    text_BTD = embed(slm, params, batch["tokens"])
+    x_BLD, start_B = assemble(slm, params, text_BTD, batch["token_length"], text_BTD)
+    hidden_BLD, _ = slm.llm.apply({"params": params["llm"]}, x_BLD, method="hidden")
+    return predicting(hidden_BLD, start_B, batch["tokens"].shape[1] + 1), params
+
+
 def text_embeddings(slm: SLM, params, tokens_BT: jax.Array, layer: int = 0) -> jax.Array:
     """What OTReg draws speech to [B, T, D]: for layer 0 rows of the embedding table; for layer k
     the transcript alone through the LLM's first k layers, without LoRA and without gradient: a
