@@ -1,0 +1,293 @@
+"""The study on real parts: what aligning first, by which loss, is worth on human speech.
+
+    python -m benchmarks.study_real --encoder=whisper-base --llm=smollm2-135m \\
+        --corpora=read=DIR1,talk=DIR2 --size=cpu            # all that is missing
+    python -m benchmarks.study_real ... read,ctc+otreg0/ce,1   # these runs only
+    python -m benchmarks.study_real ... --minutes=30        # starts no run after so long
+    python -m benchmarks.study_real --report                # docs/study.md, nothing trained
+
+A run "world,align/sft,seed" trains configs/laptop.py on a world (a corpus, or "all"): first the
+adapter by the losses `align` ("none": not at all), then adapter and LoRA by the losses `sft`. A
+corpus is a folder with train.jsonl, dev.jsonl and test.jsonl. Every run is tested on all corpora
+and on --tests=name=manifest,...: other languages, or noise added to the same recordings.
+
+A run is one JSON line of benchmarks/results/study_real.jsonl; what has its line is not run again,
+and an interrupted run goes on where it was. What the frozen encoder gives is computed once a
+corpus, into --folder.
+"""
+
+import argparse
+import json
+import runpy
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import tqdm
+
+from benchmarks import common, laptop, study, study_real_report
+from benchmarks.study_questions import ROOT, read_results
+from benchmarks.study_real_report import QUESTIONS, RESULTS
+from otreg_jax import (
+    alignment,
+    build,
+    command,
+    decoding,
+    evaluate,
+    metrics,
+    recognition,
+    rundir,
+    tracking,
+)
+from otreg_jax.data import sets
+
+LAYER = 0  # where the gap between speech and text of every run is measured
+FADING = {"position_weight": 3.0, "position_weight_final": 0.0}
+# What losses can be named; a stage takes several, joined by "+".
+LOSSES = {
+    "none": {},
+    "ce": {"ce": {"weight": 1.0}},
+    "ctc": {"ctc": {"weight": 1.0}},
+    "otreg0": {"otreg": {"weight": 1.0, **FADING}},
+    "otreg1": {"otreg": {"weight": 1.0, "layer": 1, **FADING}},
+    "otreg4": {"otreg": {"weight": 1.0, "layer": 4, **FADING}},
+    # The weights that Le et al. 2023 (arXiv 2301.11716) publish for OT beside CTC.
+    "faint0": {"otreg": {"weight": 0.1, "position_weight": 1.0, "position_weight_final": -1.0}},
+    "position0": {
+        "otreg": {
+            "weight": 1.0,
+            "plan": "position",
+            "position_weight": 3.0,
+            "position_weight_final": -1.0,
+        }
+    },
+    "collapsed0": {"otreg": {"weight": 1.0, "after_ctc": True, **FADING}},
+    "window0": {"otreg": {"weight": 1.0, "window": 0.2, **FADING}},
+    "gaussian0": {
+        "otreg": {
+            "weight": 1.0,
+            "position": "gaussian",
+            "position_weight": 0.005,
+            "position_weight_final": 0.0,
+        }
+    },
+    "kl": {"kl": {"weight": 1.0}},
+}
+
+
+class Size(NamedTuple):
+    """How long a run is.
+
+    align, sft: steps. batch: utterances a step. tested: utterances of each test set, at most.
+    watched: utterances of each dev set, at most, that the course of the errors is measured on,
+    `every` so many steps of the second stage.
+    """
+
+    align: int
+    sft: int
+    batch: int
+    tested: int
+    watched: int
+    every: int
+
+
+SIZES = {
+    "cpu": Size(align=400, sft=200, batch=8, tested=100, watched=24, every=50),
+    "gpu": Size(align=800, sft=400, batch=16, tested=1000, watched=48, every=50),
+}
+
+
+def losses_of(names: str) -> dict:
+    """The sections of a stage that the losses "ctc+otreg0" ask for, all others being off.
+
+    Raises:
+      ValueError: a name is unknown.
+    """
+    chosen = names.split("+")
+    if unknown := [name for name in chosen if name not in LOSSES]:
+        raise ValueError(f"no such losses: {', '.join(unknown)}; there are {', '.join(LOSSES)}")
+    sections = {name: {"weight": 0.0} for name in ("ce", "ctc", "kl", "otreg")}
+    for name in chosen:
+        sections |= LOSSES[name]
+    if sum(len(LOSSES[name]) for name in chosen) != sum(s["weight"] > 0 for s in sections.values()):
+        raise ValueError(f"{names}: two of these are one loss with different settings")
+    return sections
+
+
+def configure(name: str, size: Size, folder: Path, manifests: dict, changes: dict):
+    """configs/laptop.py for the run "world,align/sft,seed".
+
+    manifests: {corpus: {"train": path, "dev": path, "test": path}}. changes: {key: value}, the
+      directories of encoder and LLM among them.
+
+    Raises:
+      ValueError: the name means nothing.
+    """
+    world, arm, seed = name.split(",")
+    align, _, sft = arm.partition("/")
+    if world not in (*manifests, "all"):
+        raise ValueError(f"{name}: no world {world!r}, there are {', '.join(manifests)} and all")
+    recipe = runpy.run_path(str(ROOT / "configs" / "laptop.py"))
+    config = recipe["get_config"]("ce")
+    config.seed, config.batch_size = int(seed), size.batch
+    config.data.cache = str(folder / "cache")
+    chosen = manifests.values() if world == "all" else [manifests[world]]
+    config.data.train = ",".join(str(split["train"]) for split in chosen)
+    # All checkpoints are kept: the course of the errors is measured on them afterwards.
+    config.num_steps = size.align + size.sft
+    config.checkpoint_every = config.keep_every = size.every
+    config.update_from_flattened_dict(changes)
+    second = {"start": size.align, **losses_of(sft)}
+    if align == "none":  # as many steps, all of them through the LLM
+        config.stages = {"sft": second | {"start": 0}}
+        config.checkpoint_every = config.keep_every = 2 * size.every
+        return config
+    first = {"start": 0, "optim": {"learning_rate": 2e-3}, "train": "^(adapter|ctc)/"}
+    config.stages = {"align": first | losses_of(align), "sft": second}
+    return config
+
+
+def seconds_per_step(lines: list[dict], first: int, last: int) -> float | None:
+    """Of the fastest stretch between two steps: the machine may be busy with other things."""
+    speeds = [
+        x["steps_per_sec"] for x in lines if first < x["step"] <= last and "steps_per_sec" in x
+    ]
+    return round(1 / max(speeds), 4) if speeds and max(speeds) > 0 else None
+
+
+def measure(workdir: Path, step: int, utterances: sets.Sets) -> dict:
+    """Errors of a checkpoint on every set, and how near speech and text are at LAYER."""
+    trained = build.load_run(workdir, str(step))
+    longest = max(len(trained.tokenizer.encode(u.text)) for us in utterances.values() for u in us)
+    decode = decoding.Settings(max_tokens=5 * longest // 4 + 8)
+    files = rundir.of(workdir)
+    asked = {"step": step, "ids": [u.id for found in utterances.values() for u in found]}
+    with recognition.Partial(files.partial, asked) as partial:
+        rows, samples = recognition.decode_sets(
+            trained, utterances, decode, LAYER, 24, files.eval_skipped, f"step {step}", partial
+        )
+    gaps = alignment.measure(samples)
+    found = {}
+    for name, score in evaluate.score_rows(rows, []).items():
+        mine = [row for row in rows if row["set"] == name]
+        column = lambda key, mine=mine: [row[key] for row in mine]
+        words, _ = metrics.normalized_counts(
+            column("reference"), column("hypothesis"), column("lang")
+        )
+        found[name] = {
+            "wer": score["wer"],
+            "cer": score["cer"],
+            "errors": words.errors.tolist(),
+            "lengths": words.lengths.tolist(),
+            "gap": gaps[name]["figures"],
+            "first": [[row["reference"], row["hypothesis"]] for row in mine[:3]],
+        }
+    return found
+
+
+def workdir_of(name: str, size_name: str, folder: Path) -> Path:
+    return folder / size_name / name.replace("/", "_").replace(",", "-")
+
+
+def run(name: str, size_name: str, config, tests: str, dev: str, folder: Path) -> dict:
+    """Trains and tests a configuration; its line of the results.
+
+    tests, dev: "name=manifest,...".
+    """
+    size = SIZES[size_name]
+    workdir = workdir_of(name, size_name, folder)
+    study.train_whole(config, workdir)
+    lines = tracking.read(rundir.of(workdir))
+    world, arm, seed = name.split(",")
+    align = 0 if "align" not in config.stages else config.stages.sft.start
+    speed = {
+        "align": seconds_per_step(lines, 0, align),
+        "sft": seconds_per_step(lines, align, config.num_steps),
+    }
+    minutes = lambda step: (
+        (min(step, align) * (speed["align"] or 0) + max(step - align, 0) * (speed["sft"] or 0)) / 60
+    )
+
+    def course(step: int) -> dict:
+        found = measure(workdir, step, watched)
+        keep = ("wer", "gap")
+        shown = {name: {key: row[key] for key in keep} for name, row in found.items()}
+        return {"step": step, "minutes": round(minutes(step), 3), "sets": shown}
+
+    load = lambda manifests, count: {
+        name: found[:count] for name, found in sets.load_eval(config, workdir, manifests)[0].items()
+    }
+    watched, tested = load(dev, size.watched), load(tests, size.tested)
+    began = time.perf_counter()
+    steps = [step for step in rundir.checkpoint_steps(rundir.of(workdir)) if step >= align]
+    courses = [course(step) for step in sorted(steps)]
+    return {
+        "run": name,
+        "size": size_name,
+        "world": world,
+        "arm": arm,
+        "seed": int(seed),
+        "steps": [align, config.num_steps - align],
+        "seconds_per_step": speed,
+        "minutes": round(minutes(config.num_steps), 3),
+        "sets": measure(workdir, config.num_steps, tested),
+        "course": courses,
+        "test_seconds": round(time.perf_counter() - began, 1),
+        "machine": common.describe_machine("flax"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", help="world,align/sft,seed; default: all of --size")
+    parser.add_argument("--encoder", help="directory of a Whisper model")
+    parser.add_argument("--llm", help="directory of a language model")
+    parser.add_argument("--corpora", help="name=folder,... with {train,dev,test}.jsonl")
+    parser.add_argument("--tests", default="", help="name=manifest,...: further test sets")
+    parser.add_argument("--lang", default="en", help='lines of this language only; "": all')
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="settings")
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "study_real")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after it")
+    parser.add_argument("--report", action="store_true", help="write docs/study.md only")
+    args = parser.parse_args()
+    if not args.report:
+        if not (args.encoder and args.llm and args.corpora):
+            sys.exit("study_real: --encoder, --llm and --corpora are needed to train")
+        command.quiet_and_cached()
+        make_runs(args)
+    study_real_report.write_page(read_results(RESULTS))
+
+
+def make_runs(args) -> None:
+    """Makes the runs that are asked for and have no line yet."""
+    began = time.monotonic()
+    found = laptop.manifests(laptop.corpora(args.corpora), args.lang, args.folder)
+    named = lambda split: ",".join(f"{name}={paths[split]}" for name, paths in found.items())
+    tests = ",".join(filter(None, [named("test"), args.tests]))
+    asked = args.runs or [name for q in QUESTIONS for name in q.runs(args.size)]
+    known = {(line["run"], line["size"]) for line in read_results(RESULTS)}
+    missing = [name for name in dict.fromkeys(asked) if (name, args.size) not in known]
+    changes = {"encoder.path": args.encoder, "llm.path": args.llm}
+    for change in args.set:
+        key, _, value = change.partition("=")
+        changes[key] = json.loads(value)
+    size = SIZES[args.size]
+    configs = {name: configure(name, size, args.folder, found, changes) for name in missing}
+    for name in tqdm.tqdm(missing, desc="study", unit="run"):
+        if time.monotonic() - began > 60 * args.minutes:
+            print(f"--minutes={args.minutes:g} are over: {name} and what follows is left for later")
+            return
+        line = run(name, args.size, configs[name], tests, named("dev"), args.folder)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        # What it kept is large: a checkpoint every few steps.
+        shutil.rmtree(workdir_of(name, args.size, args.folder))
+
+
+if __name__ == "__main__":
+    main()

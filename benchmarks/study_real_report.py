@@ -1,0 +1,297 @@
+"""What the study on real parts asks, and its report: all figures from the lines of its runs."""
+
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.study_questions import ROOT
+from benchmarks.study_report import cell, compare, spread
+from benchmarks.tables import markdown
+
+RESULTS = ROOT / "benchmarks" / "results" / "study_real.jsonl"
+PAGE = ROOT / "docs" / "study.md"
+BEGIN, END = "<!-- python -m benchmarks.study_real --report -->", "<!-- end of real parts -->"
+LEVELS = (0.8, 0.6, 0.5, 0.4, 0.3)  # error rates whose price is asked for
+GAPS = (
+    "retrieval_accuracy",
+    "monotonicity",
+    "centroid_distance",
+    "nearest_cosine",
+    "transport_cost",
+)
+RUNAWAY = 1.2  # errors a word: the output runs away
+ENOUGH = 5  # runs below which no correlation is shown
+
+
+class Question(NamedTuple):
+    """Arms compared in some worlds; seeds: {size: how many, from 1 on}."""
+
+    title: str
+    worlds: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: dict[str, int]
+
+    def runs(self, size: str) -> list[str]:
+        """The most telling first: all arms of a seed before the next."""
+        return [
+            f"{world},{arm},{seed + 1}"
+            for seed in range(self.seeds[size])
+            for world in self.worlds
+            for arm in self.arms
+        ]
+
+
+MAIN = ("none/ce", "ctc/ce", "ctc+otreg0/ce", "otreg0/ce", "ctc+position0/ce")
+FORMS = (
+    "ctc+otreg1/ce",
+    "otreg1/ce",
+    "ctc+faint0/ce",
+    "ctc+collapsed0/ce",
+    "ctc+window0/ce",
+    "ctc+gaussian0/ce",
+    "ctc+otreg0/ce+otreg1",
+    "ctc/ce+ctc",
+    "none/ce+otreg1",
+    "none/ce+ctc",
+    "kl/ce",
+    "ctc+otreg0/ce+kl",
+    "position0/ce",
+)
+# In the order they are run.
+QUESTIONS = (
+    Question("What aligning first is worth", ("read",), MAIN, {"cpu": 1, "gpu": 5}),
+    Question("Which form of OTReg", ("read",), FORMS, {"cpu": 1, "gpu": 5}),
+    Question("Other worlds", ("talk", "all"), MAIN, {"cpu": 1, "gpu": 5}),
+    Question("Seeds", ("read", "talk"), MAIN, {"cpu": 3, "gpu": 5}),
+    Question("Forms in other worlds", ("talk", "all"), FORMS, {"cpu": 0, "gpu": 5}),
+)
+# (arm, reference): the differences that answer a question.
+PAIRS = (
+    ("ctc/ce", "none/ce"),
+    ("otreg0/ce", "none/ce"),
+    ("ctc+otreg0/ce", "none/ce"),
+    ("otreg0/ce", "ctc/ce"),
+    ("otreg0/ce", "position0/ce"),
+    ("ctc+otreg0/ce", "ctc/ce"),
+    ("ctc+otreg0/ce", "ctc+position0/ce"),
+    *((arm, "ctc/ce") for arm in FORMS if arm.startswith("ctc")),
+    ("none/ce+otreg1", "none/ce"),
+    ("none/ce+ctc", "none/ce"),
+    ("kl/ce", "none/ce"),
+    ("kl/ce", "ctc/ce"),
+)
+
+
+def kinds(line: dict) -> dict[str, tuple[str, ...]]:
+    """Its test sets by kind of shift: trained on, and not."""
+    seen = tuple(name for name in line["sets"] if line["world"] in (name, "all"))
+    # Of a world of all corpora, sets beyond the corpora have no dev set.
+    if line["world"] == "all":
+        seen = tuple(name for name in seen if name in line["course"][-1]["sets"])
+    found = {"in-domain": seen, "unseen": tuple(n for n in line["sets"] if n not in seen)}
+    return {kind: names for kind, names in found.items() if names}
+
+
+def pooled(line: dict, names) -> dict:
+    """The line with these sets as one, "pool"."""
+    join = lambda key: [x for name in names for x in line["sets"][name][key]]
+    return {"sets": {"pool": {"errors": join("errors"), "lengths": join("lengths")}}}
+
+
+def error_rate(line: dict, names) -> float:
+    """Percent, pooled over sets."""
+    pool = pooled(line, names)["sets"]["pool"]
+    return 100 * sum(pool["errors"]) / sum(pool["lengths"])
+
+
+def runaway(line: dict) -> float:
+    """Percent of all test utterances whose output has over RUNAWAY errors a word."""
+    pool = pooled(line, line["sets"])["sets"]["pool"]
+    return 100 * float(np.mean(np.array(pool["errors"]) > RUNAWAY * np.array(pool["lengths"])))
+
+
+def by_arm(lines: list[dict]) -> dict[str, dict[int, dict]]:
+    """arm -> seed -> its line, in the order of the questions."""
+    order = dict.fromkeys(arm for question in QUESTIONS for arm in question.arms)
+    found = {arm: {x["seed"]: x for x in lines if x["arm"] == arm} for arm in order}
+    others = {x["arm"] for x in lines} - order.keys()
+    found |= {arm: {x["seed"]: x for x in lines if x["arm"] == arm} for arm in sorted(others)}
+    return {arm: seeds for arm, seeds in found.items() if seeds}
+
+
+def watched(line: dict, point: dict) -> float:
+    """The error rate of a point of the course: on dev sets not trained on, if there are any."""
+    rates = point["sets"]
+    names = [name for name in rates if line["world"] not in (name, "all")] or list(rates)
+    return statistics.fmean(rates[name]["wer"] for name in names)
+
+
+def reached(line: dict, level: float) -> tuple[int, float] | None:
+    """(step, minutes) of the first point of the course at or below a level; None: never."""
+    for point in line["course"]:
+        if watched(line, point) <= level:
+            return point["step"], point["minutes"]
+    return None
+
+
+def at_minutes(line: dict, minutes: float) -> float | None:
+    """The error rate of the course so late, between the points on a straight line; None before the
+    first and after the last."""
+    times = [point["minutes"] for point in line["course"]]
+    if not times or not times[0] <= minutes <= times[-1] + 1e-9:
+        return None
+    return float(np.interp(minutes, times, [watched(line, point) for point in line["course"]]))
+
+
+def error_table(arms: dict[str, dict[int, dict]]) -> str:
+    first = next(iter(next(iter(arms.values())).values()))
+    names = list(first["sets"])
+    header = ["align / SFT", "seeds", *names, "runaway", "minutes"]
+    rows = []
+    for arm, seeds in arms.items():
+        lines = list(seeds.values())
+        cells = [spread(error_rate(line, (name,)) for line in lines) for name in names]
+        cells += [spread(map(runaway, lines)), spread(line["minutes"] for line in lines)]
+        rows.append([arm, str(len(lines)), *cells])
+    return markdown(header, rows)
+
+
+def difference_table(arms) -> str:
+    """Points of WER, the paired interval over seeds and utterances, and the change of the rate."""
+    shifts = kinds(next(iter(next(iter(arms.values())).values())))
+    rows = []
+    for arm, reference in dict.fromkeys(PAIRS):
+        if arm not in arms or reference not in arms:
+            continue
+        cells = []
+        for names in shifts.values():
+            pool = lambda name, names=names: {s: pooled(x, names) for s, x in arms[name].items()}
+            difference = compare(pool(arm), pool(reference), ("pool",))
+            seeds = arms[arm].keys() & arms[reference].keys()
+            before = [error_rate(arms[reference][seed], names) for seed in seeds]
+            relative = difference and 100 * difference.mean / statistics.fmean(before)
+            cells.append(cell_of(difference) + (f" ({relative:+.0f} %)" if difference else ""))
+        rows.append([f"{arm} − {reference}", *cells])
+    return markdown(["points of WER", *shifts], rows) if rows else ""
+
+
+def cell_of(difference) -> str:
+    """Of one seed too with its interval, which is then over utterances alone."""
+    if difference is None or difference.seeds > 1:
+        return cell(difference)
+    return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}] 1 seed"
+
+
+def price_table(arms) -> str:
+    """Steps and minutes until the course is at an error rate, the median over seeds."""
+    lines = [line for seeds in arms.values() for line in seeds.values()]
+    shared = min(line["minutes"] for line in lines)
+    header = ["align / SFT", *(f"{100 * x:.0f} %" for x in LEVELS), f"WER at {shared:.1f} min"]
+    rows = []
+    for arm, seeds in arms.items():
+        cells = []
+        for level in LEVELS:
+            found = [reached(line, level) for line in seeds.values()]
+            if None in found:
+                cells.append("–")
+            else:
+                step, minutes = (statistics.median(x) for x in zip(*found, strict=True))
+                cells.append(f"{step:.0f} ({minutes:.1f})")
+        rates = [x for line in seeds.values() if (x := at_minutes(line, shared)) is not None]
+        cells.append(spread(100 * x for x in rates) if rates else "–")
+        rows.append([arm, *cells])
+    return markdown(header, rows)
+
+
+def correlation_table(lines: list[dict]) -> str:
+    """Spearman's rank correlation, over runs, of each gap measure with the WER on unseen tests:
+    measured when SFT begins, and at the end."""
+    lines = [x for x in lines if x["course"] and "unseen" in kinds(x) and x["steps"][0]]
+    if len(lines) < ENOUGH:
+        return ""
+    rates = [error_rate(x, kinds(x)["unseen"]) for x in lines]
+    rows = []
+    for gap in GAPS:
+        cells = []
+        for point in (0, -1):
+            value = lambda x, p=point, g=gap: statistics.fmean(
+                found["gap"][g] for found in x["course"][p]["sets"].values()
+            )
+            cells.append(f"{rank_correlation([value(x) for x in lines], rates):+.2f}")
+        rows.append([gap, *cells])
+    return markdown(["gap measure", "when SFT begins", "at the end"], rows)
+
+
+def rank_correlation(x, y) -> float:
+    """Spearman's; equal values share the mean of their ranks. 0 where one side does not vary."""
+    ranks = []
+    for values in (np.asarray(x), np.asarray(y)):
+        below = (values[:, None] > values).sum(axis=1)
+        equal = (values[:, None] == values).sum(axis=1)
+        ranks.append(below + (equal - 1) / 2)
+    if min(np.ptp(r) for r in ranks) == 0:
+        return 0.0
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def figure(worlds: dict[str, dict], path: Path) -> None:
+    """A panel a world: the course of the errors against minutes, a line a run."""
+    fig = Figure(figsize=(5 * len(worlds), 4), layout="constrained")
+    for ax, (world, arms) in zip(
+        fig.subplots(1, len(worlds), squeeze=False)[0], worlds.items(), strict=True
+    ):
+        for i, (arm, seeds) in enumerate(arms.items()):
+            for k, line in enumerate(seeds.values()):
+                course = [(p["minutes"], 100 * min(watched(line, p), 1.5)) for p in line["course"]]
+                label = None if k else arm
+                style = "-o" if i < 10 else "--s"
+                ax.plot(*zip(*course, strict=True), style, color=f"C{i % 10}", label=label, ms=3)
+        ax.set(title=f"trained on {world}", xlabel="minutes, compilation left out", ylim=(0, 150))
+        ax.grid(alpha=0.3)
+    fig.axes[0].set_ylabel("WER (%) on dev sets not trained on")
+    fig.axes[-1].legend(fontsize="x-small")
+    fig.savefig(path, dpi=90)
+
+
+def report(results: list[dict], folder: Path) -> str:
+    """The generated part of docs/study.md; its figure goes to `folder`."""
+    parts = []
+    for size in dict.fromkeys(line["size"] for line in results):
+        lines = [line for line in results if line["size"] == size]
+        names = list(dict.fromkeys(line["world"] for line in lines))
+        worlds = {world: by_arm([x for x in lines if x["world"] == world]) for world in names}
+        figure(worlds, folder / f"study-real-{size}.png")
+        asked = {name for question in QUESTIONS for name in question.runs(size)}
+        missing = len(asked - {line["run"] for line in lines})
+        minutes = sum(line["minutes"] + line["test_seconds"] / 60 for line in lines)
+        machine = lines[-1]["machine"]
+        parts += [
+            f"### `--size={size}`",
+            f"{len(lines)} runs, {minutes / 60:.1f} hours; {missing} of {len(asked)} were not made."
+            f" {machine['device']}, {machine['cores']} cores, jax {machine['versions']['jax']}.",
+            f"![the course of the errors](study-real-{size}.png)",
+        ]
+        for world, arms in worlds.items():
+            parts += [
+                f"#### Trained on {world}",
+                error_table(arms),
+                difference_table(arms),
+                "Steps (minutes) until the dev sets that were not trained on are at this WER:",
+                price_table(arms),
+            ]
+            if table := correlation_table([x for s in arms.values() for x in s.values()]):
+                parts += ["Does the gap between speech and text foretell WER? Over runs:", table]
+    return "\n\n".join(part for part in parts if part) if parts else "Not run yet."
+
+
+def with_generated(page: str, generated: str) -> str:
+    """The page with what stands between its two marks replaced."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.partition(END)[2]}"
+
+
+def write_page(results: list[dict]) -> None:
+    PAGE.write_text(with_generated(PAGE.read_text(), report(results, PAGE.parent)))

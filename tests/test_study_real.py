@@ -1,0 +1,151 @@
+"""The study on real parts: its arms, its report on made-up results, and one run on tiny parts."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+from toy_run import write_tones
+
+from benchmarks import study_real, study_real_report
+from otreg_jax import config as config_lib
+
+TINY = {
+    "encoder.path": "",
+    "llm.path": "",
+    "llm.num_layers": 5,
+    "prompt": "{speech}\n",
+    "tokenizer.model_type": "word",
+    "data.num_mels": 16,
+    "encoder.embed_dim": 16,
+    "encoder.num_layers": 1,
+    "encoder.num_heads": 2,
+    "encoder.mlp_dim": 32,
+    "encoder.max_positions": 64,
+    "adapter.hidden_dim": 16,
+    "adapter.stack": 2,
+    "llm.embed_dim": 16,
+    "llm.num_heads": 2,
+    "llm.num_kv_heads": 1,
+    "llm.head_dim": 8,
+    "llm.mlp_dim": 32,
+    "lora.rank": 2,
+    "optim.warmup_steps": 1,
+    "data.num_buckets": 1,
+    "log_every": 1,
+}
+SIZE = study_real.Size(align=2, sft=2, batch=4, tested=3, watched=2, every=1)
+
+
+def corpora(folder):
+    split = dict.fromkeys(("train", "dev", "test"), folder / "train.jsonl")
+    return {"read": split, "talk": split}
+
+
+def test_every_arm_is_a_valid_configuration(tmp_path):
+    (tmp_path / "train.jsonl").write_text("")
+    names = {name for question in study_real_report.QUESTIONS for name in question.runs("gpu")}
+    arms = {name.split(",")[1]: name for name in names}
+    assert {arm for pair in study_real_report.PAIRS for arm in pair} <= arms.keys()
+    for name in arms.values():
+        config = study_real.configure(name, SIZE, tmp_path, corpora(tmp_path), TINY)
+        config_lib.check(config)
+        assert config.stages.sft.ce.weight == 1 and config.num_steps == 4
+        if "align" in config.stages:
+            assert config.stages["align"].ce.weight == 0
+    for wrong in ("books,ctc/ce,1", "read,ctx/ce,1", "read,otreg0+otreg1/ce,1"):
+        with pytest.raises(ValueError, match="no world|no such losses|two of these"):
+            study_real.configure(wrong, SIZE, tmp_path, corpora(tmp_path), TINY)
+
+
+def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, monkeypatch):
+    speech = tmp_path / "speech"
+    speech.mkdir()
+    path = write_tones(speech)
+    for split in ("dev", "test"):
+        (speech / f"{split}.jsonl").write_text(path.read_text())
+    monkeypatch.setattr(study_real, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setitem(study_real.SIZES, "cpu", SIZE)
+    changes = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
+    args = argparse.Namespace(
+        runs=["read,ctc+otreg0/ce,1"],
+        encoder="",
+        llm="",
+        corpora=f"read={speech},talk={speech}",
+        tests=f"noisy={speech / 'test.jsonl'}",
+        lang="",
+        size="cpu",
+        folder=tmp_path / "study",
+        set=changes,
+        minutes=10.0,
+    )
+    study_real.make_runs(args)
+    (line,) = study_real.read_results(study_real.RESULTS)
+    assert list(line["sets"]) == ["read", "talk", "noisy"] and line["steps"] == [2, 2]
+    assert [point["step"] for point in line["course"]] == [2, 3, 4]
+    minutes = [point["minutes"] for point in line["course"]]
+    assert minutes == sorted(minutes) and line["minutes"] == minutes[-1]
+    assert set(study_real_report.GAPS) <= line["course"][0]["sets"]["talk"]["gap"].keys()
+    assert len(line["sets"]["noisy"]["errors"]) == SIZE.tested
+    assert list((tmp_path / "study" / "cache").rglob("*.npy"))  # kept for the next run
+    study_real.make_runs(args)
+    assert len(study_real.read_results(study_real.RESULTS)) == 1
+    text = study_real_report.report([line], tmp_path)
+    assert "#### Trained on read" in text and "| ctc+otreg0/ce | 1 |" in text
+
+
+def line(arm, seed, errors, course, gap=0.5):
+    """A run that makes these errors in the five words of each test utterance."""
+    found = {"errors": list(errors), "lengths": [5] * len(errors)}
+    point = lambda step, wer: {
+        "step": step,
+        "minutes": step / 10,
+        "sets": {
+            name: {"wer": wer + (name == "read"), "gap": dict.fromkeys(study_real_report.GAPS, gap)}
+            for name in ("read", "talk")
+        },
+    }
+    return {
+        "run": f"read,{arm},{seed}",
+        "size": "cpu",
+        "world": "read",
+        "arm": arm,
+        "seed": seed,
+        "steps": [0 if arm.startswith("none") else 40, 60],
+        "minutes": course[-1][0] / 10,
+        "sets": {"read": found, "talk": found, "noisy": found},
+        "course": [point(*one) for one in course],
+        "test_seconds": 60.0,
+        "machine": {"device": "cpu", "cores": 2, "versions": {"jax": "0"}},
+    }
+
+
+def test_the_report_holds_what_the_lines_say(tmp_path):
+    ours = [(40, 0.9), (70, 0.5), (100, 0.3)]
+    theirs = [(50, 1.1), (150, 0.7)]
+    lines = [line("ctc/ce", seed, [1, 1, 1, 2], ours) for seed in (1, 2, 3)]
+    lines += [line("none/ce", seed, [3, 3, 4, 7], theirs) for seed in (1, 2, 3)]
+    text = study_real_report.report(lines, tmp_path)
+    assert "| ctc/ce | 3 | 25.0 ± 0.0 | 25.0 ± 0.0 | 25.0 ± 0.0 | 0.0 ± 0.0 | 10.0 ± 0.0 |" in text
+    assert "| none/ce | 3 | 85.0 ± 0.0 | 85.0 ± 0.0 | 85.0 ± 0.0 | 25.0 ± 0.0 |" in text
+    assert "| ctc/ce − none/ce | **-60.0 [" in text and "3/3** (-71 %)" in text
+    # Of dev sets that were not trained on: at 10 minutes none/ce is halfway from 110 to 70 %.
+    assert "| ctc/ce | 70 (7.0) | 70 (7.0) | 70 (7.0) | 100 (10.0) | 100 (10.0) | 30.0" in text
+    assert "| none/ce | 150 (15.0) | – | – | – | – | 90.0" in text
+    assert (tmp_path / "study-real-cpu.png").stat().st_size > 0
+
+
+def test_a_gap_that_foretells_errors_is_said_to():
+    many = [line("ctc/ce", i, [i] * 4, [(1, 0.5)], gap=-i) for i in range(6)]
+    assert "| monotonicity | -1.00 | -1.00 |" in study_real_report.correlation_table(many)
+    assert study_real_report.correlation_table(many[:3]) == ""
+    ranks = study_real_report.rank_correlation([1, 2, 2, 5], [10, 30, 20, 90])
+    np.testing.assert_allclose(ranks, np.corrcoef([1, 2.5, 2.5, 4], [1, 3, 2, 4])[0, 1])
+    assert study_real_report.rank_correlation([1, 1, 1], [1, 2, 3]) == 0
+
+
+def test_the_page_says_what_the_committed_results_say(tmp_path):
+    results = study_real.read_results(study_real.RESULTS)
+    page = study_real_report.PAGE.read_text()
+    generated = study_real_report.report(results, tmp_path)
+    assert study_real_report.with_generated(page, generated) == page, "run study_real --report"
