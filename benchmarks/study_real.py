@@ -53,6 +53,7 @@ LOSSES = {
     "otreg0": {"otreg": {"weight": 1.0, **FADING}},
     "otreg1": {"otreg": {"weight": 1.0, "layer": 1, **FADING}},
     "otreg4": {"otreg": {"weight": 1.0, "layer": 4, **FADING}},
+    "layers01": {"otreg": {"weight": 1.0, "layer_weights": (0.5, 0.5), **FADING}},
     # The weights that Le et al. 2023 (arXiv 2301.11716) publish for OT beside CTC.
     "faint0": {"otreg": {"weight": 0.1, "position_weight": 1.0, "position_weight_final": -1.0}},
     "position0": {
@@ -94,6 +95,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
+    "short": Size(align=300, sft=100, batch=8, tested=64, watched=16, every=50),
     "cpu": Size(align=400, sft=200, batch=8, tested=100, watched=24, every=50),
     "gpu": Size(align=800, sft=400, batch=16, tested=1000, watched=48, every=50),
 }

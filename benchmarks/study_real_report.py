@@ -35,19 +35,20 @@ class Question(NamedTuple):
     seeds: dict[str, int]
 
     def runs(self, size: str) -> list[str]:
-        """The most telling first: all arms of a seed before the next."""
+        """All arms of a seed before the next."""
         return [
             f"{world},{arm},{seed + 1}"
-            for seed in range(self.seeds[size])
+            for seed in range(self.seeds.get(size, 0))
             for world in self.worlds
             for arm in self.arms
         ]
 
 
-MAIN = ("none/ce", "ctc/ce", "ctc+otreg0/ce", "otreg0/ce", "ctc+position0/ce")
+MAIN = ("ctc/ce", "ctc+otreg0/ce", "otreg0/ce", "ctc+position0/ce", "none/ce")
 FORMS = (
     "ctc+otreg1/ce",
     "otreg1/ce",
+    "ctc+layers01/ce",
     "ctc+faint0/ce",
     "ctc+collapsed0/ce",
     "ctc+window0/ce",
@@ -62,11 +63,11 @@ FORMS = (
 )
 # In the order they are run.
 QUESTIONS = (
-    Question("What aligning first is worth", ("read",), MAIN, {"cpu": 1, "gpu": 5}),
-    Question("Which form of OTReg", ("read",), FORMS, {"cpu": 1, "gpu": 5}),
+    Question("What aligning first is worth", ("read",), MAIN, {"short": 1, "cpu": 1, "gpu": 5}),
+    Question("Which form of OTReg", ("read",), FORMS, {"short": 1, "cpu": 1, "gpu": 5}),
     Question("Other worlds", ("talk", "all"), MAIN, {"cpu": 1, "gpu": 5}),
     Question("Seeds", ("read", "talk"), MAIN, {"cpu": 3, "gpu": 5}),
-    Question("Forms in other worlds", ("talk", "all"), FORMS, {"cpu": 0, "gpu": 5}),
+    Question("Forms in other worlds", ("talk", "all"), FORMS, {"gpu": 5}),
 )
 # (arm, reference): the differences that answer a question.
 PAIRS = (

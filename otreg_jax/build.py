@@ -134,9 +134,10 @@ def text_target(trained, config) -> dict:
     does without: it measures alignment to the LLM as it has become.
     """
     layers = [
-        stage.config.otreg.layer
+        layer
         for stage in stages.stages_of(config)
         if stage.config.otreg.weight or stage.config.infonce.weight
+        for layer in (stage.config.otreg.layer, *config_lib.target_layers(stage.config))
     ]
     if not layers or not (config.llm.path or config.llm.pretrain.num_steps):
         return {}

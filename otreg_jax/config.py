@@ -138,6 +138,12 @@ def otreg_options(config: ConfigDict) -> dict:
     return {name: config.otreg[name] for name in names}
 
 
+def target_layers(config: ConfigDict) -> dict[int, float]:
+    """{layer: its share of OTReg's loss}, of `otreg.layer_weights` if that is given."""
+    shares = enumerate(config.otreg.layer_weights or ())
+    return {layer: share for layer, share in shares if share} or {config.otreg.layer: 1.0}
+
+
 def profile_window(config: ConfigDict) -> tuple[int, int]:
     """The first step of `profile` and the one after its last; (-1, -1) if there is none."""
     return rules.profile_window(config.profile)

@@ -108,7 +108,11 @@ def check_model(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> No
     without_lora = config.copy_and_resolve_references()
     without_lora.lora.pattern = ""
     params = jax.eval_shape(lambda: build.init_params(slm, without_lora))
-    layers = {stage.config.otreg.layer for stage in stages.stages_of(config)}
+    layers = {
+        layer
+        for stage in stages.stages_of(config)
+        for layer in (stage.config.otreg.layer, *config_lib.target_layers(stage.config))
+    }
     wrong = {layer: rules.layer_problem(layer, slm.llm.config.num_layers) for layer in layers}
     lines = [f"otreg.layer={layer}: {problem}" for layer, problem in wrong.items() if problem]
     config_lib.raise_problems(lines + pattern_problems(config, params))

@@ -111,6 +111,13 @@ def _position_plan(plan, weight, final):
     return ""
 
 
+@rule("otreg.layer_weights", "otreg.layer")
+def _layer_weights(weights, layer):
+    if weights and (len(weights) <= layer or not weights[layer]):
+        return "otreg.layer, the one that is measured, must be one of those with a weight"
+    return ""
+
+
 @rule("otreg.after_ctc", "otreg.weight", "ctc.weight")
 def _after_ctc(after_ctc, weight, ctc_weight):
     if after_ctc and weight and not ctc_weight:

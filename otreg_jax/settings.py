@@ -270,6 +270,12 @@ _ROWS = (
         COUNT,
         "0: input embeddings; k: hidden states after k LLM layers, all but the last",
     ),
+    (
+        "otreg.layer_weights",
+        (),
+        series(WEIGHT),
+        "the loss is the sum of those of layers 0, 1, … times these; (): that of otreg.layer",
+    ),
     # The paper's reading. `otreg.regularizer` cannot start from it: it needs the token ids.
     ("otreg.text_set", "unique", one_of(*otreg.CHOICES["text_set"]), "tokens that take part"),
     (

@@ -232,3 +232,35 @@ def test_all_forms_at_once_have_finite_gradients():
     assert np.isfinite(value) and metrics["otreg"] > 0
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient))
     assert np.any(jax.tree.leaves(gradient["adapter"])[0])
+
+
+def test_targets_at_several_layers_add_up_with_their_weights():
+    slm, params = toy_slm()
+    batch = toy_batch()
+    each = dict(otreg__weight=2.0, otreg__center="mean", otreg__text_set="sequence")
+    changes = {
+        "0": dict(otreg__layer=0),
+        "1": dict(otreg__layer=1),
+        "both": dict(otreg__layer_weights=(0.25, 0.5)),
+        "both, and cross-entropy": dict(otreg__layer_weights=(0.25, 0.5), ce__weight=1.0),
+    }
+
+    @jax.jit
+    def compute(params):
+        found = {}
+        for name, change in changes.items():
+            config = toy_config(**{"ce__weight": 0.0} | each | change)
+            totals = losses.batch_totals(slm, params, batch, config)
+            schedules = losses.make_schedules(config)
+            found[name] = losses.loss_fn(
+                slm, params, batch, 0, config=config, schedules=schedules, totals=totals
+            )
+        return found
+
+    found = jax.device_get(compute(params))
+    of = lambda name, key="otreg": float(found[name][1][key])
+    wanted = 0.25 * of("0") + 0.5 * of("1")
+    np.testing.assert_allclose(of("both"), wanted, rtol=1e-5)
+    np.testing.assert_allclose(of("both, and cross-entropy"), wanted, rtol=1e-5)
+    np.testing.assert_allclose(found["both"][0], 2 * wanted, rtol=1e-5)
+    assert abs(of("0") - of("1")) > 1e-3

@@ -103,8 +103,8 @@ def test_sublayers_compose_to_the_whole(windowed):
         apply = jax.jit(lambda p, x: model.apply({"params": p}, x, method="hidden")[0])
         return apply(params, x_BLD)
 
-    tap = jax.jit(lambda p, x: model.apply({"params": p}, x, 1, method="hidden_and_tap"))
-    whole, tapped = tap(params, x_BLD)
+    tap = jax.jit(lambda p, x: model.apply({"params": p}, x, (1,), method="hidden_and_taps"))
+    whole, (tapped,) = tap(params, x_BLD)
     np.testing.assert_allclose(whole, hidden(model, params, x_BLD), atol=1e-5)
     for start, stop in ((0, 0), (0, 1), (1, 3)):
         x_BLD = hidden(*sublayers(model, params, start, stop), x_BLD)

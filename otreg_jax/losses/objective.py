@@ -51,13 +51,13 @@ class Totals(NamedTuple):
     """What belongs to a whole batch when only a part of its rows is at hand (accumulation).
 
     num_tokens, num_examples, num_ctc_tokens: what the sums of cross-entropy, OTReg and CTC are
-      divided by. center: what OTReg removes from its embeddings.
+      divided by. center: what OTReg removes from its embeddings, by layer.
     """
 
     num_tokens: jax.Array | None = None
     num_examples: jax.Array | None = None
     num_ctc_tokens: jax.Array | None = None
-    center: otreg.Centering | str | None = None
+    center: dict[int, otreg.Centering] | None = None
 
 
 def batch_totals(slm: slm_lib.SLM, params, batch, config) -> Totals:
@@ -66,10 +66,13 @@ def batch_totals(slm: slm_lib.SLM, params, batch, config) -> Totals:
     length_B = jnp.where(batch["index"] >= 0, batch["token_length"], 0)
     text_mask_BT = length_mask(length_B, batch["tokens"].shape[1])
     speech_length_B = slm_lib.speech_length(slm, batch["mel_length"])
-    center = c.center
-    if c.weight and center != "none":
-        text_BTD = slm_lib.text_embeddings(slm, params, batch["tokens"], c.layer)
-        center = otreg.text_centering(text_BTD, text_mask_BT, center)
+    center = None
+    if c.weight and c.center != "none":
+        embedded = lambda layer: slm_lib.text_embeddings(slm, params, batch["tokens"], layer)
+        center = {
+            layer: otreg.text_centering(embedded(layer), text_mask_BT, c.center)
+            for layer in config_lib.target_layers(config)
+        }
     fits_B = ctc_feasible(speech_length_B, batch["tokens"], text_mask_BT, params.get("ctc"))
     return Totals(
         num_tokens=count_tokens(batch),
@@ -114,7 +117,8 @@ def loss_fn(
         rngs = {"dropout": jax.random.fold_in(key, batch["index"][0])}
     predict = config.ce.weight > 0 or config.kl.weight > 0
     layer = config.otreg.layer if config.otreg.weight or config.infonce.weight else 0
-    out = slm_lib.forward(slm, params, batch, layer, rngs, predict)
+    targets = config_lib.target_layers(config) if config.otreg.weight else {}
+    out = slm_lib.forward(slm, params, batch, layer, rngs, predict, tuple(targets))
     real_B = batch["index"] >= 0
     loss, metrics = jnp.float32(0), {}
     if config.ce.weight:
@@ -140,33 +144,10 @@ def loss_fn(
     text_mask_BT = length_mask(batch["token_length"], batch["tokens"].shape[1]) & real_B[:, None]
     speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
     if config.otreg.weight:
-        options = config_lib.otreg_options(config)
-        batch_sharding = None if slm.mesh is None else sharding.batch_sharding(slm.mesh)
-        if totals.center is not None:
-            options["center"] = totals.center
-        speech_BSD, given_BS, mass_BS = out.speech_BSD, speech_mask_BS, None
-        if config.otreg.after_ctc:
-            table_VD = params["llm"]["embed"]["embedding"]
-            heard = ctc_reading(out.adapted_BSD, speech_mask_BS, table_VD, params["ctc"])
-            speech_BSD, given_BS, mass_BS = ctc_collapse(speech_BSD, speech_mask_BS, *heard)
-            given_BS = otreg.gives_mass(mass_BS, given_BS)
-        weight = schedules.position_weight(step)
-        c = config.otreg
-        options |= priors.arguments(c.position, weight, c.window, c.epsilon, given_BS, text_mask_BT)
-        ot = otreg.regularizer(
-            speech_BSD,
-            out.text_BTD,
-            given_BS,
-            text_mask_BT,
-            token_ids_BT=batch["tokens"],
-            speech_mass_BS=mass_BS,
-            num_examples=totals.num_examples,
-            batch_sharding=batch_sharding,
-            **options,
-        )
-        loss = loss + schedules.otreg_weight(step) * ot.loss
-        metrics |= {"otreg": ot.loss}
-        metrics |= {key: ot.metrics[key] for key in ("marginal_error", "entropy", "nearest_cosine")}
+        gamma = schedules.position_weight(step)
+        found = otreg_metrics(slm, params, batch, out, text_mask_BT, gamma, config, totals)
+        loss = loss + schedules.otreg_weight(step) * found["otreg"]
+        metrics |= found
     if config.ctc.weight:
         ctc, infeasible = ctc_loss(
             out.adapted_BSD,
@@ -187,6 +168,41 @@ def loss_fn(
         metrics["infonce"] = infonce
     metrics = {"loss": loss, **metrics}
     return loss, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+
+
+def otreg_metrics(slm: slm_lib.SLM, params, batch, out, text_mask_BT, gamma, config, totals):
+    """{"otreg": the loss, "marginal_error", "entropy", "nearest_cosine"}, each summed over
+    `config_lib.target_layers` times their shares; out: of `slm_lib.forward`, gamma: now."""
+    c, options = config.otreg, config_lib.otreg_options(config)
+    speech_mask_BS = length_mask(out.speech_length_B, out.adapted_BSD.shape[1])
+    heard = None
+    if c.after_ctc:
+        table_VD = params["llm"]["embed"]["embedding"]
+        heard = ctc_reading(out.adapted_BSD, speech_mask_BS, table_VD, params["ctc"])
+    found = {"otreg": 0.0, "marginal_error": 0.0, "entropy": 0.0, "nearest_cosine": 0.0}
+    for layer, share in config_lib.target_layers(config).items():
+        (speech_BSD, text_BTD), mask_BS, mass_BS = out.compared[layer], speech_mask_BS, None
+        if heard:
+            speech_BSD, mask_BS, mass_BS = ctc_collapse(speech_BSD, mask_BS, *heard)
+            mask_BS = otreg.gives_mass(mass_BS, mask_BS)
+        if totals.center is not None:
+            options["center"] = totals.center[layer]
+        prior = priors.arguments(c.position, gamma, c.window, c.epsilon, mask_BS, text_mask_BT)
+        ot = otreg.regularizer(
+            speech_BSD,
+            text_BTD,
+            mask_BS,
+            text_mask_BT,
+            token_ids_BT=batch["tokens"],
+            speech_mass_BS=mass_BS,
+            num_examples=totals.num_examples,
+            batch_sharding=None if slm.mesh is None else sharding.batch_sharding(slm.mesh),
+            **prior,
+            **options,
+        )
+        values = ot.metrics | {"otreg": ot.loss}
+        found = {key: total + share * values[key] for key, total in found.items()}
+    return found
 
 
 def transcript_cross_entropy(slm: slm_lib.SLM, params, hidden_BTD, batch, num_tokens=None):

@@ -249,7 +249,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, kind, is_tap, tables, positions_BL):
         c = self.config
-        x_BLD, tapped_BLD, cache = carry
+        x_BLD, tapped, cache = carry
 
         def norm(name: str) -> layers.RMSNorm:
             return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=name)
@@ -263,9 +263,8 @@ class Block(nn.Module):
         x_BLD = spread(x_BLD + (norm("attn_post_norm")(y) if c.post_norms else y))
         y = mlp(norm("mlp_norm")(x_BLD))
         x_BLD = spread(x_BLD + (norm("mlp_post_norm")(y) if c.post_norms else y))
-        if tapped_BLD is not None:
-            tapped_BLD = jnp.where(is_tap, x_BLD, tapped_BLD)
-        return (x_BLD, tapped_BLD, cache), None
+        tapped = tuple(jnp.where(is_tap[i], x_BLD, kept) for i, kept in enumerate(tapped))
+        return (x_BLD, tapped, cache), None
 
 
 class LLM(nn.Module):
@@ -317,30 +316,34 @@ class LLM(nn.Module):
         the sequence is a single position, it attends to the slots up to its own: prefill (a prompt
         at positions 0, 1, …), then steps of examples at different positions.
         """
-        x_BLD, _, cache = self._run(x_BLD, positions_BL, cache, tap=None)
+        x_BLD, _, cache = self._run(x_BLD, positions_BL, cache, taps=())
         return x_BLD, cache
 
-    def hidden_and_tap(self, x_BLD: jax.Array, tap: int) -> tuple[jax.Array, jax.Array]:
-        """`hidden` without a cache, and the hidden states after the first `tap` ≥ 1 layers.
+    def hidden_and_taps(
+        self, x_BLD: jax.Array, taps: tuple[int, ...]
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """`hidden` without a cache, and the hidden states after the first `tap` ≥ 1 layers, for
+        each of `taps`.
 
         The layers stay one scan: running them as two `sublayers` would copy their weights.
         """
-        if not 1 <= tap <= self.config.num_layers:
-            raise ValueError(f"layer {tap}: the LLM has layers 1 to {self.config.num_layers}")
-        return self._run(x_BLD, None, None, tap)[:2]
+        for tap in taps:
+            if not 1 <= tap <= self.config.num_layers:
+                raise ValueError(f"layer {tap}: the LLM has layers 1 to {self.config.num_layers}")
+        return self._run(x_BLD, None, None, taps)[:2]
 
-    def _run(self, x_BLD, positions_BL, cache, tap):
+    def _run(self, x_BLD, positions_BL, cache, taps):
         c = self.config
         x_BLD = x_BLD.astype(c.dtype)
         if not c.num_layers:
-            return x_BLD, None, cache
+            return x_BLD, (), cache
         L = x_BLD.shape[1]
         positions_BL = jnp.arange(L)[None] if positions_BL is None else positions_BL
         is_step = cache is not None and L == 1
         masks = _masks(c, positions_BL, cache["k"].shape[2]) if is_step else None
         tables = (*_rope_tables(c, positions_BL), masks)
-        carry = (x_BLD, None if tap is None else jnp.zeros_like(x_BLD), cache)
-        is_tap = None if tap is None else jnp.arange(1, c.num_layers + 1) == tap
+        carry = (x_BLD, tuple(jnp.zeros_like(x_BLD) for _ in taps), cache)
+        is_tap = jnp.arange(1, c.num_layers + 1)[:, None] == jnp.array(taps) if taps else None
         kinds = _layer_kinds(c)
         if self._is_for_steps():
             block = Block(c, self.mesh, parent=None)

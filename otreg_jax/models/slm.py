@@ -54,6 +54,7 @@ class Outputs(NamedTuple):
       embedding table's rows, for layer k hidden states after k layers.
     speech_length_B: int32, valid speech positions.
     adapted_BSD: the adapter's outputs, whatever the layer.
+    compared: {layer: (speech [B, S, D], text [B, T, D])} of all the layers that were asked for.
     """
 
     hidden_BTD: jax.Array | None
@@ -61,6 +62,7 @@ class Outputs(NamedTuple):
     text_BTD: jax.Array
     speech_length_B: jax.Array
     adapted_BSD: jax.Array
+    compared: dict[int, tuple[jax.Array, jax.Array]]
 
 
 def speech_embeddings(
@@ -132,7 +134,15 @@ def logits(slm: SLM, params, hidden: jax.Array) -> jax.Array:
     return slm.llm.apply({"params": params["llm"]}, hidden, method="logits")
 
 
-def forward(slm: SLM, params, batch, layer: int = 0, rngs=None, predict: bool = True) -> Outputs:
+def forward(
+    slm: SLM,
+    params,
+    batch,
+    layer: int = 0,
+    rngs=None,
+    predict: bool = True,
+    further_layers: tuple[int, ...] = (),
+) -> Outputs:
     """The teacher-forced forward pass over a batch of the data pipeline.
 
     Args:
@@ -141,7 +151,8 @@ def forward(slm: SLM, params, batch, layer: int = 0, rngs=None, predict: bool = 
       layer: where OTReg compares speech and text; see `Outputs`.
       rngs: {"dropout": key} in training with dropout.
       predict: whether the transcript's hidden states are wanted. Without them no more of the LLM
-        runs than the `layer` layers below OTReg's embeddings.
+        runs than the layers below OTReg's embeddings.
+      further_layers: beside `layer`, for `Outputs.compared`.
     """
     if "encoded" in batch:
         positions_B = speech_encoder.output_length(slm.encoder.config, batch["mel_length"])
@@ -149,28 +160,25 @@ def forward(slm: SLM, params, batch, layer: int = 0, rngs=None, predict: bool = 
     else:
         mel = batch["mel"], batch["mel_length"]
         adapted_BSD, speech_length_B = speech_embeddings(slm, params, *mel, rngs)
-    text_BTD = text_embeddings(slm, params, batch["tokens"], layer)
-    if not predict and not layer:
-        return Outputs(None, adapted_BSD, text_BTD, speech_length_B, adapted_BSD)
-
-    # Attention is causal: what follows the speech does not change its states.
-    transcript_BTD = embed(slm, params, batch["tokens"]) if predict else None
-    x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, transcript_BTD)
-    speech_BSD, hidden_BTD = adapted_BSD, None
-    if predict and layer:
-        variables = {"params": params["llm"]}
-        hidden_BLD, tapped_BLD = slm.llm.apply(variables, x_BLD, layer, method="hidden_and_tap")
-    elif predict:
-        hidden_BLD, _ = slm.llm.apply({"params": params["llm"]}, x_BLD, method="hidden")
-    else:
-        below, lower_params = sublayers(slm.llm, params["llm"], 0, layer)
-        tapped_BLD, _ = below.apply({"params": lower_params}, x_BLD, method="hidden")
-    if layer:
+    layers = sorted({layer, *further_layers})
+    text = {k: text_embeddings(slm, params, batch["tokens"], k) for k in layers}
+    speech, taps, hidden_BTD = {0: adapted_BSD}, tuple(k for k in layers if k), None
+    if predict or taps:
+        # Attention is causal: what follows the speech does not change its states.
+        transcript_BTD = embed(slm, params, batch["tokens"]) if predict else None
+        x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, transcript_BTD)
+        model, model_params = slm.llm, params["llm"]
+        if not predict:
+            model, model_params = sublayers(model, model_params, 0, taps[-1])
+        variables = {"params": model_params}
+        hidden_BLD, tapped = model.apply(variables, x_BLD, taps, method="hidden_and_taps")
         first = len(slm.prompt.prefix)
-        speech_BSD = tapped_BLD[:, first : first + adapted_BSD.shape[1]]
+        cut = lambda tapped_BLD: tapped_BLD[:, first : first + adapted_BSD.shape[1]]
+        speech |= dict(zip(taps, map(cut, tapped), strict=True))
     if predict:
         hidden_BTD = predicting(hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
-    return Outputs(hidden_BTD, speech_BSD, text_BTD, speech_length_B, adapted_BSD)
+    compared = {k: (speech[k], text[k]) for k in layers}
+    return Outputs(hidden_BTD, *compared[layer], speech_length_B, adapted_BSD, compared)
 
 
 def read(slm: SLM, params, batch) -> tuple[jax.Array, dict]:
