@@ -111,7 +111,7 @@ def check_model(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> No
     layers = {
         layer
         for stage in stages.stages_of(config)
-        for layer in (stage.config.otreg.layer, *config_lib.target_layers(stage.config))
+        for layer in (*config_lib.target_layers(stage.config), stage.config.otreg.layer)
     }
     wrong = {layer: rules.layer_problem(layer, slm.llm.config.num_layers) for layer in layers}
     lines = [f"otreg.layer={layer}: {problem}" for layer, problem in wrong.items() if problem]

@@ -111,10 +111,12 @@ def _position_plan(plan, weight, final):
     return ""
 
 
-@rule("otreg.layer_weights", "otreg.layer")
-def _layer_weights(weights, layer):
+@rule("otreg.layer_weights", "otreg.layer", "llm.num_layers", "llm.path")
+def _layer_weights(weights, layer, num_layers, path):
     if weights and (len(weights) <= layer or not weights[layer]):
         return "otreg.layer, the one that is measured, must be one of those with a weight"
+    if len(weights) > num_layers and not path:
+        return f"at most {num_layers}: of the embeddings and of all layers but the last"
     return ""
 
 

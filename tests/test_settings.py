@@ -128,6 +128,10 @@ IMPOSSIBLE = [
     {"llm.path": "some/model"},  # a hub id without a revision
     {"prompt": "no speech"},
     {"otreg.layer": 2},
+    {"otreg.layer_weights": (0.5,), "otreg.layer": 1},
+    {"otreg.layer_weights": (0.5, 0.0, 0.5)},
+    {"otreg.window": 0.0},
+    {"otreg.after_ctc": True, "otreg.weight": 1.0},
     {"adapter.kind": "conformer", "adapter.hidden_dim": 100},
     {"optim.restart_step": 990},  # leaves less than the warm-up
     {"otreg.plan": "position"},

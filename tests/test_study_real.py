@@ -34,7 +34,7 @@ TINY = {
     "data.num_buckets": 1,
     "log_every": 1,
 }
-SIZE = study_real.Size(align=2, sft=2, batch=4, tested=3, watched=2, every=1)
+SIZE = study_real.Size(align=2, sft=2, batch=8, tested=3, watched=2, every=1)
 
 
 def corpora(folder):

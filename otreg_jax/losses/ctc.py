@@ -100,7 +100,7 @@ def ctc_reading(speech_BSD, speech_mask_BS, table_VD, ctc_params) -> tuple[jax.A
         is_blank_Bn = blank_Bn >= logits_BnV.max(axis=-1)
         return jnp.where(is_blank_Bn, -1, logits_BnV.argmax(axis=-1)), heard_Bn
 
-    size = positions_at_a_time(len(table_VD) + 1)
+    size = min(positions_at_a_time(len(table_VD) + 1), speech_BSD.shape[1])
     cut = [pieces(x, size) for x in (speech_BSD, scale_BS, blank_BS)]
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(len(x[0]), -1)[:, : speech_BSD.shape[1]]
     return jax.tree.map(join, jax.lax.map(read, cut))
