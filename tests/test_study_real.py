@@ -58,6 +58,7 @@ def test_every_arm_is_a_valid_configuration(tmp_path):
             study_real.configure(wrong, SIZE, tmp_path, corpora(tmp_path), TINY)
 
 
+@pytest.mark.slow
 def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, monkeypatch):
     speech = tmp_path / "speech"
     speech.mkdir()
