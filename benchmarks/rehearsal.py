@@ -43,7 +43,7 @@ CONFIG = {
     "checkpoint_every": 5,
     "log_every": 1,
     "batch_size": 4,
-    "stall_seconds": 60,
+    "stall_seconds": 240,  # on a machine that does other work too
     "data.num_mels": 16,
     "data.num_buckets": 1,
     "data.augment.freq_masks": 1,

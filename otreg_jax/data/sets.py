@@ -36,7 +36,8 @@ def load_train(config, workdir, skipped_path=None) -> list[sources.Utterance]:
         utterances += found
     if not utterances:
         raise ValueError(
-            f"{config.data.train}: no utterance is left to train on; see skipped.jsonl"
+            f"{config.data.train}: no utterance is left to train on (data.max_duration is "
+            f"{config.data.max_duration:g} s); see skipped.jsonl"
         )
     return utterances[: config.data.max_utterances or None]
 
