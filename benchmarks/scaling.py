@@ -292,7 +292,7 @@ no real step reaches.
 {memory}
 
 The batches are chosen, not the largest that fit: `--largest_batch` searches these and was not run
-here.
+here. A chip of tpu7x is two devices, and its figures here and below are those of one.
 
 ## What a step costs
 
