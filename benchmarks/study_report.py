@@ -184,7 +184,7 @@ def cell(d: Difference | None) -> str:
 
 def sentence(arm: str, reference: str, shift: str, d: Difference) -> str:
     if not d.carried:
-        return f"no difference to {reference} that its interval carries on {shift}"
+        return f"not significantly different from {reference} on {shift} (95 %)"
     verb = "fewer" if d.mean < 0 else "more"
     return f"{abs(d.mean):.1f} points {verb} errors than {reference} on {shift}"
 

@@ -119,7 +119,7 @@ def test_the_report_holds_what_the_lines_say(results, tmp_path):
     assert "| better − ce | **-40.0 [-60.0, -20.0] 3/3** |" in text
     assert re.search(r"\| same − ce \| \+0.0 \[-\d+.0, \+\d+.0\] 0/3 \|", text)
     assert "**better**: 40.0 points fewer errors than ce on in-domain" in text
-    assert "**same**: no difference to ce that its interval carries on in-domain" in text
+    assert "**same**: not significantly different from ce on in-domain (95 %)" in text
     assert "Fewest errors on new text: better (20.0 %)" in text
     assert "| better | 1.00 | 1 |" in text and "The 9 runs took 3.0 hours" in text
     assert (tmp_path / "study-trimmed.png").stat().st_size > 0
