@@ -65,7 +65,8 @@ def sample_of(utterance: sources.Utterance, tokenizer, batch, compared, b: int) 
     compares.
     """
     speech_BSD, length_B, text_BTD = compared
-    ids_T = batch["tokens"][b, : batch["token_length"][b]]
+    tokens_BT, length_B = slm_lib.transcript_of(batch)
+    ids_T = tokens_BT[b, : length_B[b]]
     begins_T = np.array(tokenizer.begins(utterance.text), np.int32)
     return Sample(
         utterance,
@@ -197,7 +198,7 @@ def token_shares(slm, params, batch, layer: int):
     Positions are those of the speech: a prompt before it does not move them.
     """
     out = slm_lib.forward(slm, params, batch, layer)
-    lengths = out.speech_length_B, batch["token_length"]
+    lengths = out.speech_length_B, slm_lib.transcript_of(batch)[1]
     mel = batch["mel"], batch["mel_length"]
     return *shares(out.speech_BSD, out.text_BTD, *lengths, *mel), out.speech_length_B
 

@@ -89,10 +89,12 @@ def recognize(
     mel_length_B: jax.Array,
     settings: Settings,
     limit_B: jax.Array | None = None,
+    prompt: dict[str, jax.Array] | None = None,
 ) -> Decoded:
-    """Log-mel frames -> the best hypothesis of each utterance, [B, N]. limit_B: see `greedy`."""
+    """Log-mel frames -> the best hypothesis of each utterance, [B, N]. limit_B: see `greedy`;
+    prompt: of each row, see `slm.prompt_of`."""
     speech_BSD, speech_length_B = slm_lib.speech_embeddings(slm, params, mel_BFM, mel_length_B)
-    x_BPD, last_B = slm_lib.assemble(slm, params, speech_BSD, speech_length_B, None)
+    x_BPD, last_B = slm_lib.assemble(slm, params, speech_BSD, speech_length_B, None, prompt)
     args = slm.llm, params["llm"], x_BPD, last_B + 1, slm.prompt.eos, settings, limit_B
     if settings.beam_width == 1:
         return greedy(*args)

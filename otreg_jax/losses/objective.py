@@ -1,8 +1,10 @@
 """The training loss: cross-entropy + lambda * OTReg + weight * CTC + ... -> (loss, metrics).
 
-Every term is a sum divided by a global count (transcript tokens for cross-entropy, KL and CTC,
-utterances for OTReg), so that the value does not depend on how many devices the batch is spread
-over, nor on how many micro-batches it is cut into.
+Cross-entropy asks for the answer (the transcript, if that is the task); OTReg and CTC take the
+transcript whatever the answer is, and leave out a row without one. Every term is a sum divided by a
+global count (tokens for cross-entropy, KL and CTC, utterances for OTReg), so that the value does
+not depend on how many devices the batch is spread over, nor on how many micro-batches it is cut
+into.
 """
 
 import functools
@@ -50,11 +52,12 @@ def make_schedules(config, start: int = 0) -> Schedules:
 class Totals(NamedTuple):
     """What belongs to a whole batch when only a part of its rows is at hand (accumulation).
 
-    num_tokens, num_examples, num_ctc_tokens: what the sums of cross-entropy, OTReg and CTC are
-      divided by. center: what OTReg removes from its embeddings, by layer.
+    num_tokens, num_read_tokens, num_examples, num_ctc_tokens: what the sums of cross-entropy, KL,
+      OTReg and CTC are divided by. center: what OTReg removes from its embeddings, by layer.
     """
 
     num_tokens: jax.Array | None = None
+    num_read_tokens: jax.Array | None = None
     num_examples: jax.Array | None = None
     num_ctc_tokens: jax.Array | None = None
     center: dict[int, otreg.Centering] | None = None
@@ -63,19 +66,21 @@ class Totals(NamedTuple):
 def batch_totals(slm: slm_lib.SLM, params, batch, config) -> Totals:
     """The totals of a batch; with them the losses of its micro-batches add up to its own."""
     c = config.otreg
-    length_B = jnp.where(batch["index"] >= 0, batch["token_length"], 0)
-    text_mask_BT = length_mask(length_B, batch["tokens"].shape[1])
+    tokens_BT, length_B = slm_lib.transcript_of(batch)
+    length_B = jnp.where(batch["index"] >= 0, length_B, 0)
+    text_mask_BT = length_mask(length_B, tokens_BT.shape[1])
     speech_length_B = slm_lib.speech_length(slm, batch["mel_length"])
     center = None
     if c.weight and c.center != "none":
-        embedded = lambda layer: slm_lib.text_embeddings(slm, params, batch["tokens"], layer)
+        embedded = lambda layer: slm_lib.text_embeddings(slm, params, tokens_BT, layer)
         center = {
             layer: otreg.text_centering(embedded(layer), text_mask_BT, c.center)
             for layer in config_lib.target_layers(config)
         }
-    fits_B = ctc_feasible(speech_length_B, batch["tokens"], text_mask_BT, params.get("ctc"))
+    fits_B = ctc_feasible(speech_length_B, tokens_BT, text_mask_BT, params.get("ctc"))
     return Totals(
         num_tokens=count_tokens(batch),
+        num_read_tokens=jnp.sum(batch["token_length"] + 1, where=can_be_read(batch)),
         num_examples=jnp.sum((length_B > 0) & (speech_length_B > 0)),
         num_ctc_tokens=jnp.sum(length_B, where=fits_B),
         center=center,
@@ -83,8 +88,14 @@ def batch_totals(slm: slm_lib.SLM, params, batch, config) -> Totals:
 
 
 def count_tokens(batch) -> jax.Array:
-    """What cross-entropy predicts in a batch: transcript tokens and one end of sequence each."""
+    """What cross-entropy predicts in a batch: tokens of answers and one end of sequence each."""
     return jnp.sum(batch["token_length"] + 1, where=batch["index"] >= 0)
+
+
+def can_be_read(batch) -> jax.Array:
+    """bool [B]: rows that the LLM can read in the place of hearing them, fillers left out."""
+    real_B = batch["index"] >= 0
+    return real_B & (batch["transcript_length"] > 0) if "transcript" in batch else real_B
 
 
 def loss_fn(
@@ -135,13 +146,14 @@ def loss_fn(
             functools.partial(slm_lib.logits, slm, params),
             functools.partial(slm_lib.logits, slm, teacher),
             batch["token_length"],
-            real_B,
-            totals.num_tokens,
+            can_be_read(batch),
+            totals.num_read_tokens,
         )
         loss = loss + config.kl.weight * kl
         metrics["kl"] = kl
 
-    text_mask_BT = length_mask(batch["token_length"], batch["tokens"].shape[1]) & real_B[:, None]
+    tokens_BT, length_B = slm_lib.transcript_of(batch)
+    text_mask_BT = length_mask(length_B, tokens_BT.shape[1]) & real_B[:, None]
     speech_mask_BS = length_mask(out.speech_length_B, out.speech_BSD.shape[1])
     if config.otreg.weight:
         gamma = schedules.position_weight(step)
@@ -152,7 +164,7 @@ def loss_fn(
         ctc, infeasible = ctc_loss(
             out.adapted_BSD,
             out.speech_length_B,
-            batch["tokens"],
+            tokens_BT,
             text_mask_BT,
             params["llm"]["embed"]["embedding"],
             params["ctc"],
@@ -193,7 +205,7 @@ def otreg_metrics(slm: slm_lib.SLM, params, batch, out, text_mask_BT, gamma, con
             text_BTD,
             mask_BS,
             text_mask_BT,
-            token_ids_BT=batch["tokens"],
+            token_ids_BT=slm_lib.transcript_of(batch)[0],
             speech_mass_BS=mass_BS,
             num_examples=totals.num_examples,
             batch_sharding=None if slm.mesh is None else sharding.batch_sharding(slm.mesh),

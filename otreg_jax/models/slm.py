@@ -7,6 +7,7 @@ needs no mask, positions count real tokens only, and a padded batch gives what e
 gives. Logits are computed at the transcript's positions only, never over the whole sequence.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,9 @@ from otreg_jax.models import adapter, lora, speech_encoder
 from otreg_jax.models.adapter import Adapter, AdapterConfig
 from otreg_jax.models.llm import LLM, LLMConfig, sublayers
 from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+
+# What a batch has where each row has a prompt of its own.
+PROMPT = ("prefix", "prefix_length", "suffix", "suffix_length")
 
 
 class SLM(NamedTuple):
@@ -92,34 +96,61 @@ def embed(slm: SLM, params, tokens: jax.Array) -> jax.Array:
     return slm.llm.apply({"params": params["llm"]}, tokens, method="embed")
 
 
+def prompt_of(batch) -> dict[str, jax.Array] | None:
+    """The prompts of a batch, {"prefix" [B, P], "prefix_length" [B], "suffix" [B, Q],
+    "suffix_length" [B]}, where each row has its own; None where all have the SLM's."""
+    return {key: batch[key] for key in PROMPT} if PROMPT[0] in batch else None
+
+
+def transcript_of(batch) -> tuple[jax.Array, jax.Array]:
+    """What is said in the audio, tokens [B, T] and their number [B] (0: unknown): "transcript",
+    where that is not what the model answers."""
+    if "transcript" in batch:
+        return batch["transcript"], batch["transcript_length"]
+    return batch["tokens"], batch["token_length"]
+
+
 def assemble(
-    slm: SLM, params, speech_BSD: jax.Array, speech_length_B: jax.Array, text_BTD: jax.Array | None
+    slm: SLM,
+    params,
+    speech_BSD: jax.Array,
+    speech_length_B: jax.Array,
+    text_BTD: jax.Array | None,
+    prompt: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Packs prompt, speech and transcript embeddings into one right-padded sequence.
+
+    prompt: each row's own, see `prompt_of`; None: the SLM's.
 
     Returns:
       x_BLD with L = prefix + S + suffix + T, and start_B: the index of the last position before the
       transcript, whose logits predict the first transcript token.
     """
-    batch, num_speech = speech_BSD.shape[:2]
-    prefix = jnp.asarray(slm.prompt.prefix, jnp.int32)
-    suffix = jnp.asarray(slm.prompt.suffix, jnp.int32)
-    embed_all = lambda ids: jnp.broadcast_to(
-        embed(slm, params, ids), (batch, len(ids), speech_BSD.shape[-1])
-    ).astype(speech_BSD.dtype)
-    parts = [embed_all(prefix), speech_BSD, embed_all(suffix)]
+    around = functools.partial(_prompt_part, slm, params, prompt, len(speech_BSD))
+    parts = [around("prefix"), (speech_BSD, speech_length_B), around("suffix")]
+    unpacked = [x.astype(speech_BSD.dtype) for x, _ in parts]
     if text_BTD is not None:
-        parts.append(text_BTD.astype(speech_BSD.dtype))
-    unpacked_BLD = jnp.concatenate(parts, axis=1)
+        unpacked.append(text_BTD.astype(speech_BSD.dtype))
+    unpacked_BLD = jnp.concatenate(unpacked, axis=1)
     index_1L = jnp.arange(unpacked_BLD.shape[1])[None]
-    # Behind the valid speech positions, everything moves left over the padding.
-    speech_end_B = len(prefix) + speech_length_B
-    shift_B = num_speech - speech_length_B
-    source_BL = index_1L + jnp.where(index_1L >= speech_end_B[:, None], shift_B[:, None], 0)
+    source_BL, end_B = index_1L, jnp.zeros_like(speech_length_B)
+    for x_BND, length_B in parts:  # behind each part, everything moves left over its padding
+        end_B = end_B + length_B
+        padding_B = x_BND.shape[1] - length_B
+        source_BL = source_BL + jnp.where(index_1L >= end_B[:, None], padding_B[:, None], 0)
     source_BL = jnp.minimum(source_BL, unpacked_BLD.shape[1] - 1)
     x_BLD = jnp.take_along_axis(unpacked_BLD, source_BL[..., None], axis=1)
     x_BLD = sharding.over_batch(x_BLD, slm.mesh)
-    return x_BLD, speech_end_B + len(suffix) - 1
+    return x_BLD, end_B - 1
+
+
+def _prompt_part(slm: SLM, params, prompt, batch: int, name: str) -> tuple[jax.Array, jax.Array]:
+    """Embeddings [B, N, D] of the "prefix" or the "suffix", and how many of them are valid [B]."""
+    if prompt is not None:
+        return embed(slm, params, prompt[name]), prompt[f"{name}_length"]
+    ids = getattr(slm.prompt, name)
+    x_ND = embed(slm, params, jnp.asarray(ids, jnp.int32))
+    return jnp.broadcast_to(x_ND, (batch, *x_ND.shape)), jnp.full(batch, len(ids), jnp.int32)
 
 
 def predicting(hidden_BLD: jax.Array, start_B: jax.Array, count: int) -> jax.Array:
@@ -146,8 +177,9 @@ def forward(
     """The teacher-forced forward pass over a batch of the data pipeline.
 
     Args:
-      batch: {"mel" [B, F, M], "mel_length" [B], "tokens" [B, T], "token_length" [B]}; the encoder's
-        kept outputs "encoded" [B, S, E] may stand in for "mel".
+      batch: {"mel" [B, F, M], "mel_length" [B], "tokens" [B, T], "token_length" [B]}, and what
+        `prompt_of` and `transcript_of` look for; the encoder's kept outputs "encoded" [B, S, E] may
+        stand in for "mel".
       layer: where OTReg compares speech and text; see `Outputs`.
       rngs: {"dropout": key} in training with dropout.
       predict: whether the transcript's hidden states are wanted. Without them no more of the LLM
@@ -161,19 +193,22 @@ def forward(
         mel = batch["mel"], batch["mel_length"]
         adapted_BSD, speech_length_B = speech_embeddings(slm, params, *mel, rngs)
     layers = sorted({layer, *further_layers})
-    text = {k: text_embeddings(slm, params, batch["tokens"], k) for k in layers}
+    text = {k: text_embeddings(slm, params, transcript_of(batch)[0], k) for k in layers}
     speech, taps, hidden_BTD = {0: adapted_BSD}, tuple(k for k in layers if k), None
     if predict or taps:
         # Attention is causal: what follows the speech does not change its states.
-        transcript_BTD = embed(slm, params, batch["tokens"]) if predict else None
-        x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, transcript_BTD)
+        answer_BTD = embed(slm, params, batch["tokens"]) if predict else None
+        prompt = prompt_of(batch)
+        x_BLD, start_B = assemble(slm, params, adapted_BSD, speech_length_B, answer_BTD, prompt)
         model, model_params = slm.llm, params["llm"]
         if not predict:
             model, model_params = sublayers(model, model_params, 0, taps[-1])
         variables = {"params": model_params}
         hidden_BLD, tapped = model.apply(variables, x_BLD, taps, method="hidden_and_taps")
-        first = len(slm.prompt.prefix)
-        cut = lambda tapped_BLD: tapped_BLD[:, first : first + adapted_BSD.shape[1]]
+        first, size = len(slm.prompt.prefix), adapted_BSD.shape[1]
+        cut = lambda tapped_BLD: tapped_BLD[:, first : first + size]
+        if prompt:
+            cut = lambda tapped_BLD: predicting(tapped_BLD, prompt["prefix_length"], size)
         speech |= dict(zip(taps, map(cut, tapped), strict=True))
     if predict:
         hidden_BTD = predicting(hidden_BLD, start_B, batch["tokens"].shape[1] + 1)
@@ -183,11 +218,12 @@ def forward(
 
 def read(slm: SLM, params, batch) -> tuple[jax.Array, dict]:
     """The transcript read by the LLM, without LoRA and without gradient, in the place of the speech
-    that `forward` has there: states [B, T + 1, D] that predict the transcript as `hidden_BTD` does,
-    and the parameters that `logits` turns them into logits with."""
+    that `forward` has there: states [B, T + 1, D] that predict the answer as `hidden_BTD` does, and
+    the parameters that `logits` turns them into logits with."""
     params = {"llm": jax.lax.stop_gradient(lora.strip(params["llm"]))}
-    text_BTD = embed(slm, params, batch["tokens"])
-    x_BLD, start_B = assemble(slm, params, text_BTD, batch["token_length"], text_BTD)
+    heard_BT, length_B = transcript_of(batch)
+    heard_BTD, answer_BTD = (embed(slm, params, ids) for ids in (heard_BT, batch["tokens"]))
+    x_BLD, start_B = assemble(slm, params, heard_BTD, length_B, answer_BTD, prompt_of(batch))
     hidden_BLD, _ = slm.llm.apply({"params": params["llm"]}, x_BLD, method="hidden")
     return predicting(hidden_BLD, start_B, batch["tokens"].shape[1] + 1), params
 
