@@ -1,5 +1,6 @@
 """Audio files and records as samples, what is wrong with them, and what is only odd."""
 
+import io
 import os
 import re
 import stat
@@ -11,7 +12,7 @@ import soundfile
 import soxr
 from etils import epath
 
-from otreg_jax.data import records, remote
+from otreg_jax.data import embedded, records, remote
 from otreg_jax.data.utterances import SAMPLE_RATE, BadAudio, Problem, Utterance, in_threads
 
 RATES = (1000, 1_000_000)  # Hz that a header may give
@@ -186,6 +187,9 @@ def from_file(path: str) -> Utterance:
 def open_audio(path: str) -> soundfile.SoundFile:
     """Opens an audio file. Raises BadAudio if it is none, or its header promises what cannot be."""
     try:
+        if embedded.is_address(path):
+            data = embedded.read(path)
+            return _opened(soundfile.SoundFile(io.BytesIO(data)), path, len(data))
         elsewhere = "://" in path
         size = epath.Path(path).stat().length if elsewhere else _size_of_file(path)
         if not size:
@@ -196,6 +200,11 @@ def open_audio(path: str) -> soundfile.SoundFile:
             raise
         reason = _reason(error)
         raise BadAudio("unreadable", f"{path} cannot be read as audio: {reason}") from None
+    return _opened(file, path, size)
+
+
+def _opened(file: soundfile.SoundFile, path: str, size: int) -> soundfile.SoundFile:
+    """The file, if its header promises what can be."""
     rate, frames = file.samplerate, file.frames
     # Digital silence in FLAC is the densest there is: some thousand samples a byte.
     if not (RATES[0] <= rate <= RATES[1] and 0 <= frames <= 10_000 * size):

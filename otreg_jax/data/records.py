@@ -25,9 +25,9 @@ PREFIX = "record:"  # an utterance's audio: "record:FOLDER:SPLIT:INDEX"
 NAME = "speech"  # of the data sets written here
 
 # Names that published data sets give to the same thing, the preferred one first.
-_TEXT = ("text", "transcription", "sentence", "normalized_text", "transcript", "raw_transcription")
-_LANG = ("lang", "locale", "language")
-_SPEAKER = ("speaker", "speaker_id", "client_id")
+TEXT = ("text", "transcription", "sentence", "normalized_text", "transcript", "raw_transcription")
+LANG = ("lang", "locale", "language")
+SPEAKER = ("speaker", "speaker_id", "client_id")
 # Where features.json does not say: Common Voice's clips.
 _RATES = {"common_voice": 48000, "commonvoice": 48000}
 
@@ -68,13 +68,13 @@ def _schema(folder: str, features: dict, dataset: str) -> Schema:
     audio += [name for name in ("audio", "speech") if classes.get(name) == "Tensor"]
     strings = [name for name, kind in classes.items() if kind == "Text"]
     first = lambda names: next((name for name in names if name in strings), "")
-    if not audio or not first(_TEXT):
+    if not audio or not first(TEXT):
         raise ValueError(f"{folder}: no audio or no transcript among {', '.join(sorted(features))}")
     details = features[audio[0]].get("audio", {})
     rate = int(details.get("sampleRate") or _RATES.get(dataset, SAMPLE_RATE))
     lazy = bool(details.get("lazyDecode"))
-    speaker, identity = first(_SPEAKER), first(("id",))
-    return Schema(audio[0], rate, lazy, first(_TEXT), first(_LANG), speaker, identity)
+    speaker, identity = first(SPEAKER), first(("id",))
+    return Schema(audio[0], rate, lazy, first(TEXT), first(LANG), speaker, identity)
 
 
 @functools.lru_cache(maxsize=64)
