@@ -60,6 +60,7 @@ LAYERS = {
         "priors",
         "sinkhorn/",
         "metrics",
+        "task_scores",
         "normalize",
         "languages",
         "open_asr",

@@ -1,4 +1,4 @@
-"""Evaluates a run: error rates, alignment figures and a report.
+"""Evaluates a run: error rates, figures of other tasks, alignment figures and a report.
 
     python -m otreg_jax.evaluate --workdir=runs/quickstart
     python -m otreg_jax.evaluate --workdir=runs/mine --sets="calls=calls.jsonl,news=news.jsonl"
@@ -34,11 +34,13 @@ from otreg_jax import (
     recognition,
     report,
     rundir,
+    task_scores,
     tracking,
 )
 from otreg_jax import config as config_lib
-from otreg_jax.data import sets, sources
+from otreg_jax.data import prompts, sets, sources
 
+TRANSCRIBE = "transcribe"
 GREEDY = decoding.Settings(0)
 
 
@@ -82,12 +84,15 @@ def evaluate(
     if jax.process_index() == 0:
         files.eval_skipped.unlink(missing_ok=True)
         sources.record_skipped(problems, files.eval_skipped)
-    unknown = [name for name in in_domain if name not in utterances and list(in_domain) != ["dev"]]
+    known = {*utterances, *map(_whole_set, utterances)}
+    unknown = [name for name in in_domain if name not in known and list(in_domain) != ["dev"]]
     if unknown:
         raise ValueError(
             f"--in_domain: no set {', '.join(unknown)}; there are {', '.join(utterances)}"
         )
-    longest = max(len(run.tokenizer.encode(u.text)) for us in utterances.values() for u in us)
+    prompter = prompts.make(run.config, run.tokenizer)
+    answers = (prompts.answer(prompter, u) for found in utterances.values() for u in found)
+    longest = max(len(run.tokenizer.encode(answer)) for answer in answers)
     max_tokens = decode.max_tokens or run.config.decode.max_tokens or 3 * longest // 2 + 8
     decode = decode._replace(max_tokens=max_tokens)
     layer = run.config.otreg.layer
@@ -148,11 +153,13 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
         "step": run.step,
         **settings,
         "sets": score_rows(rows, settings["in_domain"], style),
+        "tasks": score_tasks(rows, settings["in_domain"], style),
         "versions": _versions(),
     }
     plans = []
     for name, found in alignment.measure(samples).items():
-        results["sets"][name]["alignment"] = found["figures"]
+        kind = "sets" if name in results["sets"] else "tasks"
+        results[kind][name]["alignment"] = found["figures"]
         plans.append((name, found["example"], found["plan_ST"], found["words"]))
     figures = report.arrays(plans, samples, run.tokenizer)
     if jax.process_index() == 0:
@@ -168,10 +175,12 @@ def _evaluate_run(run, workdir, utterances: sets.Sets, decode, settings, batch_s
 def score_rows(
     rows: Sequence[dict], in_domain: Sequence[str], style: str = "whisper"
 ) -> dict[str, dict[str, Any]]:
-    """`metrics.score` of every set, in the order of the rows."""
+    """`metrics.score` of every set of transcripts, in the order of the rows; `context` where rows
+    list words."""
     scores = {}
-    for name in dict.fromkeys(row["set"] for row in rows):
-        mine = [row for row in rows if row["set"] == name]
+    for name, mine in _of_sets(rows).items():
+        if _task_of(mine) != TRANSCRIBE:
+            continue
         scores[name] = metrics.score(
             [row["reference"] for row in mine],
             [row["hypothesis"] for row in mine],
@@ -179,14 +188,50 @@ def score_rows(
             style,
             [row["unfinished"] for row in mine],
         )
-        scores[name]["in_domain"] = name in in_domain
+        if biased := task_scores.biased(mine, style):
+            scores[name]["context"] = {key: figure.value for key, figure in biased.items()}
+            intervals = {key: task_scores.interval(figure) for key, figure in biased.items()}
+            scores[name]["context"]["intervals"] = intervals
+        scores[name]["in_domain"] = _is_in(name, in_domain)
     return scores
+
+
+def score_tasks(
+    rows: Sequence[dict], in_domain: Sequence[str], style: str = "whisper"
+) -> dict[str, dict[str, Any]]:
+    """`task_scores.score` of every set of another task, in the order of the rows."""
+    return {
+        name: task_scores.score(task, mine, style) | {"in_domain": _is_in(name, in_domain)}
+        for name, mine in _of_sets(rows).items()
+        if (task := _task_of(mine)) != TRANSCRIBE
+    }
+
+
+def _of_sets(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["set"], []).append(row)
+    return found
+
+
+def _task_of(rows: Sequence[dict]) -> str:
+    return rows[0].get("task", TRANSCRIBE)
+
+
+def _whole_set(name: str) -> str:
+    """The set that one of a single task, "name/task", is a part of."""
+    return name.rpartition("/")[0] or name
+
+
+def _is_in(name: str, in_domain: Sequence[str]) -> bool:
+    return name in in_domain or _whole_set(name) in in_domain
 
 
 def compare_rows(
     ours: Sequence[dict], theirs: Sequence[dict], style: str = "whisper"
 ) -> dict[str, dict[str, Any]]:
-    """`metrics.paired_difference` of every set over the utterances that both have."""
+    """The paired difference of every set over the utterances that both have: of word error rates,
+    or of the main figure of another task."""
     key = lambda row: (row["set"], row["id"])
     others = {key(row): row for row in theirs}
     differences = {}
@@ -194,6 +239,12 @@ def compare_rows(
         pairs = [
             (row, others[key(row)]) for row in ours if row["set"] == name and key(row) in others
         ]
+        task = _task_of([row for row, _ in pairs]) if pairs else TRANSCRIBE
+        if task != TRANSCRIBE:
+            sides = [task_scores.statistics(task, side, style) for side in zip(*pairs, strict=True)]
+            figure = task_scores.main_figure(task)
+            differences[name] = task_scores.paired_difference(*(side[figure] for side in sides))
+            continue
         counts = [
             metrics.normalized_counts(
                 [row["reference"] for row in side],
@@ -239,7 +290,11 @@ def _stored(workdir, settings, which: str):
 
 
 def _fingerprint(utterances: sets.Sets) -> str:
-    asked = [(name, u.id, u.text, u.duration) for name, found in utterances.items() for u in found]
+    asked = [
+        (name, u.id, u.text, u.duration, *([u.task, u.fields] if u.task else []))
+        for name, found in utterances.items()
+        for u in found
+    ]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
@@ -253,7 +308,35 @@ def _versions() -> dict[str, str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The scores as text, one line a set."""
+    """The scores as text, one line a set; those of other tasks than transcription follow."""
+    lines = _table_of_sets(results) if results["sets"] else []
+    return "\n".join([*lines, *_table_of_tasks(results)])
+
+
+def _table_of_tasks(results: dict[str, Any]) -> list[str]:
+    if not results["tasks"]:
+        return []
+    width = max(map(len, results["tasks"]))
+    lines = [f"{'set':{width}}  domain    n  figures  (95 %)"]
+    for other in results["compare"]:
+        lines[0] += f"   - {epath.Path(other).name}"
+    for name, row in results["tasks"].items():
+        shown = []
+        for figure, (low, high) in row["intervals"].items():
+            scale = task_scores.scale(figure)
+            value, low, high = (scale * x for x in (row[figure], low, high))
+            shown.append(f"{figure} {value:.1f} ({low:.1f} … {high:.1f})")
+        figure = task_scores.main_figure(row["task"])
+        for differences in results["compare"].values():
+            if name in differences:
+                scaled = task_scores.scale(figure) * differences[name]["difference"]
+                shown.append(f"{figure} {scaled:+.1f}")
+        domain = "in " if row["in_domain"] else "out"
+        lines.append(f"{name:{width}}  {domain} {row['n']:7d}  {'  '.join(shown)}")
+    return lines
+
+
+def _table_of_sets(results: dict[str, Any]) -> list[str]:
     width = max(len(name) for name in results["sets"])
     lines = [f"{'set':{width}}  domain    n     WER  (95 %)          CER   raw WER   del / ins"]
     for other in results["compare"]:
@@ -270,8 +353,11 @@ def table(results: dict[str, Any]) -> str:
             if name in differences:
                 text = f"{100 * differences[name]['difference']:+.1f}"
                 line += f"  {text:>{3 + len(epath.Path(other).name)}}"
+        if context := row.get("context"):
+            listed, others = (100 * context[key] for key in ("biased_wer", "unbiased_wer"))
+            line += f"  listed words {listed:.1f}, others {others:.1f}"
         lines.append(line)
-    return "\n".join(lines)
+    return lines
 
 
 def define_flags(define) -> None:

@@ -44,6 +44,7 @@ class Run(NamedTuple):
     text_ND: np.ndarray | None = None
     differences: dict[str, dict[str, Any]] | None = None
     style: str = "whisper"
+    tasks: dict[str, dict[str, Any]] = {}  # of other tasks, as in results.json
 
 
 def arrays(plans, samples, tokenizer) -> dict[str, np.ndarray]:
@@ -108,6 +109,7 @@ def column(
         speech_ND=figures.get("speech"),
         text_ND=figures.get("text"),
         style=results["normalizer"]["style"],
+        tasks=results.get("tasks", {}),
     )
 
 
@@ -132,4 +134,7 @@ def notes(results: dict[str, Any], problems: Sequence[dict[str, str]]) -> list[s
                 f"{name}: {row['unfinished']} hypotheses are unfinished: they ran into the limit "
                 f"of {results['decode']['max_tokens']} tokens."
             )
+    for name, row in results.get("tasks", {}).items():
+        if row["unfinished"]:
+            lines.append(f"{name}: {row['unfinished']} answers ran into the limit of tokens.")
     return lines

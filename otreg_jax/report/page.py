@@ -12,7 +12,7 @@ import numpy as np
 
 from otreg_jax import metrics
 from otreg_jax.normalize import normalize
-from otreg_jax.report import drawings
+from otreg_jax.report import drawings, tasks
 from otreg_jax.report.data import Run
 from otreg_jax.report.drawings import color, esc, legend, short
 
@@ -39,7 +39,8 @@ def page(runs: Sequence[Run], *, versions: dict[str, str], notes: Sequence[str] 
     `notes` are sentences shown at the top (a file that could not be read, for example).
     """
     sections = [
-        ("Error rates", _error_rates(runs)),
+        ("Error rates", _error_rates(runs) if runs[0].sets else ""),
+        ("Other tasks", tasks.section(runs)),
         ("Training", drawings.curves(runs)),
         ("Transport plans", drawings.plans(runs)),
         ("Speech and text embeddings", drawings.maps(runs)),
@@ -86,7 +87,7 @@ def _summary(runs: Sequence[Run]) -> str:
             f"<div class='card'><b>{_percent(ours)}<small> %</small></b>"
             f"<span>WER {name}, {sets}{against}</span></div>"
         )
-    return f"<div class='cards'>{''.join(cards)}</div>"
+    return f"<div class='cards'>{''.join(cards)}{tasks.cards(runs[0])}</div>"
 
 
 def _error_rates(runs: Sequence[Run]) -> str:
@@ -118,7 +119,7 @@ def _error_rates(runs: Sequence[Run]) -> str:
         "95 % bootstrap interval."
         f"{compared if len(runs) > 1 else ''}</p><div class='scroll'><table><thead><tr><th>set</th>"
         f"<th class='num'>n</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        f"{drawings.forest(runs)}{_details_table(runs)}"
+        f"{drawings.forest(runs)}{tasks.context_table(runs)}{_details_table(runs)}"
     )
 
 
@@ -200,9 +201,9 @@ def _alignment_table(runs: Sequence[Run]) -> str:
 
 
 def _worst(run: Run) -> str:
-    rows = [row for row in run.hypotheses if row["errors"]]
+    rows = [row for row in run.hypotheses if row["errors"] and row["set"] in run.sets]
     if not rows:
-        return "<p>Every utterance is right.</p>" if run.hypotheses else ""
+        return "<p>Every utterance is right.</p>" if run.hypotheses and run.sets else ""
     rows = sorted(rows, key=lambda row: (-row["errors"], row["id"]))[:NUM_WORST]
     items = []
     for row in rows:
