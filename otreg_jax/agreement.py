@@ -89,4 +89,5 @@ def signature(path: str) -> list[tuple[str, str]]:
 
 
 def _line(u: sources.Utterance) -> str:
-    return json.dumps([u.id, u.duration, u.offset, u.lang, u.text], ensure_ascii=False)
+    asked = [u.task, u.fields] if u.fields else []
+    return json.dumps([u.id, u.duration, u.offset, u.lang, u.text, *asked], ensure_ascii=False)

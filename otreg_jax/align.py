@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from otreg_jax import alignment, build, command, recognition
-from otreg_jax.data import sources
+from otreg_jax.data import prompts, sources
 
 
 def as_textgrid(words: Sequence[alignment.Word], duration: float) -> str:
@@ -68,8 +68,13 @@ def define_flags(define) -> None:
 def main(values, arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise ValueError(f"one manifest is aligned at a time, these are {len(arguments)}")
-    utterances = sources.read_manifest(arguments[0])
     run = build.load_run(values.workdir, values.checkpoint)
+    utterances, problems = sources.scan(
+        arguments[0], require_text=not run.config.tasks, columns=prompts.columns(run.config)
+    )
+    utterances, unfit = prompts.expand(utterances, run.config)
+    sources.handle(problems + unfit, "raise", None)
+    utterances = [u for u in utterances if u.task in ("", "transcribe")]
     for utterance, words in recognition.aligned(run, utterances, values.batch_size):
         if values.textgrid:
             name = utterance.id.replace("/", "_").strip("._") + ".TextGrid"

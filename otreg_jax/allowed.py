@@ -157,6 +157,11 @@ PROMPT = Allowed(
     lambda value: _is_text(value) and value.count(text.SPEECH) == 1,
     ("", "speech", 2 * text.SPEECH, 1, None),
 )
+ANSWER = Allowed(
+    f"a text without {text.SPEECH}",
+    lambda value: _is_text(value) and bool(value) and text.SPEECH not in value,
+    ("", text.SPEECH, 1, None),
+)
 MULTIPLIERS = Allowed(
     "((regular expression, factor of at least 0), ...)",
     lambda value: _are_pairs(value, lambda x: x and _is_regex(x), number(0).accepts),

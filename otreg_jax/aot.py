@@ -38,7 +38,7 @@ from otreg_jax import (
     train_step,
 )
 from otreg_jax import config as config_lib
-from otreg_jax.data import features, text, tokenization
+from otreg_jax.data import features, prompts, text, tokenization
 from otreg_jax.models import llm
 from otreg_jax.models import slm as slm_lib
 
@@ -112,7 +112,7 @@ def modules_of(config, mesh):
     try:
         source = config.tokenizer.path or pretrained.resolve(path, config.llm.revision or None)
         tokenizer = tokenization.load_tokenizer(source)
-        vocab_size, prompt = tokenizer.vocab_size, text.build_prompt(tokenizer, config.prompt)
+        vocab_size, prompt = tokenizer.vocab_size, prompts.shared(tokenizer, config)
     except (FileNotFoundError, ValueError):
         vocab_size = 0 if path else config.tokenizer.vocab_size
         prompt = text.Prompt((0,) * PROMPT_TOKENS, (0,) * PROMPT_TOKENS, 0)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from otreg_jax import checkpoint, losses, optim, pretrained, rundir, sharding, stages, train_step
 from otreg_jax import config as config_lib
-from otreg_jax.data import sets, text, tokenization
+from otreg_jax.data import prompts, sets, text, tokenization
 from otreg_jax.models import attention, lora, quantize
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.adapter import AdapterConfig
@@ -56,7 +56,7 @@ def load_run(workdir, which: str = checkpoint.NEWEST) -> Run:
     config = config_lib.load(files.config)
     config.attention = "auto"  # the machine may be another one
     tokenizer = tokenization.load_tokenizer(files.root)
-    prompt, llm_dir = text.build_prompt(tokenizer, config.prompt), llm_path(config, workdir)
+    prompt, llm_dir = prompts.shared(tokenizer, config), llm_path(config, workdir)
     slm = modules(config, tokenizer.vocab_size, prompt, llm_dir)
     trained, frozen = abstract_params(slm, config)
     mesh = sharding.mesh_at_hand(config, optim.merge(trained, frozen))
@@ -172,7 +172,7 @@ def build(
     Returns:
       The SLM and {"encoder", "adapter", "llm"} (and "ctc" if that loss is on).
     """
-    prompt = text.build_prompt(tokenizer, config.prompt)
+    prompt = prompts.shared(tokenizer, config)
     slm = modules(config, tokenizer.vocab_size, prompt, llm_dir, mesh)
     loaded = {}
     if config.encoder.path:

@@ -23,6 +23,7 @@ import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
 
 from otreg_jax import cluster, optim, rundir
+from otreg_jax.data import prompts
 
 DEV_LOSS = "dev_ce"  # the metric of a checkpoint by which the best one is kept
 NEWEST, BEST = "newest", "best"
@@ -327,7 +328,7 @@ def provenance(config, tokenizer, frozen, corpus: str = "") -> dict:
     exact = {path: x for path, x in optim.flat_paths(loaded).items() if x.dtype != jnp.int8}
     return {
         "tokenizer": tokenizer.fingerprint,
-        "prompt": config.prompt,
+        "prompt": prompts.described(config),
         "frozen": fingerprints(exact),
     } | ({"corpus": corpus} if corpus else {})
 

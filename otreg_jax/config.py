@@ -40,7 +40,7 @@ def default() -> ConfigDict:
         for group in groups:
             place = place.setdefault(group, {})
         place[name] = setting.default
-    nested["stages"] = {}
+    nested["stages"], nested["tasks"] = {}, {}
     return ConfigDict(nested)
 
 
@@ -178,14 +178,15 @@ def load(path) -> ConfigDict:
     lines = [
         f"{key}: unknown to this version of otreg_jax{suggest(key, known)}"
         for key in flat
-        if key not in known and not key.startswith(("synthetic.", "stages."))
+        if key not in known and not key.startswith(("synthetic.", "stages.", "tasks."))
     ]
     synthetic = stored.get("synthetic")
     for key, value in synthetic.items() if isinstance(synthetic, dict) else ():
         if f"synthetic.{key}" not in known:
             config.synthetic[key] = tuples(value)
     with config.unlocked():
-        config.stages = tuples(stored.get("stages", {}))
+        for group in ("stages", "tasks"):
+            config[group] = tuples(stored.get(group, {}))
     for key in known.keys() & flat.keys():
         try:
             config.update_from_flattened_dict({key: tuples(flat[key])})

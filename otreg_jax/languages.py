@@ -44,6 +44,13 @@ def find(name: str | None) -> Language:
     return Language(language.language or "und", language.maximize().script in _UNSPACED)
 
 
+@functools.cache
+def name(code: str) -> str:
+    """The English name of a language: "German" for de, deu or de-AT; an unknown one as it is."""
+    tag = _tag(code.strip())
+    return langcodes.Language.get(tag).language_name() if tag else code
+
+
 def _tag(name: str) -> str | None:
     """The BCP 47 tag of a language; macrolanguages for their main parts (zh for cmn)."""
     for tag in (name.replace("_", "-"), _by_name(name), _by_country(name)):

@@ -19,7 +19,7 @@ from otreg_jax import (
     stages,
 )
 from otreg_jax import config as config_lib
-from otreg_jax.data import records, sets, sources, spoken, text
+from otreg_jax.data import readers, records, sets, sources, spoken, text
 from otreg_jax.models import lora
 from otreg_jax.pretrained import load
 
@@ -55,6 +55,8 @@ def _named(kind: allowed.Allowed, value: str) -> list[tuple[str, str]]:
 
 
 def _look_for_data(path: str, revision) -> str:
+    if readers.find(path):
+        return ""
     split = sources.split_of(path)
     if split is None:
         return "" if os.path.isfile(path) else "no such manifest, and no data set"

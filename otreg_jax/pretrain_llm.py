@@ -18,7 +18,7 @@ import optax
 import tqdm
 
 from otreg_jax import build, losses, pretrained
-from otreg_jax.data import text as text_lib
+from otreg_jax.data import prompts
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.llm import LLM
 
@@ -30,7 +30,7 @@ def ensure_llm(config, tokenizer, sentences: list[str], out_dir) -> None:
     the same text in the same way (pretrain.json beside it says how)."""
     recipe = {
         "seed": config.seed,
-        "prompt": config.prompt,
+        "prompt": prompts.example(config),
         "tokenizer": tokenizer.fingerprint,
         "text": hashlib.sha256("\n".join(sentences).encode()).hexdigest(),
         "llm": config.llm.to_dict(),
@@ -48,7 +48,7 @@ def pretrain(config, tokenizer, sentences: list[str]):
     llm = LLM(build.new_llm_config(config, tokenizer.vocab_size))
     init = jax.jit(llm.init)
     params = init(jax.random.key(config.seed), jnp.zeros((1, 4), jnp.int32))["params"]
-    slm = slm_lib.SLM(None, None, llm, text_lib.build_prompt(tokenizer, config.prompt))
+    slm = slm_lib.SLM(None, None, llm, prompts.shared(tokenizer, config))
     encoded = [tokenizer.encode(sentence) for sentence in sentences]
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, c.learning_rate, max(c.num_steps // 20, 1), c.num_steps, 0.0

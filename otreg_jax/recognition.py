@@ -16,7 +16,7 @@ import tqdm
 from jax.experimental import multihost_utils
 
 from otreg_jax import alignment, cluster, decoding, metrics, rundir, sharding
-from otreg_jax.data import features, pipeline, sets, sources
+from otreg_jax.data import features, pipeline, prompts, sets, sources
 from otreg_jax.models import slm as slm_lib
 
 PUBLISH_SECONDS = 60
@@ -81,8 +81,8 @@ def decode_sets(
 
     Returns:
       rows: {"set", "id", "reference", "hypothesis", "errors", "words", "score", "unfinished",
-        "lang"} in the order of the sets, errors and words as `style` normalises; utterances whose
-        audio cannot be read are missing.
+        "lang"} in the order of the sets, errors and words as `style` normalises, and what was asked
+        ("task", the words of "context"); utterances whose audio cannot be read are missing.
       samples: the first alignment.NUM_MEASURED utterances of each set.
     """
     everything = [(name, u) for name, found in utterances.items() for u in found]
@@ -94,6 +94,7 @@ def decode_sets(
     }
     known = {(row["set"], row["id"]): row for row in partial.rows}
     rows = {i: known[name, u.id] for i, (name, u) in enumerate(everything) if (name, u.id) in known}
+    prompter = prompts.make(run.config, run.tokenizer)
     pending = [i for i in range(len(everything)) if i not in rows or i in sampled]
     samples = {name: {} for name in utterances}
     selected = [everything[i][1] for i in pending]
@@ -107,7 +108,7 @@ def decode_sets(
         for b, i in found:
             name, utterance = everything[i]
             hypothesis = run.tokenizer.decode(tokens_BN[b, : length_B[b]].tolist()).strip()
-            rows[i] = _row(name, utterance, hypothesis, style) | {
+            rows[i] = _row(name, utterance, prompter, hypothesis, style) | {
                 "score": float(score_B[b]),
                 "unfinished": not finished_B[b],
             }
@@ -142,6 +143,7 @@ def batches(
         host_index=host_index,
         host_count=host_count,
         skipped_path=skipped_path and str(skipped_path),
+        prompter=prompts.make(run.config, run.tokenizer, utterances),
     )
     total = -(-len(utterances) // batch_size)
     for host_batch in tqdm.tqdm(host_batches, desc=label, total=total, unit="batch"):
@@ -157,7 +159,8 @@ def aligned(
     """
     for batch in batches(run, utterances, batch_size, "aligning"):
         found = alignment.token_shares(run.slm, run.params, batch, run.config.otreg.layer)
-        rows = to_host((*found, batch["mel_length"], batch["token_length"], batch["index"]))
+        _, length_B = slm_lib.transcript_of(batch)
+        rows = to_host((*found, batch["mel_length"], length_B, batch["index"]))
         for shares_ST, silence_S, length, frames, num_tokens, i in zip(*rows, strict=True):
             if i < 0 or not num_tokens:
                 continue
@@ -180,20 +183,23 @@ def aligned(
 def recognize_and_embed(slm, params, batch, settings, layer: int):
     """Hypotheses, and the embeddings that OTReg at `layer` compares; the encoder runs once."""
     out = slm_lib.forward(slm, params, batch, layer)
-    decoded = decoding.recognize(slm, params, batch["mel"], batch["mel_length"], settings)
+    mel, prompt = (batch["mel"], batch["mel_length"]), slm_lib.prompt_of(batch)
+    decoded = decoding.recognize(slm, params, *mel, settings, prompt=prompt)
     return decoded, (out.speech_BSD, out.speech_length_B, out.text_BTD)
 
 
-def _row(name, utterance, hypothesis: str, style: str) -> dict[str, Any]:
-    words, _ = metrics.normalized_counts([utterance.text], [hypothesis], [utterance.lang], style)
-    return {
+def _row(name, utterance, prompter, hypothesis: str, style: str) -> dict[str, Any]:
+    reference, lang = prompts.answer(prompter, utterance), prompts.language_of(utterance)
+    words, _ = metrics.normalized_counts([reference], [hypothesis], [lang], style)
+    asked = {"task": utterance.task, "context": prompts.context_of(utterance)}
+    return {key: value for key, value in asked.items() if value} | {
         "set": name,
         "id": utterance.id,
-        "reference": utterance.text,
+        "reference": reference,
         "hypothesis": hypothesis,
         "errors": int(words.errors[0]),
         "words": int(words.lengths[0]),
-        "lang": utterance.lang,
+        "lang": lang,
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from otreg_jax import otreg, priors, stages
 from otreg_jax.allowed import (
+    ANSWER,
     FLAG,
     FOLDER,
     MANIFEST,
@@ -143,6 +144,12 @@ _ROWS = (
         series(POSITIVE),
         "shares of an epoch: of each manifest, then of synthetic speech; (): data.mixture decides",
     ),
+    (
+        "data.distractors",
+        0,
+        COUNT,
+        "words of other utterances that training adds to the list in a row's context",
+    ),
     ("data.temperature", 1.0, number(0.1), "share of a group ~ size^(1 / temperature)"),
     ("data.features", "host", one_of(*features.PLACES), "where log-mel is computed"),
     (
@@ -196,8 +203,8 @@ _ROWS = (
         "prompt",
         "{speech}\n",
         PROMPT,
-        "what surrounds the speech; the transcript follows. chat:Transcribe: {speech} is a turn of "
-        "the model's own chat template",
+        "what surrounds the speech; the answer follows. chat:Transcribe: {speech} is a turn of the "
+        "model's own chat template. {column} is a field, [[ ]] an optional part: see docs/data.md",
     ),
     ("encoder.path", "", MODEL, 'a Whisper model; "": from scratch'),
     ("encoder.revision", "", TEXT, "the commit of a hub id"),
@@ -402,7 +409,14 @@ _STAGES = (
     ("train", REGEX, 'paths of parameters that it trains; "": all that are not frozen'),
 )
 STAGES = tuple(Setting(f"stages.*.{key}", None, *row) for key, *row in _STAGES)
-ROWS = (*TABLE.values(), *SYNTHETIC, *STAGES)
+# Tasks that are mixed; * is a task's name. Without any, the run transcribes after `prompt`.
+_TASKS = (
+    ("prompts", series(PROMPT, 1), "templates, of which each draw takes one; without: `prompt`"),
+    ("answer", ANSWER, "a template too; known for transcribe, translate, identify, answer"),
+    ("weight", POSITIVE, "share of the draws, relative to the other tasks'; without: 1"),
+)
+TASKS = tuple(Setting(f"tasks.*.{key}", None, *row) for key, *row in _TASKS)
+ROWS = (*TABLE.values(), *SYNTHETIC, *STAGES, *TASKS)
 
 
 def find(key: str) -> Setting | None:
@@ -411,5 +425,5 @@ def find(key: str) -> Setting | None:
         _, _, rest = key.removeprefix("stages.").partition(".")
         if rest.partition(".")[0] in stages.SECTIONS:
             return TABLE.get(rest)
-    patterns = (row for row in (*SYNTHETIC, *STAGES) if fnmatch.fnmatchcase(key, row.key))
+    patterns = (row for row in (*SYNTHETIC, *STAGES, *TASKS) if fnmatch.fnmatchcase(key, row.key))
     return TABLE.get(key) or next(patterns, None)

@@ -48,7 +48,7 @@ from otreg_jax import (
 )
 from otreg_jax import config as config_lib
 from otreg_jax import train_step as step_lib
-from otreg_jax.data import pipeline, sets, sources, text, tokenization
+from otreg_jax.data import pipeline, prompts, sets, sources, text, tokenization
 
 
 def train(config, workdir) -> step_lib.TrainState:
@@ -140,6 +140,7 @@ class Data(NamedTuple):
     tokenizer: tokenization.Tokenizer
     llm_dir: str  # the LLM's weights; "" builds one from scratch
     ctc_classes: list[int] | None  # token ids, see `losses.init_ctc`; None: all
+    prompter: prompts.Prompter
 
 
 def load_data(config, files: rundir.Files) -> Data:
@@ -153,8 +154,9 @@ def load_data(config, files: rundir.Files) -> Data:
         utterances = sets.load_train(config, files.root, skipped)
         dev = sets.load_dev(config, files.root) if config.eval_every else []
         tokenizer = make_tokenizer(config, files, utterances)
-        texts = [u.text for u in utterances]
-        report = text.check_transcripts(tokenizer, texts, config.tokenizer.max_unknown)
+        prompter = prompts.make(config, tokenizer, utterances)
+        answers = [prompts.answer(prompter, u) for u in utterances]
+        report = text.check_transcripts(tokenizer, answers, config.tokenizer.max_unknown)
         llm_dir = prepare_llm(config, files.root, tokenizer, utterances)
     if process == 0:
         print(*report, sep="\n")
@@ -164,8 +166,8 @@ def load_data(config, files: rundir.Files) -> Data:
     agreement.check_data("training data", utterances)
     agreement.check_data("dev set", dev)
     agreement.check_weights([config.encoder.path, llm_dir])
-    classes = text.used_tokens(tokenizer, texts) if are_used else None
-    return Data(utterances, dev, tokenizer, llm_dir, classes)
+    classes = text.used_tokens(tokenizer, [u.text for u in utterances]) if are_used else None
+    return Data(utterances, dev, tokenizer, llm_dir, classes, prompter)
 
 
 def new_state(params, optimizer, abstract_state) -> step_lib.TrainState:
@@ -254,6 +256,7 @@ def train_batches(
         host_count=share[1],
         skipped_path=str(files.skipped(jax.process_index())),
         kept=kept,
+        prompter=data.prompter,
     )
 
     def saving_first():
@@ -319,8 +322,8 @@ def check_remote(workdir, config) -> None:
 
 def make_tokenizer(config, files: rundir.Files, utterances) -> tokenization.Tokenizer:
     """The run's tokenizer, a copy of it in the run directory: that of `tokenizer.path` or
-    `llm.path`, else one trained on the transcripts; a run that resumes, and every process but the
-    first, takes what is there."""
+    `llm.path`, else one trained on answers and prompts; a run that resumes, and every process but
+    the first, takes what is there."""
     if checkpoint.exists(files.root) or jax.process_index():
         return tokenization.load_tokenizer(files.root)
     path = config.tokenizer.path
@@ -331,7 +334,7 @@ def make_tokenizer(config, files: rundir.Files, utterances) -> tokenization.Toke
         tokenization.save_tokenizer(files.root, tokenizer)
         return tokenizer
     return tokenization.train_sentencepiece(
-        [u.text for u in utterances],
+        prompts.texts(config, utterances),
         files.tokenizer,
         config.tokenizer.vocab_size,
         model_type=config.tokenizer.model_type,
@@ -342,7 +345,7 @@ def prepare_llm(config, workdir, tokenizer, utterances) -> str:
     """Path of the LLM ("" builds one from scratch); pretrains it on text first if asked to."""
     path = build.llm_path(config, workdir)
     if path and not config.llm.path:
-        sentences = [u.text for u in utterances]
+        sentences = prompts.texts(config, utterances)
         if sets.is_spoken(config):
             sentences = sets.text_corpus(config.synthetic, config.llm.pretrain.num_sentences)
         pretrain_llm.ensure_llm(config, tokenizer, sentences, path)
@@ -359,6 +362,7 @@ def dev_loss(eval_fn, params, frozen, data: Data, config, mesh, share) -> float:
         batch_size=config.batch_size,
         host_index=share[0],
         host_count=share[1],
+        prompter=data.prompter,
     )
     sums = [eval_fn(params, frozen, sharding.to_global(batch, mesh)) for batch in batches]
     total, num_tokens = np.sum(jax.device_get(sums), axis=0)

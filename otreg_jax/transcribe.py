@@ -2,6 +2,9 @@
 
     python -m otreg_jax.transcribe --workdir=DIR a.wav b.flac "talks/*.mp3"
     find . -name "*.wav" | python -m otreg_jax.transcribe --workdir=DIR -
+    python -m otreg_jax.transcribe --workdir=DIR --language=de --context=words.txt talk.flac
+    python -m otreg_jax.transcribe --workdir=DIR --task=translate --to=en talk.flac
+    python -m otreg_jax.transcribe --workdir=DIR --task=answer --prompt="Who speaks?" talk.flac
     python -m otreg_jax.transcribe --workdir=DIR talk.flac --srt > talk.srt
 
 Prints one line a file: its path, a tab, the text. Audio longer than the model was trained on is cut
@@ -16,13 +19,15 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from otreg_jax import build, command, decoding, recognition, subtitles
-from otreg_jax.data import features, sets, sources
+from otreg_jax.data import features, prompts, sets, sources, text
+from otreg_jax.models import slm as slm_lib
 
 MIN_CHUNK = 0.5  # of the longest allowed: where the search for a quiet moment begins
 QUIET_WINDOW = 0.2  # seconds over which loudness is averaged
@@ -49,15 +54,17 @@ def transcribe(
     chunk_seconds: float | None = None,
     silence_db: float | None = None,
     batch_size: int = 16,
+    asked: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, list[Segment]], dict[str, str]]:
     """Transcribes audio files, all pieces of all files batched together.
 
     Args:
-      run: a trained model, from `build.load_run`.
+      run: a trained model, from `build.load_run`; `ask` says what it is asked.
       settings: how to decode; greedy by default. Of max_tokens, 0 is `decode.max_tokens` of the run
         or, by default, what the length of a piece allows: TOKENS and TOKENS_PER_SECOND.
       chunk_seconds: longest piece; by default the longest that the model was trained on.
       silence_db: a piece that is never louder (RMS of 0.2 s, in dB of full scale) says nothing.
+      asked: what utterances hold beside audio, from `ask`.
 
     Returns:
       {path: segments in order of time} and {path: reason} of the files that could not be read.
@@ -71,7 +78,7 @@ def transcribe(
     pieces, failures = [], {}
     for path in paths:
         try:
-            pieces += split(sources.from_file(path), limit)
+            pieces += split(sources.from_file(path)._replace(**asked or {}), limit)
         except sources.BadAudio as error:
             failures[path] = str(error)
     segments: dict[str, list[Segment]] = {path: [] for path in paths if path not in failures}
@@ -86,6 +93,14 @@ def transcribe(
         for piece, *heard in _recognize(run, pieces, settings, batch_size):
             segments[piece.audio].append(_segment(piece, *heard))
     return {path: sorted(found) for path, found in segments.items()}, failures
+
+
+def ask(run: build.Run, task: str = "", template: str = "", **columns) -> tuple[build.Run, dict]:
+    """The run with the one task and prompt that it is to be asked, and what utterances then hold;
+    arguments and errors as for `prompts.ask`."""
+    config, asked = prompts.ask(run.config, task, template, **columns)
+    slm = run.slm._replace(prompt=prompts.shared(run.tokenizer, config))
+    return run._replace(config=config, slm=slm), asked
 
 
 def longest_piece(run: build.Run, chunk_seconds: float | None = None) -> float:
@@ -114,9 +129,8 @@ def _recognize(run, pieces, settings, batch_size) -> Iterator[tuple]:
     for batch in recognition.batches(run, pieces, batch_size, "transcribing"):
         seconds_B = batch["mel_length"] / features.FRAME_RATE
         limit_B = None if fixed else _tokens(seconds_B).astype("int32")
-        decoded = decoding.recognize(
-            run.slm, run.params, batch["mel"], batch["mel_length"], settings, limit_B
-        )
+        mel, prompt = (batch["mel"], batch["mel_length"]), slm_lib.prompt_of(batch)
+        decoded = decoding.recognize(run.slm, run.params, *mel, settings, limit_B, prompt)
         rows = recognition.to_host((*decoded, batch["index"]))
         for tokens_N, length, score, finished, i in zip(*rows, strict=True):
             if i >= 0:
@@ -137,10 +151,14 @@ def loudness(audio_N: np.ndarray) -> float:
 
 
 def word_times(
-    run: build.Run, path: str, segments: Sequence[Segment], batch_size: int = 16
+    run: build.Run,
+    path: str,
+    segments: Sequence[Segment],
+    batch_size: int = 16,
+    asked: Mapping[str, Any] | None = None,
 ) -> list[tuple[str, float, float]]:
     """The words of a file's segments with start and end in seconds, from transport plans."""
-    whole = sources.from_file(path)
+    whole = sources.from_file(path)._replace(**asked or {})
     spoken = [
         whole._replace(text=s.text, offset=s.start, duration=s.end - s.start)
         for s in segments
@@ -241,6 +259,11 @@ def define_flags(define) -> None:
     longest = "Longest piece decoded at once; by default the longest that was trained on."
     define.float("chunk_seconds", None, longest)
     define.float("silence_db", None, "Pieces never louder than this (-60, say) say nothing.")
+    define.string("task", "", "What to do, one of the run's tasks; by default to transcribe.")
+    define.string("language", "", "The language that is spoken, by any usual name.")
+    define.string("to", "", "The language to translate into.")
+    define.string("context", "", "File of words that may occur, one a line.")
+    define.string("prompt", "", "A question about the audio; with {speech}, a whole prompt.")
     decoding.define_flags(define)
     define.integer("batch_size", 16, "Pieces decoded at once.", 1)
 
@@ -252,16 +275,19 @@ def main(values, arguments: Sequence[str]) -> int:
     paths = expand(arguments, sys.stdin)
     if kind and len(paths) != 1:
         raise ValueError(f"--srt and --vtt take one file, these are {len(paths)}")
-    run = build.load_run(values.workdir, values.checkpoint)
+    run, asked = _asked(values, build.load_run(values.workdir, values.checkpoint))
+    if kind and asked["task"] != "transcribe":
+        raise ValueError(f"--{kind}: only words that are spoken have times; --task=transcribe")
     found, failures = transcribe(
         run,
         paths,
+        asked=asked,
         chunk_seconds=values.chunk_seconds,
         batch_size=values.batch_size,
         silence_db=values.silence_db,
         settings=decoding.settings_of(values),
     )
-    timed = {path: word_times(run, path, s) for path, s in found.items()} if kind else {}
+    timed = {p: word_times(run, p, s, asked=asked) for p, s in found.items()} if kind else {}
     for path, segments in found.items():
         if values.json:
             print(as_json(path, segments))
@@ -278,6 +304,25 @@ def main(values, arguments: Sequence[str]) -> int:
     for reason in failures.values():
         print(f"error: {reason}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _asked(values, run: build.Run) -> tuple[build.Run, dict]:
+    """`ask` as the flags say."""
+    words = ()
+    if values.context:
+        lines = Path(values.context).read_text(encoding="utf-8").splitlines()
+        words = tuple(line.strip() for line in lines if line.strip())
+    prompt = text.from_shell(values.prompt)
+    is_template = text.SPEECH in prompt
+    return ask(
+        run,
+        values.task,
+        template=prompt if is_template else "",
+        lang=values.language,
+        target_lang=values.to,
+        context=words,
+        prompt="" if is_template else prompt,
+    )
 
 
 cli = functools.partial(command.run, main, define_flags, required=["workdir"], arguments="FILE...")

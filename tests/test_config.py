@@ -27,7 +27,7 @@ def test_every_recipe_and_arm_parses_and_survives_saving(path, tmp_path):
         config, _ = load_recipe(path, arm)
         known = config_lib.flatten(config_lib.default())
         unknown = {key for key in config_lib.flatten(config) if key not in known}
-        assert all(key.startswith(("synthetic.", "stages.")) for key in unknown)
+        assert all(key.startswith(("synthetic.", "stages.", "tasks.")) for key in unknown)
         with config.unlocked():
             config.data.train = config.data.train or "train.jsonl"
         config_lib.check(config)

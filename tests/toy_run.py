@@ -29,7 +29,7 @@ def write_set(folder, count: int, *, seed: int, texts=TEXTS, lang="en"):
     return folder / "set.jsonl"
 
 
-def make_run(workdir, *, dev="", test="", seed=0, **changes):
+def make_run(workdir, *, dev="", test="", seed=0, tasks=None, **changes):
     """A run directory as training leaves it at step 3, with the weights it started from; `changes`
     to the configuration are named like lora__rank."""
     workdir.mkdir(parents=True)
@@ -43,6 +43,8 @@ def make_run(workdir, *, dev="", test="", seed=0, **changes):
     config.adapter.hidden_dim = 16
     config.decode.max_tokens = 6
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    with config.unlocked():
+        config.tasks = tasks or {}
     tokenizer = tokenization.train_sentencepiece(
         TEXTS, workdir / "tokenizer", 60, model_type="word"
     )

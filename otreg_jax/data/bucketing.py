@@ -1,30 +1,42 @@
 """Few shapes for utterances of every length, and the batches that fill them."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from otreg_jax.data import features
+from otreg_jax.data import features, prompts
 from otreg_jax.data.utterances import Utterance
 
 FRAMES_MULTIPLE = 8  # bucket widths, so that convolution strides and frame stacking divide them
 
 
 class Corpus(NamedTuple):
-    """Utterances with what batching needs to know about them, in the same order."""
+    """Utterances with what batching needs to know about them, in the same order.
+
+    What a model says, or hears, of an utterance is a span of `tokens`; texts that are equal share
+    it. `heard_N2` is None where all answers are transcripts, `prompt_N2` where all prompts are one.
+    """
 
     utterances: Sequence[Utterance]
     samples: np.ndarray  # int64 [N] at 16 kHz
-    tokens: np.ndarray  # int32, all transcripts one after another
-    ends: np.ndarray  # int64 [N], where each transcript ends in `tokens`
+    tokens: np.ndarray  # int32, all texts one after another
+    answer_N2: np.ndarray  # int64, where each answer begins and ends in `tokens`
+    heard_N2: np.ndarray | None = None  # the transcripts, likewise
+    prompt_N2: np.ndarray | None = None  # int64, the most tokens of a prefix and of a suffix
 
     @property
     def token_length(self) -> np.ndarray:
-        return np.diff(self.ends, prepend=0)
+        return self.answer_N2[:, 1] - self.answer_N2[:, 0]
+
+    def answer(self, row: int) -> np.ndarray:
+        return self.tokens[slice(*self.answer_N2[row])]
 
     def transcript(self, row: int) -> np.ndarray:
-        return self.tokens[self.ends[row - 1] if row else 0 : self.ends[row]]
+        return self.tokens[
+            slice(*(self.answer_N2 if self.heard_N2 is None else self.heard_N2)[row])
+        ]
 
 
 class Plan(NamedTuple):
@@ -36,17 +48,57 @@ class Plan(NamedTuple):
     bucket_S: np.ndarray  # int, the shape of each batch
 
 
-def make_corpus(utterances: Sequence[Utterance], tokenizer) -> Corpus:
-    """Tokenizes the transcripts. Raises ValueError if there is no utterance."""
+def make_corpus(utterances: Sequence[Utterance], tokenizer, prompter=None) -> Corpus:
+    """Tokenizes answers and transcripts, and measures prompts.
+
+    prompter: of `prompts`; None: the answers are the transcripts, and all prompts are one.
+
+    Raises ValueError if there is no utterance.
+    """
     if not utterances:
         raise ValueError("there are no utterances to batch")
-    ids = [np.asarray(tokenizer.encode(u.text), np.int32) for u in utterances]
+    answers = [prompts.answer(prompter, u) for u in utterances]
+    texts = [answers]
+    if any(u.text != answer for u, answer in zip(utterances, answers, strict=True)):
+        texts.append([u.text for u in utterances])
+    tokens, spans = _tokenize(texts, tokenizer)
+    is_own = prompter is not None and not prompts.is_fixed(prompter.tasks)
     return Corpus(
         utterances,
         np.array([round(u.duration * features.SAMPLE_RATE) for u in utterances]),
-        np.concatenate(ids),
-        np.cumsum([len(i) for i in ids], dtype=np.int64),
+        tokens,
+        *(spans if len(spans) == 2 else (*spans, None)),
+        np.array([prompts.longest(prompter, u) for u in utterances]) if is_own else None,
     )
+
+
+def _tokenize(lists: list[list[str]], tokenizer) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The tokens of all texts, equal ones once, and for each list of N texts their spans [N, 2]."""
+    ids, spans, end = [], {}, 0
+    for text in itertools.chain(*lists):
+        if text not in spans:
+            ids.append(np.asarray(tokenizer.encode(text), np.int32))
+            spans[text] = (end, end + len(ids[-1]))
+            end = spans[text][1]
+    return np.concatenate(ids), [np.array([spans[text] for text in texts]) for texts in lists]
+
+
+def own_widths(corpus: Corpus, rows_N, speeds, buckets) -> np.ndarray:
+    """[buckets, 3], int: the most tokens of a prefix, a suffix and a transcript among the
+    utterances that may get into each bucket; 0 where the corpus has none of its own."""
+    frames, tokens = np.array(buckets).T
+    fastest_N = frames_of(corpus.samples[rows_N], max(speeds))
+    first_N = np.maximum(
+        np.searchsorted(frames, fastest_N), np.searchsorted(tokens, corpus.token_length[rows_N])
+    )
+    lengths_N3 = np.zeros((len(rows_N), 3), int)
+    if corpus.prompt_N2 is not None:
+        lengths_N3[:, :2] = corpus.prompt_N2[rows_N]
+    if corpus.heard_N2 is not None:
+        lengths_N3[:, 2] = np.diff(corpus.heard_N2[rows_N])[:, 0]
+    widths = np.zeros((len(buckets), 3), int)
+    np.maximum.at(widths, first_N, lengths_N3)
+    return np.maximum.accumulate(widths)  # what does not fill a batch moves up
 
 
 def frames_of(samples_N: np.ndarray, speed=1.0) -> np.ndarray:
@@ -88,6 +140,28 @@ def choose_buckets(
             edges.append(int(widths[end - 1]))
             end = int(start[end - 1])
     return tuple((edge, max(1, int(tokens_N[frames_N <= edge].max()))) for edge in edges[::-1])
+
+
+def own_parts(corpus: Corpus, rows_B, widths_3, prompter, rngs) -> dict[str, np.ndarray]:
+    """What the rows of a batch have of their own: prompts, drawn by `rngs`, and transcripts that
+    are not the answers; int32 [B, width] of each, and its "..._length" [B]."""
+    ids = {}
+    if corpus.prompt_N2 is not None:
+        rows = zip(rows_B, rngs, strict=True)
+        sizes = tuple(widths_3[:2])
+        made = [prompts.prompt(prompter, corpus.utterances[r], rng, sizes) for r, rng in rows]
+        ids |= {"prefix": [p.prefix for p in made], "suffix": [p.suffix for p in made]}
+    if corpus.heard_N2 is not None:
+        ids["transcript"] = [corpus.transcript(row) for row in rows_B]
+    batch = {}
+    for name, width in zip(("prefix", "suffix", "transcript"), widths_3, strict=True):
+        if name in ids:
+            padded = np.zeros((len(rows_B), max(width, 1)), np.int32)
+            for row, found in zip(padded, ids[name], strict=True):
+                row[: len(found)] = found
+            batch[name] = padded
+            batch[f"{name}_length"] = np.array([len(found) for found in ids[name]], np.int32)
+    return batch
 
 
 def deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:

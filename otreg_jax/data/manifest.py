@@ -3,11 +3,13 @@
 A manifest is a text file with one JSON object a line:
 `{"audio_filepath": "a/b.flac", "text": "hello", "duration": 1.23}`, optionally with `offset`
 (seconds; the utterance is a part of the file), `lang`, `speaker`, `id` and `words`
-([[word, start, end], ...] in seconds). Relative paths start at the manifest's folder. Paths may be
-remote (`gs://...`).
+([[word, start, end], ...] in seconds), and whatever the run's tasks and prompts name: `task` (NeMo:
+`taskname`), `answer`, `target_text`, `target_lang`, `context`, ... Relative paths start at the
+manifest's folder. Paths may be remote (`gs://...`).
 """
 
 import concurrent.futures
+import functools
 import json
 import os
 import posixpath
@@ -15,12 +17,14 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from otreg_jax.data import audio, records, remote
+from otreg_jax.data import audio, embedded, records, remote
 from otreg_jax.data.utterances import THREADS, BadAudio, Problem, Utterance, raise_problems
 
 # Other names under which manifests give the language of the text, the first found counts.
 LANGUAGE_COLUMNS = ("lang", "language", "locale", "lang_id", "target_lang", "source_lang")
-COLUMNS = set("audio_filepath text duration offset speaker id words".split() + [*LANGUAGE_COLUMNS])
+COLUMNS = set("audio_filepath text duration offset speaker id words".split())
+TASK_COLUMNS = ("task", "taskname")
+ANSWER_COLUMNS = ("target_text", "answer")  # the row's text is then what is heard
 LONGEST = 1e7  # seconds, four months: nobody's recording
 
 
@@ -39,7 +43,10 @@ def read_manifest(
 
 
 def scan_manifest(
-    path: str | os.PathLike, data_root: str = "", require_text: bool = True
+    path: str | os.PathLike,
+    data_root: str = "",
+    require_text: bool = True,
+    columns: frozenset[str] = frozenset(),
 ) -> tuple[list[Utterance], list[Problem]]:
     """Reads a manifest, leaving aside the lines that cannot be used.
 
@@ -51,6 +58,7 @@ def scan_manifest(
       data_root: folder at which relative audio paths start and which no path may leave; by default
         the manifest's own, and absolute paths are then taken as they are.
       require_text: whether a line without a transcript is a problem; noise has none.
+      columns: further columns that are kept, as an utterance's `fields`.
 
     Returns:
       Utterances and problems, both in the order of the lines.
@@ -72,29 +80,34 @@ def scan_manifest(
         if line.strip()
     )
     root = remote.localize(data_root) or os.path.dirname(path) or "."
-    utterances, problems = check_lines(lines, root, bool(data_root), require_text)
+    utterances, problems = check_lines(lines, root, bool(data_root), require_text, columns)
     if not utterances and not problems:
         problems.append(Problem("empty_manifest", f"{path}:0", "the manifest holds no utterance"))
     return utterances, problems
 
 
 def check_lines(
-    lines: Iterable[tuple[str, bytes | dict]], root: str, strict: bool, require_text: bool = True
+    lines: Iterable[tuple[str, bytes | dict]],
+    root: str,
+    strict: bool,
+    require_text: bool = True,
+    columns: frozenset[str] = frozenset(),
 ) -> tuple[list[Utterance], list[Problem]]:
     """Utterances from (where, manifest line) pairs, and the problems of the others, in order.
 
     A line is text or what it would say; {"damaged": reason} is what an index says of a record.
     strict: absolute audio paths, too, must lie below root.
     """
-    utterances, problems, order, first, unused = [], [], {}, {}, {}
+    utterances, problems, order, first, unused = [], [], {}, {}, set()
     for where, line in lines:
         order[where] = len(order)
         try:
             line = _decode(line) if isinstance(line, bytes) else dict(line)
             if isinstance(line.get("damaged"), str):
                 raise BadAudio("unreadable", line["damaged"])
-            unused |= dict.fromkeys(set(line) - COLUMNS, where)
-            utterance = _parse(line, where, root, strict, require_text)
+            given = {key: value for key, value in line.items() if value not in (None, "", [])}
+            unused |= given.keys() - {*COLUMNS, *_language(given, columns), *columns}
+            utterance = _parse(line, where, root, strict, require_text, columns)
             if utterance.id in first:
                 before = first[utterance.id]
                 raise BadAudio("duplicate_id", f"{utterance.id!r} stands already in {before}")
@@ -145,7 +158,19 @@ def _object(pairs: list[tuple]) -> dict:
     return found
 
 
-def _parse(line: dict, where: str, root: str, strict: bool, require_text: bool) -> Utterance:
+def _language(line: dict, columns: frozenset[str]) -> list[str]:
+    """The columns of a line that give the language of its text: the first one that is there, and
+    those that say the same."""
+    first = line.keys() & columns & {*ANSWER_COLUMNS} and "source_lang"
+    names = sorted(LANGUAGE_COLUMNS, key=lambda name: name != first)
+    found = [name for name in names if line.get(name)]
+    return [name for name in found if line[name] == line[found[0]]]
+
+
+def _parse(line: dict, where: str, root, strict, require_text, columns) -> Utterance:
+    fields = tuple((key, _field(line, key)) for key in _extra(columns) if line.get(key) is not None)
+    if line.get("text") == "" and "text" in columns:
+        fields += (("text", ""),)  # it is there: silence
     if not require_text:
         line.setdefault("text", "")
     absent = [key for key in ("audio_filepath", "text") if not isinstance(line.get(key), str)]
@@ -157,18 +182,41 @@ def _parse(line: dict, where: str, root: str, strict: bool, require_text: bool) 
         raise BadAudio("zero_length", "duration is 0")
     if require_text and not text:
         raise BadAudio("empty_text", "the transcript is empty")
-    languages = [_string(line, key).strip() for key in LANGUAGE_COLUMNS]
+    for key in LANGUAGE_COLUMNS:
+        _string(line, key)
+    lang = next((line[key].strip() for key in _language(line, columns)), "")
     return Utterance(
         id=_name(line, "id") or (path if offset is None else f"{path}@{offset}"),
         audio=_resolve(path, root, strict),
         text=text,
         duration=duration or 0.0,
         offset=offset,
-        lang=next(filter(None, languages), ""),
+        lang=lang,
         speaker=_name(line, "speaker"),
         where=where,
         words=_word_times(line.get("words")),
+        task=next((_string(line, key) for key in TASK_COLUMNS if key in columns & line.keys()), ""),
+        fields=fields,
     )
+
+
+@functools.cache
+def _extra(columns: frozenset[str]) -> tuple[str, ...]:
+    """Those of the columns that an utterance has no place of its own for."""
+    return tuple(sorted(columns - COLUMNS - {"lang", *TASK_COLUMNS}))
+
+
+def _field(line: dict, key: str) -> str | int | float | tuple[str, ...]:
+    """What a column holds that a template may name: a text, a number or a list of texts."""
+    value = line[key]
+    if isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
+        return tuple(_whole(x.strip(), key) for x in value if x.strip())
+    if isinstance(value, int | float):
+        return value
+    if not isinstance(value, str):
+        kinds = "a text, a number or a list of texts"
+        raise BadAudio("bad_value", f"{key} is {_short(value)}, not {kinds}")
+    return _whole(value.strip(), key)
 
 
 def _string(line: dict, key: str) -> str:
@@ -235,15 +283,20 @@ def _short(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _is_inside(path: str) -> bool:
+    """Whether audio is a record or a part of another file."""
+    return path.startswith(records.PREFIX) or embedded.is_address(path)
+
+
 def _resolve(path: str, root: str, strict: bool) -> str:
     """The path of an audio file named in a manifest; relative paths must stay below root."""
     if "\0" in path or not path.strip():
         raise BadAudio("bad_value", f"audio_filepath is {_short(path)}, not a path")
     try:
-        path = path if path.startswith(records.PREFIX) else remote.localize(path)
+        path = path if _is_inside(path) else remote.localize(path)
     except ValueError as error:
         raise BadAudio("bad_value", str(error)) from None
-    if "://" in path or os.path.isabs(path) or path.startswith(records.PREFIX):
+    if "://" in path or os.path.isabs(path) or _is_inside(path):
         inside = posixpath.normpath(path).startswith(posixpath.normpath(root).rstrip("/") + "/")
         if strict and not inside:
             raise BadAudio("outside_root", f"{path} lies outside of {root}")
@@ -255,7 +308,7 @@ def _resolve(path: str, root: str, strict: bool) -> str:
 
 def _split_missing(utterances: list[Utterance]) -> tuple[list[Utterance], list[Problem]]:
     """Sets aside utterances whose file does not exist; lists each folder once, in threads."""
-    in_files = [u for u in utterances if not u.audio.startswith(records.PREFIX)]
+    in_files = [u for u in utterances if not _is_inside(u.audio)]
     if in_files:
         count = f"{len(in_files)} utterances, from {in_files[0].where} on, name files"
         remote.check((u.audio for u in in_files), f"{count}; audio lies there")
@@ -277,7 +330,7 @@ def _split_missing(utterances: list[Utterance]) -> tuple[list[Utterance], list[P
     for utterance in utterances:
         folder, name = posixpath.split(utterance.audio)
         there, why = content.get(folder, ((), ""))
-        if utterance.audio.startswith(records.PREFIX) or name in there:
+        if _is_inside(utterance.audio) or name in there:
             present.append(utterance)
         else:
             message = f"audio file {utterance.audio} does not exist{why}"
@@ -317,8 +370,9 @@ def write_manifest(path: str | os.PathLike, utterances: Iterable[Utterance]) -> 
     for utterance in utterances:
         line = utterance._asdict()
         del line["where"]
+        line = dict(line.pop("fields")) | line
         path_of_audio = line.pop("audio")
-        elsewhere = "://" in path_of_audio or path_of_audio.startswith(records.PREFIX)
+        elsewhere = "://" in path_of_audio or _is_inside(path_of_audio)
         line["audio_filepath"] = path_of_audio if elsewhere else os.path.abspath(path_of_audio)
         given = {key: value for key, value in line.items() if value not in (None, "", ())}
         lines.append(json.dumps(given, ensure_ascii=False) + "\n")

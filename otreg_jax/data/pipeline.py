@@ -8,7 +8,7 @@ are fixed before each host takes its own: any number of hosts and workers, and a
 step, see the same.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from otreg_jax.data import audio, augment, features, sources
+from otreg_jax.data import audio, augment, features, prompts, sources
 from otreg_jax.data.bucketing import (
     Corpus,
     Plan,
@@ -25,6 +25,8 @@ from otreg_jax.data.bucketing import (
     describe_buckets,
     frames_of,
     make_corpus,
+    own_parts,
+    own_widths,
     padding,
 )
 from otreg_jax.data.utterances import BadAudio, Problem, Utterance
@@ -48,6 +50,7 @@ def train_batches(
     host_count: int = 1,
     skipped_path: str | None = None,
     kept=None,
+    prompter: prompts.Prompter | None = None,
 ) -> Iterator[Batch]:
     """Yields this host's rows of the batches of steps start_step … num_steps - 1.
 
@@ -62,10 +65,14 @@ def train_batches(
       host_index, host_count: which rows of the global batch: an equal share, in order.
       skipped_path: JSON-lines file that lists what was unusable (on_bad_audio="skip").
       kept: the encoder's outputs for these utterances (`encoded.Kept`), if they are to be used.
+      prompter: what makes prompts and answers of utterances that have a task; None: the model
+        answers with transcripts.
 
     Yields:
-      {"mel": float32 [B, F, M], "mel_length": int32 [B], "tokens": int32 [B, T] (transcripts only),
-      "token_length": int32 [B], "index": int32 [B], row in `utterances`}. With features="step",
+      {"mel": float32 [B, F, M], "mel_length": int32 [B], "tokens": int32 [B, T] (answers only),
+      "token_length": int32 [B], "index": int32 [B], row in `utterances`}; where utterances have
+      prompts of their own, "prefix" and "suffix", and where answers are not transcripts,
+      "transcript", int32 [B, widths of the bucket] with their lengths. With features="step",
       "audio": float32 [B, N] and "audio_length": int32 [B] stand in for mel and mel_length; with
       `kept`, "encoded" [B, positions(F), E] in its dtype stands in for mel. A row
       whose audio turned out unusable is a filler: index -1, token_length 0, silence.
@@ -75,7 +82,7 @@ def train_batches(
         utterances (on_bad_audio="raise"); where all audio fits in memory it is read before the
         first step, and the message lists every unusable file.
     """
-    corpus = make_corpus(utterances, tokenizer)
+    corpus = make_corpus(utterances, tokenizer, prompter)
     rows_N = _within_token_limit(corpus, data_config, skipped_path if host_index == 0 else None)
     speeds = tuple(data_config.augment.speeds)
     buckets = choose_buckets(
@@ -83,7 +90,9 @@ def train_batches(
         np.tile(corpus.token_length[rows_N], len(speeds)),
         data_config.num_buckets,
     )
-    groups = _groups([utterances[row] for row in rows_N], data_config)
+    widths = own_widths(corpus, rows_N, speeds, buckets)
+    weights = {name: task.weight for name, task in (prompter.tasks if prompter else {}).items()}
+    groups = _groups([utterances[row] for row in rows_N], data_config, weights)
 
     def plan_epoch(epoch: int) -> Plan:
         rng = _rng(_ORDER, seed, epoch)
@@ -121,8 +130,10 @@ def train_batches(
                 zip(rows_B, plan.speed_SB[s, mine], strict=True), mine.start
             )
         ]
-        bucket = buckets[plan.bucket_S[s]]
-        return _assemble(corpus, rows_B, examples, bucket, data_config, kept)
+        b = plan.bucket_S[s]
+        made = _assemble(corpus, rows_B, examples, buckets[b], data_config, kept)
+        rngs = [_rng(_PROMPT, seed, step, i) for i in range(mine.start, mine.stop)]
+        return made | own_parts(corpus, rows_B, widths[b], prompter, rngs)
 
     # What is kept is read from a mapped file: workers would only copy it.
     num_workers = 0 if kept else data_config.num_workers
@@ -148,18 +159,21 @@ def eval_batches(
     host_index: int = 0,
     host_count: int = 1,
     skipped_path: str | None = None,
+    prompter: prompts.Prompter | None = None,
 ) -> Iterator[Batch]:
-    """Yields every utterance once, short ones first, without augmentation.
+    """Yields every utterance once, short ones first, without augmentation, with its task's first
+    prompt.
 
     Arguments, batches and errors as for `train_batches`. Fillers make the number a multiple of the
     batch size: repeated utterances with index -1 and token_length 0. All hosts yield equally many
     batches.
     """
-    corpus = make_corpus(utterances, tokenizer)
+    corpus = make_corpus(utterances, tokenizer, prompter)
     rows_N = _within_token_limit(corpus, data_config, skipped_path if host_index == 0 else None)
     rows_N = rows_N[np.argsort(corpus.samples[rows_N], kind="stable")]
     frames_N, tokens_N = frames_of(corpus.samples[rows_N]), corpus.token_length[rows_N]
     buckets = choose_buckets(frames_N, tokens_N, data_config.num_buckets)
+    widths = own_widths(corpus, rows_N, (1.0,), buckets)
     plan = deal(corpus, rows_N, np.ones(len(rows_N)), buckets, batch_size)
     mine = _share(batch_size, host_index, host_count)
     read = _reader(corpus, rows_N, data_config, None, skipped_path, host_index)
@@ -167,7 +181,9 @@ def eval_batches(
     def batch(step: int) -> Batch:
         rows_B, repeated_B = plan.rows_SB[step, mine], plan.repeated_SB[step, mine]
         examples = [read(row, 1.0, None) for row in rows_B]
-        made = _assemble(corpus, rows_B, examples, buckets[plan.bucket_S[step]], data_config)
+        b = plan.bucket_S[step]
+        made = _assemble(corpus, rows_B, examples, buckets[b], data_config)
+        made |= own_parts(corpus, rows_B, widths[b], prompter, [None] * len(rows_B))
         made["index"] = np.where(repeated_B, -1, made["index"]).astype(np.int32)
         made["token_length"] = np.where(repeated_B, 0, made["token_length"]).astype(np.int32)
         return made
@@ -179,7 +195,9 @@ def eval_batches(
 # Which utterances, in which shape, at which step
 # ------------------------------------------------------------------------------------------------
 
-_ORDER, _GROUP, _AUGMENT = range(3)  # what a random generator is for: no two share a stream
+_ORDER, _GROUP, _AUGMENT, _PROMPT = range(
+    4
+)  # what a random generator is for: no two share a stream
 
 
 def _rng(purpose: int, *seeds: int) -> np.random.Generator:
@@ -210,30 +228,42 @@ class _Group(NamedTuple):
     share: float
 
 
-def _groups(utterances: Sequence[Utterance], data_config) -> list[_Group]:
+def _groups(
+    utterances: Sequence[Utterance], data_config, weights: Mapping[str, float] = {}
+) -> list[_Group]:
     """The utterances of each language or manifest, or all of them: `data.mixture`, in proportion to
     size^(1 / data.temperature); or, with `data.weights`, of each manifest in the order they come.
+    With the `weights` of several tasks, those of each task, whose share of the draws that is.
 
     (Conneau et al. 2020, XLM-R, section 3, sample languages by temperature.)
     """
-    weights = tuple(data_config.weights)
-    mixture = "corpus" if weights else data_config.mixture
+    given = tuple(data_config.weights)
+    mixture = "corpus" if given else data_config.mixture
     if mixture not in sources.MIXTURES:
         known = ", ".join(map(repr, sources.MIXTURES))
         raise ValueError(f"data.mixture={mixture!r} is not one of {known}")
     of_N = np.array([sources.MIXTURES[mixture](u) for u in utterances])
     names, first = np.unique(of_N, return_index=True)
-    rows = [np.flatnonzero(of_N == name) for name in names]
-    shares = [len(r) ** (1 / data_config.temperature) for r in rows]
-    if weights:
-        if len(weights) != len(names) or min(weights) <= 0:
-            came = [str(name) for name in names[np.argsort(first)]]
-            raise ValueError(
-                f"data.weights={weights}: give one number above 0 for each of, in this order, "
-                + ", ".join(came)
-            )
-        shares = np.array(weights)[np.argsort(np.argsort(first))]
-    return [_Group(str(n), r, float(s)) for n, r, s in zip(names, rows, shares, strict=True)]
+    if given and (len(given) != len(names) or min(given) <= 0):
+        came = [str(name) for name in names[np.argsort(first)]]
+        raise ValueError(
+            f"data.weights={given}: give one number above 0 for each of, in this order, "
+            + ", ".join(came)
+        )
+    share_of = dict(zip(names[np.argsort(first)], given, strict=False))
+    task_N = np.array([u.task if len(weights) > 1 else "" for u in utterances])
+    groups = []
+    for task in np.unique(task_N):
+        mine = {name: np.flatnonzero((of_N == name) & (task_N == task)) for name in names}
+        mine = {name: rows for name, rows in mine.items() if len(rows)}
+        share = {
+            n: share_of.get(n, len(r) ** (1 / data_config.temperature)) for n, r in mine.items()
+        }
+        scale = weights[task] / sum(share.values()) if task else 1.0
+        for name, rows in mine.items():
+            words = [str(name)] if not task else [str(task), str(name)][: len(mine)]
+            groups.append(_Group(", ".join(words), rows, scale * float(share[name])))
+    return groups
 
 
 def _draw(groups: Sequence[_Group], seed: int, epoch: int) -> np.ndarray:
@@ -371,11 +401,11 @@ def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config, kept=None) 
     }
     for i, (row, example) in enumerate(zip(rows_B, examples, strict=True)):
         if example is not None:
-            transcript = corpus.transcript(row)
+            answer = corpus.answer(row)
             batch[speech][i, : len(example)] = example
             batch[length][i] = kept.frames_N[row] if kept else len(example)
-            batch["tokens"][i, : len(transcript)] = transcript
-            batch["token_length"][i] = len(transcript)
+            batch["tokens"][i, : len(answer)] = answer
+            batch["token_length"][i] = len(answer)
             batch["index"][i] = row
     return batch
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from otreg_jax import rundir
-from otreg_jax.data import features, sources, spoken, synthetic
+from otreg_jax.data import features, prompts, sources, spoken, synthetic
 from otreg_jax.data.utterances import too_long
 
 Sets = dict[str, list[sources.Utterance]]
@@ -15,8 +15,8 @@ Sets = dict[str, list[sources.Utterance]]
 
 def load_train(config, workdir, skipped_path=None) -> list[sources.Utterance]:
     """The training utterances that the model can take, those of manifests in their order, then
-    synthetic speech; what is set aside is appended to the JSON-lines file `skipped_path`, if one is
-    given.
+    synthetic speech, each once for every task that it is for; what is set aside is appended to the
+    JSON-lines file `skipped_path`, if one is given.
 
     Raises:
       ValueError, FileNotFoundError: a manifest is missing or wrong (all its problems are listed),
@@ -29,6 +29,8 @@ def load_train(config, workdir, skipped_path=None) -> list[sources.Utterance]:
             config.data,
             max_duration=max_seconds(config),
             skipped_path=skipped_path,
+            require_text=not config.tasks,
+            columns=prompts.columns(config),
         )
     if is_spoken(config):
         found, refused = not_too_long(load_synthetic(config, workdir)["train"], config)
@@ -39,7 +41,11 @@ def load_train(config, workdir, skipped_path=None) -> list[sources.Utterance]:
             f"{config.data.train}: no utterance is left to train on (data.max_duration is "
             f"{config.data.max_duration:g} s); see skipped.jsonl"
         )
-    return utterances[: config.data.max_utterances or None]
+    items, unfit = prompts.expand(utterances[: config.data.max_utterances or None], config)
+    sources.handle(unfit, config.data.on_bad_audio, skipped_path)
+    if not items:
+        raise ValueError(f"{config.data.train}: no utterance serves a task; see skipped.jsonl")
+    return items
 
 
 def load_dev(config, workdir) -> list[sources.Utterance]:
@@ -49,11 +55,12 @@ def load_dev(config, workdir) -> list[sources.Utterance]:
       ValueError, FileNotFoundError: there is no such manifest, or nothing usable in it.
     """
     if config.data.dev:
-        found, problems = sources.scan(config.data.dev, config.data.data_root)
+        found, problems = _scan(config.data.dev, config, not config.tasks)
     else:
         found, problems = load_synthetic(config, workdir)["dev"], []
     found, refused = not_too_long(found, config)
-    problems += refused
+    found, unfit = prompts.expand(found, config)
+    problems += refused + unfit
     sources.record_skipped(problems, None, note=f"data.dev={config.data.dev}: left out")
     if not found:
         raise ValueError(f"data.dev={config.data.dev}: nothing usable in it; eval_every needs it")
@@ -63,7 +70,8 @@ def load_dev(config, workdir) -> list[sources.Utterance]:
 def load_eval(config, workdir, manifests: str = "") -> tuple[Sets, list[sources.Problem]]:
     """The evaluation sets, and the lines of their manifests that cannot be used.
 
-    An empty transcript is allowed: whatever is recognised there is inserted.
+    A set whose utterances are for several tasks becomes one of each, "name/task". An empty
+    transcript is allowed: whatever is recognised there is inserted.
 
     Args:
       manifests: "name=manifest,..."; "" for the sets of the configuration.
@@ -85,13 +93,14 @@ def load_eval(config, workdir, manifests: str = "") -> tuple[Sets, list[sources.
         raise ValueError(f"data.test: synthetic speech has sets of these names: {', '.join(both)}")
     problems = []
     for name, path in paths.items():
-        utterances[name], bad = sources.scan(path, config.data.data_root, require_text=False)
+        utterances[name], bad = _scan(path, config, require_text=False)
         problems += bad
     utterances = dict(sorted(utterances.items(), key=lambda item: item[0] != "dev"))
     for name, found in utterances.items():
-        utterances[name], refused = not_too_long(found, config)
-        problems += refused
-    utterances = {name: found for name, found in utterances.items() if found}
+        found, refused = not_too_long(found, config)
+        utterances[name], unfit = prompts.expand(found, config, require_text=False)
+        problems += refused + unfit
+    utterances = _by_task(utterances)
     if not utterances:
         why = f": {sources.count(problems)}" if problems else ""
         raise ValueError(
@@ -99,6 +108,22 @@ def load_eval(config, workdir, manifests: str = "") -> tuple[Sets, list[sources.
             "give --sets=name=manifest.jsonl"
         )
     return utterances, problems
+
+
+def _scan(path: str, config, require_text: bool):
+    columns = prompts.columns(config)
+    return sources.scan(path, config.data.data_root, require_text, columns)
+
+
+def _by_task(utterances: Sets) -> Sets:
+    """The sets that are not empty, those of several tasks divided."""
+    divided = {}
+    for name, found in utterances.items():
+        tasks = list(dict.fromkeys(u.task for u in found))
+        for task in tasks:
+            mine = [u for u in found if u.task == task]
+            divided[f"{name}/{task}" if len(tasks) > 1 else name] = mine
+    return divided
 
 
 def not_too_long(

@@ -9,7 +9,7 @@ import re
 
 from etils import epath
 
-from otreg_jax.data import manifest, records, remote
+from otreg_jax.data import manifest, readers, records, remote
 from otreg_jax.data.audio import SAMPLE_RATE, from_file, load_audio
 from otreg_jax.data.manifest import read_manifest, scan_manifest, write_manifest
 from otreg_jax.data.utterances import (
@@ -58,14 +58,19 @@ MIXTURES = {
 
 
 def scan(
-    path: str, data_root: str = "", require_text: bool = True
+    path: str, data_root: str = "", require_text: bool = True, columns: frozenset[str] = frozenset()
 ) -> tuple[list[Utterance], list[Problem]]:
-    """Reads a data set in ArrayRecord files (FOLDER, of which "train", or FOLDER:SPLIT) or else a
-    manifest. Arguments, result and errors as for `scan_manifest` and `scan_records`."""
+    """Reads a data set of another tool (see `readers`), one in ArrayRecord files (FOLDER, of which
+    "train", or FOLDER:SPLIT), or else a manifest. Arguments, result and errors as for
+    `scan_manifest` and `scan_records`."""
     path = remote.localize(path)
     remote.check([path], f"{path} lies there")
+    if reader := readers.find(path):
+        return manifest.check_lines(reader(), path, False, require_text, columns)
     split = split_of(path)
-    return scan_records(*split) if split else scan_manifest(path, data_root, require_text)
+    if split:
+        return scan_records(*split, columns)
+    return scan_manifest(path, data_root, require_text, columns)
 
 
 def split_of(path: str) -> tuple[str, str] | None:
@@ -77,7 +82,9 @@ def split_of(path: str) -> tuple[str, str] | None:
     return None
 
 
-def scan_records(folder: str, split: str) -> tuple[list[Utterance], list[Problem]]:
+def scan_records(
+    folder: str, split: str, columns: frozenset[str] = frozenset()
+) -> tuple[list[Utterance], list[Problem]]:
     """Reads the utterances of a TFDS data set in ArrayRecord files. Result as for `scan_manifest`.
 
     Raises:
@@ -88,11 +95,17 @@ def scan_records(folder: str, split: str) -> tuple[list[Utterance], list[Problem
         (f"{folder}:{split}:{i}", {**line, "audio_filepath": records.address(folder, split, i)})
         for i, line in enumerate(records.read_index(folder, split))
     )
-    return manifest.check_lines(lines, folder, strict=False)
+    return manifest.check_lines(lines, folder, strict=False, columns=columns)
 
 
 def load_utterances(
-    manifests: str, data_config, *, max_duration: float, skipped_path: str | None = None
+    manifests: str,
+    data_config,
+    *,
+    max_duration: float,
+    skipped_path: str | None = None,
+    require_text: bool = True,
+    columns: frozenset[str] = frozenset(),
 ) -> list[Utterance]:
     """Reads manifests and sets aside what cannot be used.
 
@@ -101,6 +114,7 @@ def load_utterances(
       data_config: on_bad_audio ("raise" | "skip"), long_audio ("reject" | "chunk"), data_root.
       max_duration: seconds that the model can take.
       skipped_path: JSON-lines file to which what is set aside is appended.
+      require_text, columns: as for `scan_manifest`.
 
     Returns:
       Utterances of at most `max_duration`. Longer ones are left out, counted and recorded; with
@@ -111,7 +125,8 @@ def load_utterances(
       FileNotFoundError: a manifest does not exist.
       ValueError: on_bad_audio="raise" and a line cannot be used; lists all of them.
     """
-    scans = [scan(path.strip(), data_config.data_root) for path in manifests.split(",")]
+    root = data_config.data_root
+    scans = [scan(p.strip(), root, require_text, columns) for p in manifests.split(",")]
     handle([p for _, problems in scans for p in problems], data_config.on_bad_audio, skipped_path)
     if data_config.long_audio not in LONG_AUDIO:
         raise ValueError(f"data.long_audio={data_config.long_audio!r}: {' or '.join(LONG_AUDIO)}")
@@ -121,7 +136,8 @@ def load_utterances(
             kept.append(utterance)
             continue
         parts, why = [utterance], ""
-        if data_config.long_audio == "chunk" and utterance.words:
+        has_answer = {*manifest.ANSWER_COLUMNS} & dict(utterance.fields).keys()  # to all of it
+        if data_config.long_audio == "chunk" and utterance.words and not has_answer:
             parts = chunk(utterance, max_duration) or parts
             why = "" if len(parts) > 1 else ", and `words` are not those of its text"
         for part in parts:

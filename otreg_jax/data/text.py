@@ -51,13 +51,18 @@ def from_shell(template: str) -> str:
     return template.replace("\\n", "\n")
 
 
-def build_prompt(tokenizer: Tokenizer, template: str = "{speech}\n") -> Prompt:
+def build_prompt(
+    tokenizer: Tokenizer, template: str = "{speech}\n", has_values: bool = False
+) -> Prompt:
     """The prompt of a template such as "Transcribe: {speech}\\n".
 
     "chat:Transcribe: {speech}" puts what follows the colon into a user's turn of the model's own
     chat template; the answer then ends with what ends a turn there. Otherwise the begin token is
     put first if the model expects one and the template does not begin with it, and the end token
     ends the answer.
+
+    has_values: the template's fields are filled in (`prompts.fill`); what stands there need not be
+    writable, nor is it taken for a special token's name.
 
     Raises ValueError when the template does not hold {speech} exactly once, has characters that the
     tokenizer cannot write, or names special tokens it does not have; "chat:", when there is no chat
@@ -73,7 +78,8 @@ def build_prompt(tokenizer: Tokenizer, template: str = "{speech}\n") -> Prompt:
         ids, eos = tokenizer.encode_prompt(text), next(ends, tokenizer.eos_id)
     else:
         special = re.findall(r"<[^<>\s]+>|\[/?[A-Z_]+\]", template)
-        if absent := [token for token in special if tokenizer.token_id(token) is None]:
+        absent = [token for token in special if tokenizer.token_id(token) is None]
+        if absent and not has_values:
             raise ValueError(
                 f"{said}: {', '.join(absent)} is no token of this tokenizer; is the template that "
                 'of another model? "chat:..." takes the model\'s own'
@@ -84,7 +90,7 @@ def build_prompt(tokenizer: Tokenizer, template: str = "{speech}\n") -> Prompt:
     at = ids.index(None)
     prefix, suffix = tuple(ids[:at]), tuple(ids[at + 1 :])
     for part, written in zip(text.split(SPEECH), (prefix, suffix), strict=True):
-        if tokenizer.unk_id in written:
+        if tokenizer.unk_id in written and not has_values:
             raise ValueError(
                 f"{said}: the tokenizer cannot write {part!r}; change it, or train the tokenizer "
                 "with its characters"

@@ -20,13 +20,15 @@ class Utterance(NamedTuple):
 
     id: str
     audio: str  # path of the audio file, or address of a record
-    text: str
+    text: str  # the transcript; "" also where only another answer is known
     duration: float  # seconds
     offset: float | None = None  # seconds into the file; None: the utterance is the whole file
     lang: str = ""
     speaker: str = ""
     where: str = ""  # "train.jsonl:12", for messages
     words: tuple = ()  # ((word, start, end), ...) in seconds from the utterance's start
+    task: str = ""  # what is asked of it, see `prompts`; "": what the run's first task asks
+    fields: tuple = ()  # ((column, value), ...) of its row, those that templates name
 
 
 class Problem(NamedTuple):
