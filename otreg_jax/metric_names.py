@@ -33,6 +33,7 @@ GROUPS = {
         Metric("ctc", "nats a token", "CTC of the adapter's outputs", CTC),
         Metric("ctc_infeasible", "utterances", "too few positions for their tokens; left out", CTC),
         Metric("infonce", "nats", "the contrastive rival", "`infonce.weight` > 0"),
+        Metric("kl", "nats a token", "to the LLM's own reading of the text", "`kl.weight` > 0"),
     ),
     "The transport plan": (
         Metric("marginal_error", "mass", "how far Sinkhorn is from converged (L1)", OTREG),

@@ -1,16 +1,19 @@
 """metrics.jsonl and TensorBoard's events: complete whatever happens, and readable by others."""
 
+import functools
 import struct
 import sys
 from types import ModuleType, SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from toy import toy_batch, toy_config, toy_slm
 from toy_run import metrics_of, tone_config
 
 from benchmarks import structure
-from otreg_jax import allowed, cluster, metric_names, preflight, rundir, tracking, writers
+from otreg_jax import allowed, cluster, losses, metric_names, preflight, rundir, tracking, writers
 from otreg_jax import train as train_lib
 
 
@@ -159,6 +162,18 @@ def test_every_metric_has_its_unit_and_meaning(finished):
     assert page == metric_names.as_markdown() + "\n", (
         "run python -m otreg_jax.metric_names > docs/metrics.md"
     )
+
+
+def test_every_loss_has_its_unit_and_meaning():
+    """All of them at once; only traced, nothing is compiled."""
+    weights = {f"{name}__weight": 1.0 for name in ("ce", "otreg", "ctc", "infonce", "kl")}
+    config, (slm, params) = toy_config(**weights), toy_slm(ctc=True)
+    loss_fn = functools.partial(losses.loss_fn, config=config)
+    schedules = losses.make_schedules(config)
+    _, metrics = jax.eval_shape(
+        lambda: loss_fn(slm, params, toy_batch(), jnp.int32(0), schedules=schedules)
+    )
+    assert {"ce", "otreg", "ctc", "infonce", "kl"} <= metrics.keys() <= metric_names.TABLE.keys()
 
 
 def test_a_full_disk_neither_stops_nor_hangs_a_run(
