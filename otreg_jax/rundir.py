@@ -265,6 +265,8 @@ def read_lines(path: str | os.PathLike, remedy: str) -> list[dict]:
 def _read_text(path, remedy: str) -> str:
     try:
         return read_bytes(path).decode()
+    except IsADirectoryError as error:
+        raise _damaged(path, "a folder, not a file", remedy) from error
     except UnicodeDecodeError as error:
         raise _damaged(path, f"byte {error.start} is no UTF-8 text", remedy) from error
 

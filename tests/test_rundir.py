@@ -70,6 +70,11 @@ def test_a_damaged_file_is_one_line_that_names_the_place(tmp_path, content, mess
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: damaged, a folder, not a file; mend it"):
+        rundir.read_json(tmp_path, "mend it")
+
+
 def test_lines_are_read_up_to_one_that_was_being_written(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert rundir.read_lines(path, "") == []
