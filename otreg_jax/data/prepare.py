@@ -51,7 +51,7 @@ def read_corpus(
     utterances, problems = [], []
     for path in paths.split(","):
         if layout == "manifest":
-            found, wrong = manifest.scan_manifest(path.strip())
+            found, wrong = sources.scan(path.strip())
         else:
             lines = list(corpora.LAYOUTS[layout](Path(path.strip()).absolute(), split))
             if not lines:
