@@ -137,7 +137,7 @@ def test_figures_of_tasks_follow_their_definitions():
     found = task_scores.score("answer", rows(("a big dog", "Big dog!"), ("no", "no")), "whisper")
     np.testing.assert_allclose([found["f1"], found["exact_match"]], [(0.8 + 1) / 2, 0.5])
     # "anna" is missed and "radio" inserted: both are listed, and one listed word was said.
-    listed = rows(("call anna now", "call now radio"), context=["anna", "radio"])
+    listed = rows(("call anna now please", "call now please radio"), context=["anna", "radio"])
     found = {key: figure.value for key, figure in task_scores.biased(listed, "basic").items()}
     assert found == {"biased_wer": 2.0, "unbiased_wer": 0.0}
     assert task_scores.biased(rows(("a", "a")), "basic") == {}
