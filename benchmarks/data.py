@@ -160,7 +160,7 @@ def measure_speed(variants) -> dict:
 def measure_padding(utterances, batch_size: int = 16) -> dict:
     """Fractions of all mel frames in an epoch's batches that are padding."""
     corpus = pipeline.make_corpus(utterances, Bytes())
-    frames = pipeline.frames_of(corpus.samples)
+    frames = pipeline.frames_of(corpus, np.arange(len(utterances)))
     ratios = {}
     for num_buckets in (1, 2, 4, 8, 16):
         buckets = pipeline.choose_buckets(frames, corpus.token_length, num_buckets)

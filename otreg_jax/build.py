@@ -174,37 +174,39 @@ def build(
     """
     prompt = prompts.shared(tokenizer, config)
     slm = modules(config, tokenizer.vocab_size, prompt, llm_dir, mesh)
-    loaded = {}
-    if config.encoder.path:
-        _, loaded["encoder"] = pretrained.load_speech_encoder(
-            config.encoder.path,
-            config.encoder.revision or None,
-            **_placement(config, "encoder", mesh),
-        )
-    if llm_dir:
-        _, loaded["llm"] = pretrained.load_llm(
-            llm_dir, config.llm.revision or None, **_placement(config, "llm", mesh)
-        )
-    return slm, init_params(slm, config, loaded, ctc_classes)
+    loaded = _load(slm, config, llm_dir, mesh)
+    params = init_params(slm, config, loaded, ctc_classes)
+    if config.lora.path:
+        c, llm = config.lora, slm.llm.config
+        pairs = pretrained.load_lora(c.path, c.revision or None, llm)
+        params["llm"] = pretrained.with_pairs(params["llm"], pairs, c.path)
+    return slm, params
+
+
+def _load(slm: SLM, config, llm_dir: str, mesh, parts=config_lib.PARTS, keep_trained=True) -> dict:
+    """The weights of those of `parts` that are read from files."""
+    loaders = {
+        "encoder": pretrained.load_speech_encoder,
+        "adapter": functools.partial(pretrained.load_adapter, config=slm.adapter.config),
+        "llm": pretrained.load_llm,
+    }
+    paths = {part: config[part].path for part in loaders} | {"llm": llm_dir}
+    return {
+        part: load(
+            paths[part],
+            config[part].revision or None,
+            **_placement(config, part, mesh, keep_trained),
+        )[1]
+        for part, load in loaders.items()
+        if paths[part] and part in parts
+    }
 
 
 def frozen_params(slm: SLM, config, llm_dir: str = "") -> dict:
     """The frozen parameters alone, as `split` gives them, in their shards of the SLM's mesh: read
     where the configuration names a path, else drawn from the seed."""
     _, shapes = abstract_params(slm, config)
-    frozen = {}
-    if config.encoder.path and "encoder" in shapes:
-        _, frozen["encoder"] = pretrained.load_speech_encoder(
-            config.encoder.path,
-            config.encoder.revision or None,
-            **_placement(config, "encoder", slm.mesh, keep_trained=False),
-        )
-    if llm_dir and "llm" in shapes:
-        _, frozen["llm"] = pretrained.load_llm(
-            llm_dir,
-            config.llm.revision or None,
-            **_placement(config, "llm", slm.mesh, keep_trained=False),
-        )
+    frozen = _load(slm, config, llm_dir, slm.mesh, shapes, keep_trained=False)
     found = optim.flat_paths(frozen)
     missing = {path: x for path, x in optim.flat_paths(shapes).items() if path not in found}
 
@@ -228,11 +230,7 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
     c = config.encoder
     if c.path:
         encoder_config = pretrained.speech_encoder_config(c.path, c.revision or None)
-        if encoder_config.num_mels != config.data.num_mels:
-            raise ValueError(
-                f"{c.path} takes {encoder_config.num_mels} mel bins: set data.num_mels="
-                f"{encoder_config.num_mels} (it is {config.data.num_mels})"
-            )
+        _check_audio(config, encoder_config)
     else:
         encoder_config = SpeechEncoderConfig(
             num_mels=config.data.num_mels,
@@ -243,6 +241,11 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
             max_positions=c.max_positions,
             strides=tuple(c.strides),
         )
+    encoder_config = dataclasses.replace(
+        encoder_config,
+        pool=max(encoder_config.pool, c.pool),
+        reads_padding=config.data.window_masked,
+    )
     if llm_dir:
         llm_config = pretrained.llm_config(llm_dir, config.llm.revision or None)
         if llm_config.vocab_size < vocab_size:
@@ -252,12 +255,7 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
             )
     else:
         llm_config = new_llm_config(config, vocab_size)
-    adapter_config = AdapterConfig(
-        in_dim=encoder_config.embed_dim,
-        out_dim=llm_config.embed_dim,
-        dtype=config.compute_dtype,
-        **config.adapter.to_dict(),
-    )
+    adapter_config = _adapter_config(config, encoder_config, llm_config)
     choose = functools.partial(
         attention.choose_kernel, config.attention, mesh, dtype=config.compute_dtype
     )
@@ -273,6 +271,36 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
         attention=choose(head_dim=llm_config.head_dim, softcap=llm_config.attn_softcap),
     )
     return slm_lib.make(encoder_config, adapter_config, llm_config, prompt, mesh)
+
+
+def _check_audio(config, encoder_config: SpeechEncoderConfig) -> None:
+    """Raises one ValueError that lists what settings of the data a pretrained encoder needs to be
+    otherwise."""
+    data, c = config.data, config.encoder
+    needed = {"num_mels": encoder_config.num_mels}
+    if window := pretrained.window(c.path, c.revision or None, encoder_config):
+        needed |= {"window": window.seconds, "window_masked": window.masked}
+    wrong = [
+        f"data.{key}={value} (it is {data[key]})"
+        for key, value in needed.items()
+        if data[key] != value
+    ]
+    if wrong:
+        takes = f"{c.path} takes {encoder_config.num_mels} mel bins"
+        takes += f" of windows of {needed['window']:g} s" if needed.get("window") else ""
+        raise ValueError(f"{takes}: set {', '.join(wrong)}")
+
+
+def _adapter_config(config, encoder: SpeechEncoderConfig, llm: LLMConfig) -> AdapterConfig:
+    """The adapter between the two: that of a speech LLM if `adapter.path` names one."""
+    c = config.adapter.to_dict()
+    path, revision = c.pop("path"), c.pop("revision")
+    if not path:
+        dims = {"in_dim": encoder.embed_dim, "out_dim": llm.embed_dim}
+        return AdapterConfig(**dims, dtype=config.compute_dtype, **c)
+    theirs = pretrained.adapter_config(path, revision or None, encoder, llm)
+    ours = {"dropout": c["dropout"], "norm": c["norm"], "dtype": config.compute_dtype}
+    return dataclasses.replace(theirs, **ours)
 
 
 def new_llm_config(config, vocab_size: int) -> LLMConfig:

@@ -321,6 +321,7 @@ def provenance(config, tokenizer, frozen, corpus: str = "") -> dict:
     """
     from_files = {
         "encoder": bool(config.encoder.path),
+        "adapter": bool(config.adapter.path),
         "llm": bool(config.llm.path or config.llm.pretrain.num_steps),
     }
     loaded = {part: frozen[part] for part in frozen if from_files.get(part)}

@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 RECIPES = next(
     (f for f in (HERE / "recipes", HERE.parent / "configs") if f.is_dir()), HERE / "recipes"
 )
+PARTS = ("encoder", "adapter", "llm")  # of a model
 
 
 def default() -> ConfigDict:
@@ -41,7 +42,11 @@ def default() -> ConfigDict:
             place = place.setdefault(group, {})
         place[name] = setting.default
     nested["stages"], nested["tasks"] = {}, {}
-    return ConfigDict(nested)
+    config = ConfigDict(nested)
+    for part in PARTS:  # their defaults follow those of the whole
+        for key in ("path", "revision"):
+            config[part][key] = config.model.get_oneway_ref(key)
+    return config
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:

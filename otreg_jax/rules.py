@@ -152,6 +152,17 @@ def _kept_encoder_outputs(keep, features, speeds, *others):
     return ""
 
 
+@rule("data.window", "data.window_masked", "data.features", "data.max_duration")
+def _window(window, masked, features, max_duration):
+    if masked and not window:
+        return "there is no silence to mask: set data.window"
+    if window and features != "host":
+        return "silence is added on the host: set data.features=host"
+    if window and max_duration > window:
+        return "audio must fit into the window: set data.max_duration to it"
+    return ""
+
+
 @rule("encoder.embed_dim", "encoder.num_heads", "encoder.path")
 def _encoder_heads(embed_dim, num_heads, path):
     return "" if path or embed_dim % num_heads == 0 else "heads must divide the width"
@@ -171,6 +182,11 @@ def _adapter(kind, hidden_dim, num_heads):
     except ValueError as error:
         return str(error)
     return ""
+
+
+@rule("adapter.norm", "adapter.path")
+def _adapter_norm(norm, path):
+    return "the adapter of adapter.path has no such norm" if norm != "none" and path else ""
 
 
 @rule("data.augment.freq_width", "data.augment.freq_masks", "data.num_mels")

@@ -115,6 +115,19 @@ _ROWS = (
     ("data.cache", "", TEXT, 'where synthetic speech is kept; "": WORKDIR/data', FREE),
     ("data.max_utterances", 0, COUNT, "use only the first so many for training; 0: all"),
     ("data.num_mels", 80, integer(1, 200), "mel bins; Whisper has 80, from large-v3 on 128"),
+    (
+        "data.window",
+        0.0,
+        WEIGHT,
+        "seconds to which silence fills up shorter audio, 30 for Voxtral and Qwen2-Audio; 0: none",
+    ),
+    (
+        "data.window_masked",
+        False,
+        FLAG,
+        "attention is kept from that silence, only convolutions meet it (Qwen2-Audio); False: "
+        "it is read like speech (Voxtral)",
+    ),
     ("data.max_duration", 30.0, POSITIVE, "seconds; longer audio is refused, never cut"),
     ("data.num_buckets", 2, SIZE, "batch shapes (frames, tokens), derived from the data"),
     ("data.num_workers", 0, COUNT, "loader processes; 0: threads of this process", FREE),
@@ -206,7 +219,15 @@ _ROWS = (
         "what surrounds the speech; the answer follows. chat:Transcribe: {speech} is a turn of the "
         "model's own chat template. {column} is a field, [[ ]] an optional part: see docs/data.md",
     ),
-    ("encoder.path", "", MODEL, 'a Whisper model; "": from scratch'),
+    (
+        "model.path",
+        "",
+        MODEL,
+        "a whole speech LLM (Ultravox, Voxtral, Qwen2-Audio): the default of encoder.path, "
+        "adapter.path and llm.path",
+    ),
+    ("model.revision", "", TEXT, "the commit of a hub id"),
+    ("encoder.path", "", MODEL, 'a Whisper model, or one that holds it; "": from scratch'),
     ("encoder.revision", "", TEXT, "the commit of a hub id"),
     (
         "encoder.keep",
@@ -225,6 +246,9 @@ _ROWS = (
         series(integer(1, 16), 1),
         "of the convolutions over 100 mel frames a second",
     ),
+    ("encoder.pool", 1, DEPTH, "so many positions are averaged to one; Qwen2-Audio has 2"),
+    ("adapter.path", "", MODEL, 'a speech LLM that holds one; "": from scratch'),
+    ("adapter.revision", "", TEXT, "the commit of a hub id"),
     ("adapter.kind", "mlp", one_of(*adapter.KINDS), "see otreg_jax/models/adapter.py"),
     ("adapter.stack", 1, DEPTH, "encoder positions to one speech embedding"),
     ("adapter.hidden_dim", 192, WIDTH, "width between encoder and LLM"),
@@ -266,6 +290,8 @@ _ROWS = (
         REGEX,
         'whole paths of kernels to adapt: "llm/layers/attn/[qv]/kernel"; "": none',
     ),
+    ("lora.path", "", MODEL, "a PEFT directory: the pairs of the LLM start as they stand in it"),
+    ("lora.revision", "", TEXT, "the commit of a hub id"),
     ("lora.rank", 8, DEPTH, "of the update of a kernel"),
     ("lora.scale", 1.0, POSITIVE, "of the update; what other libraries call alpha / rank"),
     ("otreg.weight", 0.0, WEIGHT, "lambda at its full value; 0: cross-entropy alone"),

@@ -165,7 +165,7 @@ def load_data(config, files: rundir.Files) -> Data:
     are_used = stages.is_ever_on(config, "ctc") and config.ctc.classes == "used"
     agreement.check_data("training data", utterances)
     agreement.check_data("dev set", dev)
-    agreement.check_weights([config.encoder.path, llm_dir])
+    agreement.check_weights([config.encoder.path, config.adapter.path, llm_dir])
     classes = text.used_tokens(tokenizer, [u.text for u in utterances]) if are_used else None
     return Data(utterances, dev, tokenizer, llm_dir, classes, prompter)
 

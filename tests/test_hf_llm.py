@@ -30,6 +30,7 @@ LLAMA3 = dict(
     original_max_position_embeddings=64,
 )
 YARN = dict(rope_type="yarn", rope_theta=10_000.0, factor=8.0, original_max_position_embeddings=64)
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)  # within so small a vocabulary
 CONFIGS = {
     "llama": transformers.LlamaConfig(**SHAPE),
     "llama3-tied-biased": transformers.LlamaConfig(
@@ -61,6 +62,37 @@ CONFIGS = {
         rope_scaling=dict(rope_type="linear", factor=8.0),
         query_pre_attn_scalar=24,
         final_logit_softcapping=3.0,
+    ),
+    "phi3": transformers.Phi3Config(**SHAPE, **IDS, sliding_window=5),
+    # As Phi-4-mini: three quarters of a head turn, each pair stretched by its own factor.
+    "phi3-longrope": transformers.Phi3Config(
+        **SHAPE,
+        **IDS,
+        original_max_position_embeddings=64,
+        tie_word_embeddings=True,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=10_000.0,
+            partial_rotary_factor=2 / 3,
+            short_factor=[1.0, 1.2, 1.5, 2.0],
+            long_factor=[2.0, 3.0, 4.0, 5.0],
+        ),
+    ),
+    "olmo2": transformers.Olmo2Config(**SHAPE, **IDS),
+    "granite": transformers.GraniteConfig(
+        **SHAPE,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.22,
+        logits_scaling=8.0,
+    ),
+    "smollm3": transformers.SmolLM3Config(**SHAPE, **IDS, no_rope_layer_interval=2),
+    "ministral3": transformers.Ministral3Config(
+        **SHAPE,
+        **IDS,
+        head_dim=16,
+        rope_parameters=YARN
+        | dict(original_max_position_embeddings=4, llama_4_scaling_beta=0.5, mscale_all_dim=1.0),
     ),
 }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import json
+import math
 
 import huggingface_hub
 import jax
@@ -176,7 +177,12 @@ SCALINGS = (
     RopeScaling("linear", 4.0),
     RopeScaling("llama3", 8.0, 64, low_freq_factor=2.0, high_freq_factor=3.0),
     RopeScaling("yarn", 4.0, 64, attention_factor=1.3, truncate=False),
+    RopeScaling("yarn", 4.0, 64, query_beta=0.1),
 )
+LONGROPE = RopeScaling(
+    "longrope", 8.0, 64, attention_factor=1.2, short_factors=(1.0, 1.5), long_factors=(2.0, 3.0)
+)
+POST_NORMS = dict(pre_norms=False, post_norms=True)
 GEMMA = dict(
     norm_offset=1.0,
     post_norms=True,
@@ -199,6 +205,15 @@ GEMMA = dict(
         {"family": "qwen3", "qk_norm": True},
         {"family": "gemma2", "attn_softcap": 50.0, "logit_softcap": 30.0} | GEMMA,
         {"family": "gemma3_text", "qk_norm": True, "local_rope_theta": 100.0} | GEMMA,
+        {"family": "phi3", "rotary_dim": 4, "rope_scaling": LONGROPE, "sliding_window": 3},
+        {"family": "olmo2", "qk_norm": True, "qk_norm_whole": True} | POST_NORMS,
+        {"family": "granite", "attn_scale": 0.3, "residual_scale": 0.2, "logit_divisor": 8.0},
+        {
+            "family": "smollm3",
+            "local_layers": (False, True),
+            "local_rope_theta": math.inf,
+            "tied_head": True,
+        },
     ],
 )
 def test_config_json_reads_back_to_the_same_config(changes):
@@ -228,6 +243,11 @@ def test_a_family_refuses_what_it_cannot_say():
         (
             {"model_type": "qwen3", "rope_parameters": {"partial_rotary_factor": 0.5}},
             "unknown partial_rotary_factor",
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "38 of 96 dimensions turn"),
+        (
+            {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8},
+            "use_sliding_window: layers without rotation",
         ),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "only causal"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 32}, "'chunked_attention'"),

@@ -15,7 +15,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from otreg_jax import pretrained
-from otreg_jax.pretrained import checks, configs
+from otreg_jax.pretrained import checks, configs, encoders
 
 SHRUNK = dict(
     vocab_size=61,
@@ -119,7 +119,7 @@ def test_shrunk_models_compute_the_same(name, tmp_path):
 
 @pytest.mark.parametrize("family", configs.FAMILIES)
 def test_every_key_transformers_computes_with_is_read_or_refused(family):
-    kind = getattr(transformers, configs._ARCHITECTURES[family])
+    kind = getattr(transformers, configs.ARCHITECTURES[family])
     source = inspect.getsource(inspect.getmodule(kind))
     read = set(re.findall(r"config\.([a-z]\w+)", source))
     module_only = {"get_text_config", "text_config", "vision_config", "image_token_id"}
@@ -189,7 +189,7 @@ def test_impossible_sizes_are_named_with_file_and_key(key, bad, tmp_path):
 @pytest.mark.parametrize("bad", BAD, ids=[repr(bad)[:12] for bad in BAD])
 def test_impossible_sizes_of_a_speech_encoder_are_named(key, bad):
     with pytest.raises(ValueError, match=f"config.json:\n  {key} is .*, not "):
-        configs.speech_encoder_config({"model_type": "whisper", key: bad})
+        encoders.speech_encoder_config({"model_type": "whisper", key: bad})
 
 
 @pytest.mark.parametrize(

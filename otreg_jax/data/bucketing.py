@@ -20,11 +20,12 @@ class Corpus(NamedTuple):
     """
 
     utterances: Sequence[Utterance]
-    samples: np.ndarray  # int64 [N] at 16 kHz
+    samples: np.ndarray  # int64 [N] at 16 kHz, before silence fills them up
     tokens: np.ndarray  # int32, all texts one after another
     answer_N2: np.ndarray  # int64, where each answer begins and ends in `tokens`
     heard_N2: np.ndarray | None = None  # the transcripts, likewise
     prompt_N2: np.ndarray | None = None  # int64, the most tokens of a prefix and of a suffix
+    window: int = 0  # mel frames that silence fills up shorter audio to
 
     @property
     def token_length(self) -> np.ndarray:
@@ -48,10 +49,13 @@ class Plan(NamedTuple):
     bucket_S: np.ndarray  # int, the shape of each batch
 
 
-def make_corpus(utterances: Sequence[Utterance], tokenizer, prompter=None) -> Corpus:
+def make_corpus(
+    utterances: Sequence[Utterance], tokenizer, prompter=None, window: float = 0
+) -> Corpus:
     """Tokenizes answers and transcripts, and measures prompts.
 
     prompter: of `prompts`; None: the answers are the transcripts, and all prompts are one.
+    window: in seconds, as `data.window`.
 
     Raises ValueError if there is no utterance.
     """
@@ -69,6 +73,7 @@ def make_corpus(utterances: Sequence[Utterance], tokenizer, prompter=None) -> Co
         tokens,
         *(spans if len(spans) == 2 else (*spans, None)),
         np.array([prompts.longest(prompter, u) for u in utterances]) if is_own else None,
+        round(window * features.FRAME_RATE),
     )
 
 
@@ -87,7 +92,7 @@ def own_widths(corpus: Corpus, rows_N, speeds, buckets) -> np.ndarray:
     """[buckets, 3], int: the most tokens of a prefix, a suffix and a transcript among the
     utterances that may get into each bucket; 0 where the corpus has none of its own."""
     frames, tokens = np.array(buckets).T
-    fastest_N = frames_of(corpus.samples[rows_N], max(speeds))
+    fastest_N = frames_of(corpus, rows_N, max(speeds))
     first_N = np.maximum(
         np.searchsorted(frames, fastest_N), np.searchsorted(tokens, corpus.token_length[rows_N])
     )
@@ -101,9 +106,10 @@ def own_widths(corpus: Corpus, rows_N, speeds, buckets) -> np.ndarray:
     return np.maximum.accumulate(widths)  # what does not fill a batch moves up
 
 
-def frames_of(samples_N: np.ndarray, speed=1.0) -> np.ndarray:
-    """Mel frames of so many samples played `speed` times as fast."""
-    return features.num_frames(np.ceil(samples_N / speed).astype(np.int64))
+def frames_of(corpus: Corpus, rows_N: np.ndarray, speed=1.0) -> np.ndarray:
+    """Mel frames of these utterances played `speed` times as fast, silence included."""
+    frames_N = features.num_frames(np.ceil(corpus.samples[rows_N] / speed).astype(np.int64))
+    return np.maximum(frames_N, corpus.window)
 
 
 def choose_buckets(
@@ -173,7 +179,7 @@ def deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:
     rows, speed = np.resize(draws_N, len(dealt)), np.resize(speed_N, len(dealt))
     frames, tokens = np.array(buckets).T
     bucket = np.maximum(
-        np.searchsorted(frames, frames_of(corpus.samples[rows], speed)),
+        np.searchsorted(frames, frames_of(corpus, rows, speed)),
         np.searchsorted(tokens, corpus.token_length[rows]),
     )
     batches, bucket_S, left = [], [], dealt[:0]
@@ -191,7 +197,7 @@ def deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:
 def padding(corpus: Corpus, buckets, plan: Plan) -> tuple[float, float]:
     """The fractions of frames and of tokens in an epoch's batches that are padding."""
     frames, tokens = np.array(buckets).T
-    frames_SB = frames_of(corpus.samples[plan.rows_SB], plan.speed_SB)
+    frames_SB = frames_of(corpus, plan.rows_SB, plan.speed_SB)
     tokens_SB = corpus.token_length[plan.rows_SB]
     batch_size = plan.rows_SB.shape[1]
     return tuple(

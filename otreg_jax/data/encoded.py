@@ -142,6 +142,8 @@ def _name(utterances: Sequence[Utterance], data_config, fingerprint: str) -> str
         return u.audio, stat and (stat.st_size, stat.st_mtime_ns), u.offset, u.duration
 
     made_of = [fingerprint, data_config.num_mels, [file_of(u) for u in utterances]]
+    if data_config.window:
+        made_of.append((data_config.window, data_config.window_masked))
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
 
 

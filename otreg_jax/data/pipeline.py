@@ -82,11 +82,11 @@ def train_batches(
         utterances (on_bad_audio="raise"); where all audio fits in memory it is read before the
         first step, and the message lists every unusable file.
     """
-    corpus = make_corpus(utterances, tokenizer, prompter)
+    corpus = make_corpus(utterances, tokenizer, prompter, data_config.window)
     rows_N = _within_token_limit(corpus, data_config, skipped_path if host_index == 0 else None)
     speeds = tuple(data_config.augment.speeds)
     buckets = choose_buckets(
-        np.concatenate([frames_of(corpus.samples[rows_N], speed) for speed in speeds]),
+        np.concatenate([frames_of(corpus, rows_N, speed) for speed in speeds]),
         np.tile(corpus.token_length[rows_N], len(speeds)),
         data_config.num_buckets,
     )
@@ -117,7 +117,7 @@ def train_batches(
 
     mine = _share(batch_size, host_index, host_count)
     if kept:
-        read = lambda row, speed, rng: kept.read(row)
+        read = lambda row, speed, rng: _Example(kept.read(row), kept.frames_N[row])
     else:
         read = _reader(corpus, rows_N, data_config, data_config.augment, skipped_path, host_index)
 
@@ -168,10 +168,10 @@ def eval_batches(
     batch size: repeated utterances with index -1 and token_length 0. All hosts yield equally many
     batches.
     """
-    corpus = make_corpus(utterances, tokenizer, prompter)
+    corpus = make_corpus(utterances, tokenizer, prompter, data_config.window)
     rows_N = _within_token_limit(corpus, data_config, skipped_path if host_index == 0 else None)
     rows_N = rows_N[np.argsort(corpus.samples[rows_N], kind="stable")]
-    frames_N, tokens_N = frames_of(corpus.samples[rows_N]), corpus.token_length[rows_N]
+    frames_N, tokens_N = frames_of(corpus, rows_N), corpus.token_length[rows_N]
     buckets = choose_buckets(frames_N, tokens_N, data_config.num_buckets)
     widths = own_widths(corpus, rows_N, (1.0,), buckets)
     plan = deal(corpus, rows_N, np.ones(len(rows_N)), buckets, batch_size)
@@ -312,10 +312,18 @@ def _print_plan(corpus: Corpus, buckets, plan: Plan, groups) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
+class _Example(NamedTuple):
+    """Speech of one utterance: mel [F, M], audio [N] or what is kept [S, E]; None: unusable audio.
+    length: how much of it is valid; of what is kept, mel frames."""
+
+    speech: np.ndarray | None
+    length: int = 0
+
+
 def _reader(
     corpus: Corpus, rows_N, data_config, augmentation, skipped_path, host_index
 ) -> Callable:
-    """Returns read(row, speed, rng): mel [F, M], or audio [N], or None for unusable audio.
+    """Returns read(row, speed, rng) -> _Example.
 
     augmentation: `data.augment`, or None. What does not change from epoch to epoch is kept in
     memory if all of it fits. It is then read here, by every host, and every unusable file is found
@@ -333,9 +341,14 @@ def _reader(
         return sound.samples
 
     def finish(samples):
-        if isinstance(samples, Problem) or data_config.features == "step":
+        if isinstance(samples, Problem):
             return samples
-        return features.log_mel(samples, data_config.num_mels)
+        if data_config.features == "step":
+            return _Example(samples, len(samples))
+        silence = max(corpus.window * features.HOP - len(samples), 0)
+        mel = features.log_mel(np.pad(samples, (0, silence)), data_config.num_mels)
+        spoken = features.num_frames(len(samples))
+        return _Example(mel, spoken if data_config.window_masked else len(mel))
 
     noises, impulses = (
         sources.read_manifest(path, require_text=False) if path else []
@@ -346,7 +359,7 @@ def _reader(
     kept, handled = {}, set()
     size = corpus.samples[rows_N].sum() * 4
     if fixed and data_config.features == "host":
-        size = frames_of(corpus.samples[rows_N]).sum() * data_config.num_mels * 4
+        size = frames_of(corpus, rows_N).sum() * data_config.num_mels * 4
     if size <= MEMORY_BYTES and not data_config.num_workers:  # every worker would keep its own
         kept = dict(zip(rows_N, sources.in_threads(keep, rows_N, "reading audio"), strict=True))
         problems = {row: found for row, found in kept.items() if isinstance(found, Problem)}
@@ -367,7 +380,7 @@ def _reader(
             if row not in handled:
                 handled.add(row)
                 sources.handle([found], data_config.on_bad_audio, skipped_path)
-            return None
+            return _Example(None)
         if fixed:
             return found
         samples = augment.change_speed(found, speed)
@@ -400,10 +413,10 @@ def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config, kept=None) 
         "index": np.full(size, -1, np.int32),
     }
     for i, (row, example) in enumerate(zip(rows_B, examples, strict=True)):
-        if example is not None:
+        if example.speech is not None:
             answer = corpus.answer(row)
-            batch[speech][i, : len(example)] = example
-            batch[length][i] = kept.frames_N[row] if kept else len(example)
+            batch[speech][i, : len(example.speech)] = example.speech
+            batch[length][i] = example.length
             batch["tokens"][i, : len(answer)] = answer
             batch["token_length"][i] = len(answer)
             batch["index"][i] = row

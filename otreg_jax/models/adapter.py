@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from otreg_jax.models import layers
 
-KINDS = ("mlp", "conv", "transformer", "conformer", "qformer")
+KINDS = ("mlp", "conv", "transformer", "conformer", "qformer", "linear", "voxtral", "ultravox")
+HEADLESS = ("mlp", "conv", "linear", "voxtral", "ultravox")  # kinds without attention
 NORMS = ("none", "table")
 CONFORMER_WIDTH = 15  # positions of its convolution: 1.2 s where one is 80 ms, as in the paper
 
@@ -28,11 +29,16 @@ class AdapterConfig:
       "transformer": stacked positions, `num_layers` Transformer blocks, then a projection;
       "conformer": the same with Conformer blocks (2005.08100);
       "qformer": `num_queries` learned queries read each window of `stack` positions through
-        `num_layers` blocks of cross-attention (window-level Q-Former, SALMONN, 2310.13289).
+        `num_layers` blocks of cross-attention (window-level Q-Former, SALMONN, 2310.13289);
+      "linear": stacked positions through one layer (Qwen2-Audio's, 2407.10759, at `stack` 1);
+      "voxtral": stacked positions through two layers without bias (Voxtral, 2507.13264);
+      "ultravox": stacked positions, RMSNorm, a SwiGLU of `hidden_dim` columns in, half as many out,
+        RMSNorm, a projection, all without bias (Ultravox, https://github.com/fixie-ai/ultravox).
     in_dim, out_dim: widths of the encoder and of the LLM.
     dropout: of the last hidden layer, where `apply` is given a "dropout" rng (training).
     norm: "none", or "table": every output has the same norm, a learned scalar that starts at the
       median norm of the LLM's embedding table, so that the LLM meets speech as loud as text.
+    late_norm: "ultravox": the second norm follows the projection, as up to version 0.4.1.
     """
 
     in_dim: int
@@ -45,6 +51,7 @@ class AdapterConfig:
     num_queries: int = 1
     dropout: float = 0.0
     norm: str = "none"
+    late_norm: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -52,7 +59,11 @@ class AdapterConfig:
             raise ValueError(f"adapter: unknown kind {self.kind!r}, choose from {', '.join(KINDS)}")
         if self.norm not in NORMS:
             raise ValueError(f"adapter: unknown norm {self.norm!r}, choose from {', '.join(NORMS)}")
-        if self.kind not in ("mlp", "conv") and self.hidden_dim % self.num_heads:
+        if self.kind == "ultravox" and self.hidden_dim % 2:
+            raise ValueError(
+                f"adapter: hidden_dim {self.hidden_dim} must be even: SwiGLU halves it"
+            )
+        if self.kind not in HEADLESS and self.hidden_dim % self.num_heads:
             raise ValueError(
                 f"adapter: hidden_dim {self.hidden_dim} must be a multiple of num_heads "
                 f"{self.num_heads}"
@@ -145,10 +156,16 @@ class Adapter(nn.Module):
             "transformer": self._transformed,
             "conformer": self._transformed,
             "qformer": self._queried,
+            "linear": self._stack,
+            "voxtral": self._two_layers,
+            "ultravox": self._gated,
         }[c.kind]
         y_BSH = body(x_BSE, length_B)
         y_BSH = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(y_BSH)
-        speech_BSD = layers.Dense(c.out_dim, True, dtype=c.dtype, name="out")(y_BSH)
+        has_bias = c.kind not in ("voxtral", "ultravox")
+        speech_BSD = layers.Dense(c.out_dim, has_bias, dtype=c.dtype, name="out")(y_BSH)
+        if c.late_norm:
+            speech_BSD = layers.RMSNorm(1e-6, dtype=c.dtype, name="out_norm")(speech_BSD)
         if c.norm == "table":
             scale = self.param("scale", nn.initializers.ones, ())
             square_BS1 = jnp.sum(jnp.square(speech_BSD.astype(jnp.float32)), -1, keepdims=True)
@@ -157,12 +174,27 @@ class Adapter(nn.Module):
         length_B = output_length(c, length_B)
         return layers.zero_padding(speech_BSD, length_B), length_B
 
-    def _project(self, x: jax.Array) -> jax.Array:
-        return layers.Dense(self.config.hidden_dim, True, dtype=self.config.dtype, name="in")(x)
+    def _project(self, x: jax.Array, has_bias: bool = True) -> jax.Array:
+        c = self.config
+        return layers.Dense(c.hidden_dim, has_bias, dtype=c.dtype, name="in")(x)
+
+    def _stack(self, x_BSE, length_B):
+        windows = _windows(x_BSE, self.config.stack)
+        return windows.reshape(*windows.shape[:2], -1)
 
     def _stacked(self, x_BSE, length_B):
-        windows = _windows(x_BSE, self.config.stack)
-        return jax.nn.gelu(self._project(windows.reshape(*windows.shape[:2], -1)))
+        return jax.nn.gelu(self._project(self._stack(x_BSE, length_B)))
+
+    def _two_layers(self, x_BSE, length_B):
+        hidden_BSH = self._project(self._stack(x_BSE, length_B), has_bias=False)
+        return jax.nn.gelu(hidden_BSH, approximate=False)
+
+    def _gated(self, x_BSE, length_B):
+        norm = functools.partial(layers.RMSNorm, 1e-6, dtype=self.config.dtype)
+        normed = norm(name="in_norm")(self._stack(x_BSE, length_B))
+        value, gate = jnp.split(self._project(normed, has_bias=False), 2, axis=-1)
+        gated = value * jax.nn.silu(gate)
+        return gated if self.config.late_norm else norm(name="mid_norm")(gated)
 
     def _convolved(self, x_BSE, length_B):
         c = self.config
@@ -173,8 +205,7 @@ class Adapter(nn.Module):
 
     def _transformed(self, x_BSE, length_B):
         c = self.config
-        windows = _windows(x_BSE, c.stack)
-        x_BSH = self._project(windows.reshape(*windows.shape[:2], -1))
+        x_BSH = self._project(self._stack(x_BSE, length_B))
         if c.kind == "conformer":
             block, shape = ConformerBlock, ()
         else:

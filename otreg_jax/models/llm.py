@@ -1,4 +1,5 @@
-"""A decoder-only LLM: the Llama, Mistral, Qwen and Gemma families, told apart by configuration.
+"""A decoder-only LLM: Llama, Mistral, Qwen, Gemma, Phi, OLMo, Granite and SmolLM, told apart by
+configuration.
 
 All layers are one homogeneous block under a scan. Where layers differ (local and global attention,
 two RoPE bases) the block picks its mask and its rotation by a scanned per-layer index.
@@ -8,7 +9,6 @@ Sequences are right-padded and causal, so padding needs no mask; it only has to 
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -21,29 +21,9 @@ from jax.sharding import Mesh
 from otreg_jax import sharding
 from otreg_jax.models import layers
 from otreg_jax.models.attention import attention
+from otreg_jax.models.rope import RopeScaling, rope_frequencies, rotate
 
 Cache = dict[str, jax.Array]  # {"k", "v"}: [num_layers, B, slots, K, head_dim]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How a model stretched its rotary frequencies to a longer context.
-
-    kind: "linear" divides all by `factor`; "llama3" divides only the slow ones, blending between
-    the wavelengths original_length / high_freq_factor and original_length / low_freq_factor;
-    "yarn" (arXiv 2309.00071) blends by rotations over original_length and scales the rotation by
-    `attention_factor`.
-    """
-
-    kind: str
-    factor: float
-    original_length: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
-    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +35,17 @@ class LLMConfig:
     attention: what computes it over whole sequences, see `attention.choose_kernel`; one-token steps
       are left to XLA.
     norm_offset: norms multiply by (norm_offset + scale); 1 for Gemma.
-    post_norms: norm each sublayer's output too, before the residual sum (Gemma).
+    pre_norms: norm each sublayer's input (all but OLMo 2).
+    post_norms: norm each sublayer's output, before the residual sum (Gemma, OLMo 2).
+    qk_norm: norm queries and keys, each head alone or, with qk_norm_whole, all together (OLMo 2).
+    residual_scale: multiplies what each sublayer adds (Granite).
+    logit_divisor: logits are divided by it (Granite).
+    rotary_dim: dimensions of a head that are rotated, the first ones; all when None.
     attn_scale: multiplies the attention scores; head_dim**-0.5 when None.
     sliding_window: local layers attend to this many last positions, their own included.
     local_layers: for each layer whether it is local; None: all of them when there is a window.
-    local_rope_theta: RoPE base of the local layers, unscaled; None: as the global ones.
+    local_rope_theta: RoPE base of the local layers, unscaled; None: as the global ones; inf: they
+      are not rotated, and without a window nothing else sets them apart (SmolLM3).
     """
 
     vocab_size: int
@@ -73,8 +59,10 @@ class LLMConfig:
     activation: str = "silu"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
+    pre_norms: bool = True
     post_norms: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -82,8 +70,11 @@ class LLMConfig:
     attn_scale: float | None = None
     attn_softcap: float | None = None
     logit_softcap: float | None = None
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
     sliding_window: int | None = None
     local_layers: tuple[bool, ...] | None = None
     local_rope_theta: float | None = None
@@ -92,47 +83,6 @@ class LLMConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "xla"
-
-
-def rope_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None
-) -> tuple[np.ndarray, float]:
-    """Angle per position of each of the head_dim/2 pairs, float32, and the rotation's gain."""
-    powers = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    freqs = 1.0 / np.float32(theta) ** powers
-    if scaling is None:
-        return freqs, 1.0
-    slowed = freqs / np.float32(scaling.factor)
-    if scaling.kind == "linear":
-        return slowed, 1.0
-    if scaling.kind == "llama3":
-        rotations = scaling.original_length * freqs / np.float32(2 * math.pi)
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        keep = np.clip((rotations - scaling.low_freq_factor) / span, 0, 1)
-    elif scaling.kind == "yarn":
-
-        def pair_turning(rotations: float) -> float:
-            turns = math.log(scaling.original_length / (rotations * 2 * math.pi))
-            return head_dim * turns / (2 * math.log(theta))
-
-        low, high = pair_turning(scaling.beta_fast), pair_turning(scaling.beta_slow)
-        if scaling.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        width = (high - low) or 1e-3
-        keep = 1 - np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0, 1)
-    else:
-        raise ValueError(f"rope_scaling: unknown kind {scaling.kind!r} (linear, llama3 or yarn)")
-    freqs = (keep * freqs + (1 - keep) * slowed).astype(np.float32)
-    return freqs, scaling.attention_factor if scaling.kind == "yarn" else 1.0
-
-
-def rotate(x_BLHd: jax.Array, cos_BLp: jax.Array, sin_BLp: jax.Array) -> jax.Array:
-    """RoPE (arXiv 2104.09864) in the half-split layout: pair i is (x[i], x[i + d/2]); float32."""
-    a, b = jnp.split(x_BLHd.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BLp[:, :, None], sin_BLp[:, :, None]
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return rotated.astype(x_BLHd.dtype)
 
 
 def _layer_kinds(config: LLMConfig) -> np.ndarray:
@@ -146,7 +96,7 @@ def _layer_kinds(config: LLMConfig) -> np.ndarray:
 
 
 def _rope_tables(config: LLMConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [kind, B, L, head_dim/2], for global (0) and local (1) layers."""
+    """cos and sin, float32 [kind, B, L, pairs], for global (0) and local (1) layers."""
     bases = [(config.rope_theta, config.rope_scaling)]
     if config.local_rope_theta is None:
         bases *= 2
@@ -154,7 +104,7 @@ def _rope_tables(config: LLMConfig, positions_BL: jax.Array) -> tuple[jax.Array,
         bases.append((config.local_rope_theta, None))
     cos, sin = [], []
     for theta, scaling in bases:
-        freqs, gain = rope_frequencies(config.head_dim, theta, scaling)
+        freqs, gain = rope_frequencies(config.rotary_dim or config.head_dim, theta, scaling)
         angles = positions_BL[..., None].astype(jnp.float32) * freqs[None, None]
         cos.append(gain * jnp.cos(angles))
         sin.append(gain * jnp.sin(angles))
@@ -191,19 +141,25 @@ class Attention(nn.Module):
         place = lambda x, axis: sharding.to_weights(x, self.mesh, axis) if is_step else x
         x_BLD = place(x_BLD, "fsdp")
 
+        def normed(name: str, x: jax.Array) -> jax.Array:
+            return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=f"{name}_norm")(x)
+
         def project(name: str, heads: int) -> jax.Array:
             y = layers.Dense(heads * c.head_dim, c.qkv_bias, dtype=c.dtype, name=name)(x_BLD)
-            y = place(y, "tensor")
+            y = place(normed(name, y) if c.qk_norm_whole and name != "v" else y, "tensor")
             return y.reshape(*y.shape[:2], heads, c.head_dim)
 
         q, k, v = (
             project(name, heads)
             for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads))
         )
-        if c.qk_norm:
-            q = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name="q_norm")(q)
-            k = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name="k_norm")(k)
+        if c.qk_norm and not c.qk_norm_whole:
+            q, k = normed("q", q), normed("k", k)
         q, k = rotate(q, cos_BLp, sin_BLp), rotate(k, cos_BLp, sin_BLp)
+        if c.rope_scaling and c.rope_scaling.query_beta:
+            turns_BL = (positions_BL // c.rope_scaling.original_length).astype(jnp.float32)
+            gain_BL = 1 + c.rope_scaling.query_beta * jnp.log1p(turns_BL)
+            q = q * gain_BL[..., None, None].astype(q.dtype)
         if cache is not None:
             # Written where it lies: a layer's cache taken out and put back is copied every step.
             slots = (layer, jnp.arange(x_BLD.shape[0])[:, None], positions_BL)
@@ -259,10 +215,18 @@ class Block(nn.Module):
             spread = functools.partial(sharding.over_batch, mesh=self.mesh)
         else:
             spread = functools.partial(sharding.to_weights, mesh=self.mesh, axis="fsdp")
-        y, cache = attend(norm("attn_norm")(x_BLD), cache, layer, kind, tables, positions_BL)
-        x_BLD = spread(x_BLD + (norm("attn_post_norm")(y) if c.post_norms else y))
-        y = mlp(norm("mlp_norm")(x_BLD))
-        x_BLD = spread(x_BLD + (norm("mlp_post_norm")(y) if c.post_norms else y))
+        before = (lambda name, x: norm(name)(x)) if c.pre_norms else (lambda name, x: x)
+        after = (lambda name, x: norm(name)(x)) if c.post_norms else (lambda name, x: x)
+
+        def add(x_BLD, name: str, y_BLD):
+            y_BLD = after(name, y_BLD)
+            if c.residual_scale != 1:
+                y_BLD = y_BLD * jnp.asarray(c.residual_scale, y_BLD.dtype)
+            return spread(x_BLD + y_BLD)
+
+        y, cache = attend(before("attn_norm", x_BLD), cache, layer, kind, tables, positions_BL)
+        x_BLD = add(x_BLD, "attn_post_norm", y)
+        x_BLD = add(x_BLD, "mlp_post_norm", mlp(before("mlp_norm", x_BLD)))
         tapped = tuple(jnp.where(is_tap[i], x_BLD, kept) for i, kept in enumerate(tapped))
         return (x_BLD, tapped, cache), None
 
@@ -339,6 +303,13 @@ class LLM(nn.Module):
             return x_BLD, (), cache
         L = x_BLD.shape[1]
         positions_BL = jnp.arange(L)[None] if positions_BL is None else positions_BL
+        scaling = c.rope_scaling
+        slots = L if cache is None else max(L, cache["k"].shape[2])
+        if scaling and scaling.kind == "longrope" and slots > scaling.original_length:
+            raise ValueError(
+                f"{slots} positions: this LLM rotates otherwise beyond {scaling.original_length} "
+                "(longrope), which is not computed"
+            )
         is_step = cache is not None and L == 1
         masks = _masks(c, positions_BL, cache["k"].shape[2]) if is_step else None
         tables = (*_rope_tables(c, positions_BL), masks)
@@ -370,6 +341,8 @@ class LLM(nn.Module):
                 logits_V = jnp.matmul(x_D, kernel_VD.T, preferred_element_type=jnp.float32)
         else:
             logits_V = self.head(x_D).astype(jnp.float32)
+        if c.logit_divisor != 1:
+            logits_V /= c.logit_divisor
         if c.logit_softcap is not None:
             logits_V = c.logit_softcap * jnp.tanh(logits_V / c.logit_softcap)
         return logits_V

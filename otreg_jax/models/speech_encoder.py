@@ -22,6 +22,10 @@ class SpeechEncoderConfig:
 
     strides: one convolution of width 3 each; (1, 2) turns 100 frames a second into 50 positions.
     max_positions: rows of the position table, counted after the strides.
+    pool: so many neighbouring positions are averaged before the last norm, and what fills no such
+      group is left out (Qwen2-Audio, arXiv 2407.10759, has 2).
+    reads_padding: the convolutions see what stands beyond an input's length, silence say; attention
+      does not (Qwen2-Audio, whose inputs are always 30 s).
     dtype: what the layers compute in; the weights keep their own.
     attention: what computes it, see `attention.choose_kernel`.
     """
@@ -33,6 +37,8 @@ class SpeechEncoderConfig:
     num_mels: int = 80
     max_positions: int = 1500
     strides: tuple[int, ...] = (1, 2)
+    pool: int = 1
+    reads_padding: bool = False
     activation: str = "gelu"
     dtype: str = "float32"
     remat: str = "none"
@@ -43,7 +49,7 @@ def output_length(config: SpeechEncoderConfig, frames):
     """Positions that `frames` mel frames become; an int or an array of them."""
     for stride in config.strides:
         frames = -(-frames // stride)
-    return frames
+    return frames // config.pool
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
@@ -72,17 +78,18 @@ class SpeechEncoder(nn.Module):
         exceed the position table.
         """
         c = self.config
-        size = output_length(c, mel_BFM.shape[1])
+        size = output_length(dataclasses.replace(c, pool=1), mel_BFM.shape[1])
         if size > c.max_positions:
             raise ValueError(
                 f"speech encoder: {mel_BFM.shape[1]} mel frames give {size} positions, the model "
                 f"has {c.max_positions}: shorten the audio (max_duration) or raise max_positions"
             )
-        x, length_B = layers.zero_padding(mel_BFM, mel_length_B).astype(c.dtype), mel_length_B
+        hide = (lambda x, length_B: x) if c.reads_padding else layers.zero_padding
+        x, length_B = hide(mel_BFM, mel_length_B).astype(c.dtype), mel_length_B
         for i, stride in enumerate(c.strides, start=1):
             conv = nn.Conv(c.embed_dim, (3,), stride, padding=1, dtype=c.dtype, name=f"conv{i}")
             x, length_B = layers.ACTIVATIONS[c.activation](conv(x)), -(-length_B // stride)
-            x = sharding.over_batch(layers.zero_padding(x, length_B), self.mesh)
+            x = sharding.over_batch(hide(x, length_B), self.mesh)
         positions = nn.Embed(
             c.max_positions,
             c.embed_dim,
@@ -96,5 +103,8 @@ class SpeechEncoder(nn.Module):
             c.num_heads, c.mlp_dim, c.activation, c.dtype, c.attention, self.mesh, name="layers"
         )
         x_BSE, _ = block(x_BSE, length_B)
+        if c.pool > 1:
+            x_BSE = nn.avg_pool(x_BSE, (c.pool,), (c.pool,))
+            length_B = length_B // c.pool
         x_BSE = layers.layer_norm("norm", x_BSE, c.dtype)
         return layers.zero_padding(x_BSE, length_B), length_B

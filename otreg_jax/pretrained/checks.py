@@ -16,11 +16,11 @@ from absl import logging
 _HARMLESS = frozenset(
     """_attn_implementation _attn_implementation_autoset _model_name_or_path _name_or_path
     _sliding_window_pattern architectures attention_dropout auto_map bos_token_id
-    cache_implementation chunk_size_feed_forward classifier_dropout dtype eos_token_id
-    hidden_dropout id2label initializer_range label2id max_position_embeddings model_type
-    output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict
-    tokenizer_class torch_dtype transformers_version unk_token_id unsloth_fixed unsloth_version
-    use_cache""".split()
+    cache_implementation chunk_size_feed_forward classifier_dropout dtype embd_pdrop
+    eos_token_id hidden_dropout id2label initializer_range label2id max_position_embeddings
+    model_type output_attentions output_hidden_states pad_token_id pretraining_tp problem_type
+    resid_pdrop return_dict tokenizer_class torch_dtype transformers_version unk_token_id
+    unsloth_fixed unsloth_version use_cache""".split()
 )
 # What may change what is computed, by the words in its name.
 _MATHEMATICAL = re.compile(
@@ -54,6 +54,9 @@ OBJECT = Check(lambda v: type(v) is dict, "an object of keys and values")
 _STRINGS = Check(
     lambda v: type(v) is list and all(type(item) is str for item in v), "a list of strings"
 )
+_NUMBERS = Check(
+    lambda v: type(v) is list and all(map(NUMBER.holds, v)), "a list of numbers above 0"
+)
 _LENGTH = whole(2**31)
 
 # Bounds are far above any model there is: they keep a slip of the pen from becoming memory.
@@ -86,6 +89,16 @@ LLM = {
     "attn_logit_softcapping": or_null(NUMBER),
     "final_logit_softcapping": or_null(NUMBER),
     "max_position_embeddings": _LENGTH,
+    "original_max_position_embeddings": _LENGTH,
+    "partial_rotary_factor": NUMBER,
+    "embedding_multiplier": NUMBER,
+    "attention_multiplier": NUMBER,
+    "residual_multiplier": NUMBER,
+    "logits_scaling": NUMBER,
+    "no_rope_layers": or_null(
+        Check(lambda v: type(v) is list and set(v) <= {0, 1}, "a list of 0 and 1")
+    ),
+    "no_rope_layer_interval": whole(2**12),
 }
 ROPE = {
     "rope_type": TEXT,
@@ -101,6 +114,10 @@ ROPE = {
     "mscale": Check(lambda v: v == 0 or NUMBER.holds(v), NUMBER.words),
     "mscale_all_dim": Check(lambda v: v == 0 or NUMBER.holds(v), NUMBER.words),
     "truncate": FLAG,
+    "llama_4_scaling_beta": Check(lambda v: v == 0 or NUMBER.holds(v), NUMBER.words),
+    "max_position_embeddings": _LENGTH,
+    "short_factor": _NUMBERS,
+    "long_factor": _NUMBERS,
 }
 SPEECH_ENCODER = {
     "d_model": whole(2**13),
@@ -110,6 +127,7 @@ SPEECH_ENCODER = {
     "num_mel_bins": whole(2**10),
     "max_source_positions": whole(2**14),
     "activation_function": TEXT,
+    "pool": whole(64),
     "strides": Check(
         lambda v: type(v) is list and v and all(type(s) is int and 1 <= s <= 64 for s in v),
         "a list of whole numbers, 1 to 64",
@@ -133,20 +151,26 @@ def indivisible(key: str, size: int, heads: int) -> list[str]:
 
 def refused_keys(raw: dict[str, Any], known) -> list[str]:
     """A problem for each key that is not `known` and may change what is computed."""
-    problems = []
+    problems = quantised(raw)
     for key, value in _unknown(raw, known).items():
-        if key == "quantization_config":
-            method = value.get("quant_method") if type(value) is dict else value
-            problems.append(
-                f"quantization_config: the weights are quantised ({reprlib.repr(method)}; neither "
-                "bitsandbytes nor GPTQ, AWQ or FP8 is read): take the model they were made from"
-            )
-        elif _MATHEMATICAL.search(key):
+        if key != "quantization_config" and _MATHEMATICAL.search(key):
             problems.append(
                 f"unknown key {key!r} = {reprlib.repr(value)}: it may change what the model "
                 "computes; remove it if it does not"
             )
     return problems
+
+
+def quantised(raw: dict[str, Any]) -> list[str]:
+    """A problem if config.json says that the weights are quantised."""
+    said = raw.get("quantization_config")
+    if said in _OFF:
+        return []
+    method = said.get("quant_method") if type(said) is dict else said
+    return [
+        f"quantization_config: the weights are quantised ({reprlib.repr(method)}; neither "
+        "bitsandbytes nor GPTQ, AWQ or FP8 is read): take the model they were made from"
+    ]
 
 
 def name_passed_over(raw: dict[str, Any], known, where: str) -> None:

@@ -24,9 +24,10 @@ import safetensors
 from etils import epath
 from flax import traverse_util
 
+from otreg_jax.models.adapter import Adapter, AdapterConfig
 from otreg_jax.models.llm import LLM, LLMConfig
 from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
-from otreg_jax.pretrained import configs, remote, tables
+from otreg_jax.pretrained import checks, configs, encoders, layouts, remote, tables
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -81,7 +82,8 @@ def load_speech_encoder(
     shardings: Shardings | None = None,
     read: Read | None = None,
 ) -> tuple[SpeechEncoder, dict]:
-    """The encoder of a Whisper model; arguments, result and errors as for `load_llm`."""
+    """The encoder of a Whisper model or of a speech LLM (`layouts.LAYOUTS`); arguments, result and
+    errors as for `load_llm`."""
     directory = resolve(source, revision)
     config = speech_encoder_config(directory)
     model = SpeechEncoder(dataclasses.replace(config, dtype=dtype))
@@ -89,6 +91,23 @@ def load_speech_encoder(
     shapes = _shapes(model, dtypes or (lambda _: dtype), *inputs)
     table = tables.speech_encoder_table(config)
     return model, read_params(directory, table, shapes, shardings, read)
+
+
+def load_adapter(
+    source: str | pathlib.Path,
+    revision: str | None,
+    config: AdapterConfig,
+    dtypes: Dtypes | None = None,
+    shardings: Shardings | None = None,
+    read: Read | None = None,
+) -> tuple[Adapter, dict]:
+    """The adapter of a speech LLM, whose `config` is that of `adapter_config`; arguments, result
+    and errors as for `load_llm`."""
+    model = Adapter(config)
+    inputs = jnp.zeros((1, config.stack, config.in_dim)), jnp.array([config.stack])
+    shapes = _shapes(model, dtypes or (lambda _: config.dtype), *inputs)
+    directory = resolve(source, revision)
+    return model, read_params(directory, tables.adapter_table(config), shapes, shardings, read)
 
 
 def llm_config(source: str | pathlib.Path, revision: str | None = None) -> LLMConfig:
@@ -99,8 +118,29 @@ def llm_config(source: str | pathlib.Path, revision: str | None = None) -> LLMCo
 def speech_encoder_config(
     source: str | pathlib.Path, revision: str | None = None
 ) -> SpeechEncoderConfig:
-    """What config.json says about the encoder of a Whisper model."""
-    return configs.speech_encoder_config(*_config_json(resolve(source, revision, ["*.json"])))
+    """What config.json says about the encoder of a Whisper model or a speech LLM."""
+    return encoders.speech_encoder_config(*_config_json(resolve(source, revision, ["*.json"])))
+
+
+def adapter_config(
+    source: str | pathlib.Path,
+    revision: str | None,
+    encoder: SpeechEncoderConfig,
+    llm: LLMConfig,
+) -> AdapterConfig:
+    """What config.json of a speech LLM says about the adapter between its encoder and its LLM."""
+    raw, where = _config_json(resolve(source, revision, ["*.json"]))
+    raw = checks.parsed(raw, where)
+    return layouts.adapter_config(raw, encoder.embed_dim, llm.embed_dim, encoder.mlp_dim, where)
+
+
+def window(
+    source: str | pathlib.Path, revision: str | None, encoder: SpeechEncoderConfig
+) -> layouts.Window | None:
+    """What a speech LLM pads audio to; None if `source` holds something else."""
+    raw, where = _config_json(resolve(source, revision, ["*.json"]))
+    layout = layouts.name(checks.parsed(raw, where))
+    return layouts.full_window(layout, encoder) if layout else None
 
 
 def resolve(
@@ -191,10 +231,10 @@ def read_params(
     with contextlib.ExitStack() as stack:
         tensors = _open_all(directory, stack)
         sources = _match(directory, tensors, table, targets)
-        axes = {row.path: row.axes for row in table.rows}
+        rows = {row.path: row for row in table.rows}
         flat, finite = {}, {}
         for path, target in targets.items():
-            leaf = _read_leaf(target, sources[path], axes[path], placed[path], finite)
+            leaf = _read_leaf(target, sources[path], rows[path], placed[path], finite)
             flat |= read(path, leaf) if read else {path: leaf}
     _raise(directory, [f"not finite: {name}" for name, ok in finite.items() if not ok])
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -207,7 +247,7 @@ def _files(directory: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
         if not (directory / SINGLE).is_file():
             raise FileNotFoundError(
                 f"{directory}: holds neither {SINGLE} nor {INDEX}; other formats (pickles such as "
-                "pytorch_model.bin) are not read: convert them to safetensors"
+                "pytorch_model.bin, GGUF) are not read: convert them to safetensors"
             )
         return {directory / SINGLE: None}
     content = read_json(index)
@@ -281,48 +321,63 @@ def _match(
         if any(re.fullmatch(pattern, tensor.name) for pattern in table.ignored):
             continue
         label = f"{tensor.name} {list(tensor.shape)} in {tensor.file.name}"
-        matches = ((pattern.fullmatch(tensor.name), row) for pattern, row in patterns)
-        match, row = next((pair for pair in matches if pair[0]), (None, None))
-        if match is None:
+        found = [(pattern.fullmatch(tensor.name), row) for pattern, row in patterns]
+        found = [(match, row) for match, row in found if match]
+        if not found:
             problems.append(f"unexpected: {label}")
-            continue
-        layer = match.groupdict().get("layer")
-        layer = None if layer is None else int(layer)
-        shape = targets[row.path].shape
-        if layer is not None:
-            if layer >= shape[0]:
-                problems.append(f"unexpected: {label}: the model has {shape[0]} layers")
-                continue
-            shape = shape[1:]
-        wanted = shape if row.axes is None else tuple(shape[axis] for axis in row.axes)
-        if layer in sources[row.path]:
-            first = sources[row.path][layer]
-            problems.append(f"duplicate: {label}, also {first.name} in {first.file.name}")
-        elif tensor.shape != wanted:
-            problems.append(f"mis-shaped: {label}: the model has {list(wanted)}")
-        elif not re.fullmatch(r"B?F\d+", tensor.dtype):
-            problems.append(f"not floating point: {label} is {tensor.dtype}")
-        sources[row.path].setdefault(layer, tensor)
+        for match, row in found:
+            layer = match.groupdict().get("layer")
+            layer = None if layer is None else int(layer)
+            problem = _misfit(label, tensor, row, layer, sources[row.path], targets[row.path])
+            problems += [problem] if problem else []
+            sources[row.path].setdefault(layer, tensor)
     for row in table.rows:
         stacked = "{layer}" in row.name
         layers = range(targets[row.path].shape[0]) if stacked else (None,)
         for layer in layers:
             if layer not in sources[row.path]:
                 problems.append(f"missing: {row.name.format(layer=layer)}")
-    _raise(directory, problems)
+    _raise(directory, list(dict.fromkeys(problems)))  # a tensor may hold several parameters
     return sources
+
+
+def _misfit(
+    label: str,
+    tensor: _Tensor,
+    row: tables.Row,
+    layer: int | None,
+    sources: dict[int | None, _Tensor],
+    target: jax.ShapeDtypeStruct,
+) -> str:
+    """What is wrong with a tensor for a parameter, "" if nothing."""
+    shape = target.shape
+    if layer is not None:
+        if layer >= shape[0]:
+            return f"unexpected: {label}: the model has {shape[0]} layers"
+        shape = shape[1:]
+    wanted = shape if row.axes is None else tuple(shape[axis] for axis in row.axes)
+    if row.part:
+        wanted = (row.part.total, *wanted[1:])
+    if layer in sources:
+        first = sources[layer]
+        return f"duplicate: {label}, also {first.name} in {first.file.name}"
+    if tensor.shape != wanted:
+        return f"mis-shaped: {label}: the model has {list(wanted)}"
+    if not re.fullmatch(r"B?F\d+", tensor.dtype):
+        return f"not floating point: {label} is {tensor.dtype}"
+    return ""
 
 
 def _read_leaf(
     target: jax.ShapeDtypeStruct,
     sources: dict[int | None, _Tensor],
-    axes: tuple[int, ...] | None,
+    row: tables.Row,
     sharding: jax.sharding.Sharding,
     finite: dict[str, bool],
 ) -> jax.Array:
     """One parameter in its sharding; a stacked one is filled in place, layer by layer."""
     if None in sources:
-        leaf = _read_tensor(sources[None], target.shape, target.dtype, axes, sharding)
+        leaf = _read_tensor(sources[None], target.shape, target.dtype, row, sharding)
         finite[sources[None].name] = bool(jnp.isfinite(leaf).all())
         return leaf
     layer_sharding = sharding
@@ -331,7 +386,7 @@ def _read_leaf(
         layer_sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
     leaf = jnp.zeros(target.shape, target.dtype, device=sharding)
     for layer, tensor in sources.items():
-        one = _read_tensor(tensor, target.shape[1:], target.dtype, axes, layer_sharding)
+        one = _read_tensor(tensor, target.shape[1:], target.dtype, row, layer_sharding)
         leaf, ok = _set_layer(leaf, one, layer)
         finite[tensor.name] = bool(ok)  # waits, so that host buffers do not pile up
     return leaf
@@ -348,15 +403,19 @@ def _read_tensor(
     tensor: _Tensor,
     shape: tuple[int, ...],
     dtype: Any,
-    axes: tuple[int, ...] | None,
+    row: tables.Row,
     sharding: jax.sharding.Sharding,
 ) -> jax.Array:
-    axes = tuple(range(len(shape))) if axes is None else axes
+    axes = tuple(range(len(shape))) if row.axes is None else row.axes
+    start = row.part.start if row.part else 0
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         # Axis i here is axis axes[i] of the file; each `axes` is its own inverse.
         ours = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
-        theirs = tuple(ours[axis] for axis in axes)
+        theirs = [ours[axis] for axis in axes]
+        if theirs:
+            theirs[0] = slice(start + theirs[0].start, start + theirs[0].stop)
+        theirs = tuple(theirs)
         return np.ascontiguousarray(tensor.slices[theirs].transpose(axes).astype(dtype))
 
     return jax.make_array_from_callback(shape, sharding, read)

@@ -2,12 +2,14 @@
 
 A table lists (name, path, axes): the tensor's name with {layer} for the layer number, the
 parameter's path, and the transposition between the two (its own inverse, as every one reverses the
-axes). Weights are never changed otherwise.
+axes). Where a tensor holds several parameters one after another (Phi-3's qkv_proj), each has its
+own row. Weights are never changed otherwise.
 """
 
 import re
 from typing import NamedTuple
 
+from otreg_jax.models.adapter import AdapterConfig
 from otreg_jax.models.llm import LLMConfig
 from otreg_jax.models.speech_encoder import SpeechEncoderConfig
 
@@ -16,48 +18,74 @@ MATRIX = (1, 0)  # torch stores Linear weights [out, in]
 CONV = (2, 1, 0)  # and Conv1d weights [out, in, width]
 
 
+class Part(NamedTuple):
+    """Where a parameter lies along the first axis of a tensor of `total` rows."""
+
+    start: int
+    total: int
+
+
 class Row(NamedTuple):
     name: str
     path: str
     axes: tuple[int, ...] | None
+    part: Part | None = None
 
 
 class Table(NamedTuple):
-    """rows: as above. written: what names begin with as we write them (not all of them do). read:
-    a regex of what files have in its place. ignored: regexes of tensors that are not ours to load.
+    """rows: as above. read: (what names begin with as we write them, a regex of what files have in
+    its place), the first that fits. ignored: regexes of tensors that are not ours to load.
     """
 
     rows: tuple[Row, ...]
-    written: str
-    read: str
+    read: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
+
+
+# The parts of a whole speech LLM, as their tensors begin: published files and transformers' own.
+_ENCODER = r"(model\.)?(audio_tower\.(model\.)?)?(encoder\.)?"
+_ADAPTER = r"(model\.)?multi_modal_projector\."
+_LLM = r"(model|language_model\.model|model\.language_model)\."
+_LANGUAGE = r"(model\.)?language_model\..*|lm_head\.weight"  # what the others leave alone
+_PREFIXES = {"encoder": "audio_tower.", "adapter": "", "llm": "language_model."}
+
+
+def whole(parts: dict[str, Table]) -> Table:
+    """One table, to write a speech LLM by, of those of its "encoder", "adapter" and "llm"."""
+    rows = tuple(
+        row._replace(name=_PREFIXES[part] + row.name, path=f"{part}/{row.path}")
+        for part, table in parts.items()
+        for row in table.rows
+    )
+    return Table(rows, (), ())
 
 
 # --- LLM tensors -------------------------------------------------------------
 
 
 def llm_table(config: LLMConfig) -> Table:
-    """The tensors of an LLM of one of `configs.FAMILIES`."""
+    """The tensors of an LLM of one of `families.FAMILIES`."""
     rows = [
         Row("model.embed_tokens.weight", "embed/embedding", KEEP),
         Row("model.norm.weight", "norm/scale", KEEP),
     ]
     ignored = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
-    if config.family == "gemma3_text":  # the LLM may lie inside a model of text and images
-        ignored.append(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+    # It may lie inside a model of text and images or speech.
+    ignored.append(r"(model\.)?(vision_tower|audio_tower|multi_modal_projector)\..*")
     if config.tied_head:
-        ignored.append(r"lm_head\.weight")
+        ignored.append(r"(language_model\.)?lm_head\.weight")
     else:
         rows.append(Row("lm_head.weight", "head/kernel", MATRIX))
     layer = "model.layers.{layer}"
-    dense = [("self_attn", "attn", name) for name in "qkvo"]
-    dense += [("mlp", "mlp", name) for name in ("gate", "up", "down")]
     biased = dict.fromkeys("qkv", config.qkv_bias) | {"o": config.out_bias}
-    for theirs, ours, name in dense:
-        source, target = f"{layer}.{theirs}.{name}_proj", f"layers/{ours}/{name}"
-        rows.append(Row(f"{source}.weight", f"{target}/kernel", MATRIX))
-        if biased.get(name, config.mlp_bias):
-            rows.append(Row(f"{source}.bias", f"{target}/bias", KEEP))
+    for theirs, ours, names in _dense(config.family):
+        sizes = [_width(config, name) for name in names]
+        for i, name in enumerate(names):
+            source, target = f"{layer}.{theirs}_proj", f"layers/{ours}/{name}"
+            part = Part(sum(sizes[:i]), sum(sizes)) if len(names) > 1 else None
+            rows.append(Row(f"{source}.weight", f"{target}/kernel", MATRIX, part))
+            if biased.get(name, config.mlp_bias):
+                rows.append(Row(f"{source}.bias", f"{target}/bias", KEEP, part))
     norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.post_norms:
         norms = {
@@ -66,14 +94,34 @@ def llm_table(config: LLMConfig) -> Table:
             "mlp_norm": "pre_feedforward_layernorm",
             "mlp_post_norm": "post_feedforward_layernorm",
         }
+    if not config.pre_norms:
+        norms = {
+            "attn_post_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        }
     if config.qk_norm:
         norms |= {"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"}
     rows += [
         Row(f"{layer}.{theirs}.weight", f"layers/{ours}/scale", KEEP)
         for ours, theirs in norms.items()
     ]
-    read = r"(model|language_model\.model|model\.language_model)\."
-    return Table(tuple(rows), "model.", read, tuple(ignored))
+    read = (("model.", _LLM), ("lm_head.", r"(language_model\.)?lm_head\."))
+    return Table(tuple(rows), read, tuple(ignored))
+
+
+def _dense(family: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(tensor's name, our module, which of its layers the tensor holds), of each in turn."""
+    if family == "phi3":
+        fused = [("self_attn.qkv", "attn", ("q", "k", "v")), ("mlp.gate_up", "mlp", ("gate", "up"))]
+        return [*fused, ("self_attn.o", "attn", ("o",)), ("mlp.down", "mlp", ("down",))]
+    attn = [(f"self_attn.{name}", "attn", (name,)) for name in "qkvo"]
+    return attn + [(f"mlp.{name}", "mlp", (name,)) for name in ("gate", "up", "down")]
+
+
+def _width(config: LLMConfig, name: str) -> int:
+    """Outputs of one of the layers that a tensor may hold several of."""
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    return heads[name] * config.head_dim if name in heads else config.mlp_dim
 
 
 # --- Speech encoder ----------------------------------------------------------
@@ -100,13 +148,42 @@ def speech_encoder_table(config: SpeechEncoderConfig) -> Table:
     for ours, theirs in norms.items():
         rows.append(Row(f"{theirs}.weight", f"{ours}/scale", KEEP))
         rows.append(Row(f"{theirs}.bias", f"{ours}/bias", KEEP))
-    ignored = (r"(model\.)?decoder\..*", r"proj_out\.weight")
-    return Table(tuple(rows), "", r"(model\.)?(encoder\.)?", ignored)
+    ignored = (
+        r"(audio_tower\.)?((model\.)?decoder\..*|proj_out\.weight)",
+        rf"{_ADAPTER}.*",
+        _LANGUAGE,
+    )
+    return Table(tuple(rows), (("", _ENCODER),), ignored)
+
+
+# --- Adapter -----------------------------------------------------------------
+
+
+def adapter_table(config: AdapterConfig) -> Table:
+    """The tensors of the projector of one of `layouts.LAYOUTS`."""
+    names = {
+        "linear": {"out/kernel": "linear.weight", "out/bias": "linear.bias"},
+        "voxtral": {"in/kernel": "linear_1.weight", "out/kernel": "linear_2.weight"},
+        "ultravox": {
+            "in_norm/scale": "ln_pre.weight",
+            "in/kernel": "linear_1.weight",
+            "mid_norm/scale": "ln_mid.weight",
+            "out/kernel": "linear_2.weight",
+        },
+    }[config.kind]
+    if config.late_norm:
+        del names["mid_norm/scale"]
+        names["out_norm/scale"] = "ln_post.weight"
+    rows = tuple(
+        Row(f"multi_modal_projector.{name}", path, MATRIX if path.endswith("kernel") else KEEP)
+        for path, name in names.items()
+    )
+    read = (("multi_modal_projector.", _ADAPTER),)
+    return Table(rows, read, (r"(model\.)?audio_tower\..*", _LANGUAGE))
 
 
 def name_pattern(table: Table, row: Row) -> re.Pattern:
     """The regex of a row's tensor names in files; its group `layer` is the layer number."""
-    begins = row.name.startswith(table.written)
-    rest = re.escape(row.name.removeprefix(table.written) if begins else row.name)
-    rest = rest.replace(re.escape("{layer}"), r"(?P<layer>\d+)")
-    return re.compile((table.read if begins else "") + rest)
+    written, read = next(pair for pair in table.read if row.name.startswith(pair[0]))
+    rest = re.escape(row.name.removeprefix(written))
+    return re.compile(read + rest.replace(re.escape("{layer}"), r"(?P<layer>\d+)"))

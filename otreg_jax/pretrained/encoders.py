@@ -1,0 +1,98 @@
+"""config.json of speech encoders to and from SpeechEncoderConfig; checks as in `configs`."""
+
+from typing import Any
+
+from otreg_jax.models.speech_encoder import SpeechEncoderConfig
+from otreg_jax.pretrained import checks, layouts
+from otreg_jax.pretrained.configs import ACTIVATIONS
+
+_WHISPER = {  # the defaults of its class in transformers
+    "d_model": 384,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 6,
+    "encoder_ffn_dim": 1536,
+    "num_mel_bins": 80,
+    "max_source_positions": 1500,
+    "activation_function": "gelu",
+}
+_WHISPER_LARGE = {
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "num_mel_bins": 128,
+}
+_STRIDES = (1, 2)
+_OWN = "otreg_speech_encoder"  # what Whisper's architecture cannot say: other strides, a pool
+# What each `model_type` is when config.json leaves a key out.
+_DEFAULTS = {
+    "whisper": _WHISPER,
+    "voxtral_encoder": _WHISPER | _WHISPER_LARGE,
+    "qwen2_audio_encoder": _WHISPER | _WHISPER_LARGE | {"pool": 2},
+    _OWN: _WHISPER | {"strides": None, "pool": 1},
+}
+# The same keys as other classes call them.
+_NAMES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "encoder_layers",
+    "num_attention_heads": "encoder_attention_heads",
+    "intermediate_size": "encoder_ffn_dim",
+}
+
+
+def speech_encoder_config(raw: dict[str, Any], where: str = "config.json") -> SpeechEncoderConfig:
+    """The SpeechEncoderConfig of a parsed config.json: Whisper's, or of a model that holds such an
+    encoder.
+
+    Raises ValueError, listing every problem, for any other architecture or a wrong value.
+    """
+    raw = checks.parsed(raw, where)
+    if layouts.name(raw):
+        raw = layouts.audio_part(raw, where)
+    kind = str(raw.get("model_type"))
+    if kind not in _DEFAULTS:
+        known = ", ".join(kind for kind in (*_DEFAULTS, *layouts.LAYOUTS) if kind != _OWN)
+        raise ValueError(f"{where}: model_type {kind!r} is no speech encoder; supported: {known}")
+    names = _NAMES if kind == "voxtral_encoder" else {}
+    said = {names.get(key, key): value for key, value in raw.items()}
+    c = _DEFAULTS[kind] | {key: said[key] for key in _DEFAULTS[kind] if key in said}
+    problems = checks.quantised(raw) + checks.wrong_values(c, checks.SPEECH_ENCODER)
+    checks.raise_all(problems, where)
+    problems += checks.indivisible("d_model", c["d_model"], c["encoder_attention_heads"])
+    if c["d_model"] % 2 or c["d_model"] < 4:
+        problems.append(f"d_model={c['d_model']} is not even, or below 4: no position table")
+    if c["activation_function"] not in ACTIVATIONS:
+        problems.append(f"activation_function {c['activation_function']!r} is not supported")
+    checks.raise_all(problems, where)
+    return SpeechEncoderConfig(
+        embed_dim=c["d_model"],
+        num_layers=c["encoder_layers"],
+        num_heads=c["encoder_attention_heads"],
+        mlp_dim=c["encoder_ffn_dim"],
+        num_mels=c["num_mel_bins"],
+        max_positions=c["max_source_positions"],
+        strides=tuple(c.get("strides", _STRIDES)),
+        pool=c.get("pool", 1),
+        reads_padding=kind == "qwen2_audio_encoder",
+        activation=ACTIVATIONS[c["activation_function"]],
+    )
+
+
+def speech_encoder_config_json(config: SpeechEncoderConfig) -> dict[str, Any]:
+    """The config.json of a speech encoder: Whisper's, unless its strides are others or it pools."""
+    activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    raw = {
+        "architectures": ["WhisperEncoder"],
+        "model_type": "whisper",
+        "d_model": config.embed_dim,
+        "encoder_layers": config.num_layers,
+        "encoder_attention_heads": config.num_heads,
+        "encoder_ffn_dim": config.mlp_dim,
+        "num_mel_bins": config.num_mels,
+        "max_source_positions": config.max_positions,
+        "activation_function": activation[config.activation],
+    }
+    if config.strides != _STRIDES or config.pool > 1:
+        own = {"architectures": [], "model_type": _OWN, "strides": list(config.strides)}
+        raw |= own | ({"pool": config.pool} if config.pool > 1 else {})
+    return raw
