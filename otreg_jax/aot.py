@@ -352,7 +352,8 @@ def main(values, _):
     config_lib.check(config)
     preflight.check_model(config)
     devices = devices_of(values.topology, values.slices)
-    frames = round((values.seconds or config.data.max_duration) * features.SAMPLE_RATE)
+    seconds = config.data.window or values.seconds or config.data.max_duration
+    frames = round(seconds * features.SAMPLE_RATE)
     frames //= features.HOP
     tokens = (
         values.tokens

@@ -126,6 +126,13 @@ IMPOSSIBLE = [
     {"tokenizer.path": "nowhere"},
     {"encoder.path": "nowhere/at/all"},
     {"llm.path": "some/model"},  # a hub id without a revision
+    {"model.path": "nowhere"},
+    {"lora.path": "nowhere"},
+    {"data.window": 5.0},  # and audio of up to 30 s
+    {"data.window": 30.0, "data.features": "step"},
+    {"data.window_masked": True},
+    {"adapter.norm": "table", "adapter.path": "nowhere"},
+    {"adapter.kind": "ultravox", "adapter.hidden_dim": 33},
     {"prompt": "no speech"},
     {"otreg.layer": 2},
     {"otreg.layer_weights": (0.5,), "otreg.layer": 1},

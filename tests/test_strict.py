@@ -14,6 +14,7 @@ from otreg_jax import build, losses, optim, otreg, train_step
 from otreg_jax.models import lora
 from otreg_jax.models.adapter import KINDS, Adapter, AdapterConfig
 from otreg_jax.models.llm import LLM, LLMConfig, init_cache
+from otreg_jax.models.rope import RopeScaling
 
 ALL = dict(
     otreg__weight=1.0,
@@ -147,6 +148,10 @@ def test_llms_promote_nothing(dtype, strict):
         sliding_window=3,
         local_layers=(True, False),
         local_rope_theta=1e3,
+        rope_scaling=RopeScaling("yarn", 4.0, 64, query_beta=0.1),
+        rotary_dim=4,
+        residual_scale=0.5,
+        logit_divisor=2.0,
         dtype=dtype,
     )
     model, tokens = LLM(config), jnp.zeros((2, 5), jnp.int32)

@@ -96,7 +96,7 @@ LLM = {
     "residual_multiplier": NUMBER,
     "logits_scaling": NUMBER,
     "no_rope_layers": or_null(
-        Check(lambda v: type(v) is list and set(v) <= {0, 1}, "a list of 0 and 1")
+        Check(lambda v: type(v) is list and all(x in (0, 1) for x in v), "a list of 0 and 1")
     ),
     "no_rope_layer_interval": whole(2**12),
 }

@@ -195,6 +195,9 @@ def _rope(
     share = c.get("partial_rotary_factor", 1.0)
     if family == "phi3":
         share = rope.pop("partial_rotary_factor", None) or share
+        if not checks.NUMBER.holds(share):
+            problems.append(f"partial_rotary_factor is {share!r}, not {checks.NUMBER.words}")
+            return c["rope_theta"], None, None, head_dim
         rope = _phi3_rope(rope, c)
     theta, scaling = _scaling(c["rope_theta"], rope, problems)
     turned = int(head_dim * share)
