@@ -304,6 +304,7 @@ def llm_config_json(config: LLMConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
         "max_position_embeddings": config.max_positions,
+        "pad_token_id": None,  # some classes have one that a small vocabulary does not hold
         "rope_theta": config.rope_theta,
         "rope_scaling": _scaling_json(config.rope_scaling),
         "rope_local_base_freq": config.local_rope_theta,
@@ -326,7 +327,8 @@ def llm_config_json(config: LLMConfig) -> dict[str, Any]:
         raw |= {"no_rope_layers": [int(not is_local) for is_local in local], "layer_types": None}
     if config.family == "phi3" and config.rope_scaling:
         raw["original_max_position_embeddings"] = config.rope_scaling.original_length
-    known = {"architectures", "model_type", "max_position_embeddings", *FAMILIES[config.family]}
+    always = ("architectures", "model_type", "max_position_embeddings", "pad_token_id")
+    known = {*always, *FAMILIES[config.family]}
     raw = {key: value for key, value in raw.items() if key in known}
     how = {name: getattr(config, name) for name in ("dtype", "remat", "attention")}
     back = dataclasses.replace(llm_config(raw), **how)
