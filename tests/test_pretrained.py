@@ -177,7 +177,6 @@ SCALINGS = (
     RopeScaling("linear", 4.0),
     RopeScaling("llama3", 8.0, 64, low_freq_factor=2.0, high_freq_factor=3.0),
     RopeScaling("yarn", 4.0, 64, attention_factor=1.3, truncate=False),
-    RopeScaling("yarn", 4.0, 64, query_beta=0.1),
 )
 LONGROPE = RopeScaling(
     "longrope", 8.0, 64, attention_factor=1.2, short_factors=(1.0, 1.5), long_factors=(2.0, 3.0)
@@ -206,6 +205,8 @@ GEMMA = dict(
         {"family": "gemma2", "attn_softcap": 50.0, "logit_softcap": 30.0} | GEMMA,
         {"family": "gemma3_text", "qk_norm": True, "local_rope_theta": 100.0} | GEMMA,
         {"family": "phi3", "rotary_dim": 4, "rope_scaling": LONGROPE, "sliding_window": 3},
+        {"family": "ministral3", "rope_scaling": RopeScaling("yarn", 4.0, 64, query_beta=0.1)},
+        {"family": "ministral3"},
         {"family": "olmo2", "qk_norm": True, "qk_norm_whole": True} | POST_NORMS,
         {"family": "granite", "attn_scale": 0.3, "residual_scale": 0.2, "logit_divisor": 8.0},
         {

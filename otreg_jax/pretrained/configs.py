@@ -228,8 +228,9 @@ def _scaling(theta: float, rope: dict, problems: list[str]) -> tuple[float, Rope
     theta = rope.pop("rope_theta", theta)
     old_kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", old_kind)
-    if rope.get("partial_rotary_factor") == 1:
-        del rope["partial_rotary_factor"]
+    for key, nothing in (("partial_rotary_factor", 1), ("llama_4_scaling_beta", 0)):
+        if rope.get(key) == nothing:
+            del rope[key]
     if kind not in _SCALING_KEYS:
         problems.append(f"rope type {kind!r} is not one of {', '.join(_SCALING_KEYS)}")
         return theta, None
@@ -322,6 +323,13 @@ def llm_config_json(config: LLMConfig) -> dict[str, Any]:
         local = config.local_layers or (config.sliding_window is not None,) * config.num_layers
         kinds = ("full_attention", "sliding_attention")
         raw["layer_types"] = [kinds[is_local] for is_local in local]
+    if config.family == "ministral3":  # whose class takes no scaling for that of its default
+        rope = {
+            "rope_theta": config.rope_theta,
+            "rope_type": "default",
+            "llama_4_scaling_beta": 0.0,
+        }
+        raw |= {"rope_parameters": rope | (raw["rope_scaling"] or {}), "rope_scaling": None}
     if config.family == "smollm3":
         local = config.local_layers or (False,) * config.num_layers
         raw |= {"no_rope_layers": [int(not is_local) for is_local in local], "layer_types": None}
