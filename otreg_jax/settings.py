@@ -115,19 +115,8 @@ _ROWS = (
     ("data.cache", "", TEXT, 'where synthetic speech is kept; "": WORKDIR/data', FREE),
     ("data.max_utterances", 0, COUNT, "use only the first so many for training; 0: all"),
     ("data.num_mels", 80, integer(1, 200), "mel bins; Whisper has 80, from large-v3 on 128"),
-    (
-        "data.window",
-        0.0,
-        WEIGHT,
-        "seconds to which silence fills up shorter audio, 30 for Voxtral and Qwen2-Audio; 0: none",
-    ),
-    (
-        "data.window_masked",
-        False,
-        FLAG,
-        "attention is kept from that silence, only convolutions meet it (Qwen2-Audio); False: "
-        "it is read like speech (Voxtral)",
-    ),
+    ("data.window", 0.0, WEIGHT, "seconds that silence fills up, as Voxtral has it: 30; 0: none"),
+    ("data.window_masked", False, FLAG, "attention is kept from that silence (Qwen2-Audio)"),
     ("data.max_duration", 30.0, POSITIVE, "seconds; longer audio is refused, never cut"),
     ("data.num_buckets", 2, SIZE, "batch shapes (frames, tokens), derived from the data"),
     ("data.num_workers", 0, COUNT, "loader processes; 0: threads of this process", FREE),
@@ -219,13 +208,7 @@ _ROWS = (
         "what surrounds the speech; the answer follows. chat:Transcribe: {speech} is a turn of the "
         "model's own chat template. {column} is a field, [[ ]] an optional part: see docs/data.md",
     ),
-    (
-        "model.path",
-        "",
-        MODEL,
-        "a whole speech LLM (Ultravox, Voxtral, Qwen2-Audio): the default of encoder.path, "
-        "adapter.path and llm.path",
-    ),
+    ("model.path", "", MODEL, "a whole speech LLM: the default of encoder, adapter and llm.path"),
     ("model.revision", "", TEXT, "the commit of a hub id"),
     ("encoder.path", "", MODEL, 'a Whisper model, or one that holds it; "": from scratch'),
     ("encoder.revision", "", TEXT, "the commit of a hub id"),
