@@ -134,13 +134,13 @@ def main() -> None:
 
 
 def write_nemo(path: Path, rows) -> None:
-    """Every German sentence twice: to transcribe, and to translate."""
+    """Every German sentence twice: for no task by name, and to translate."""
     lines = []
     for row in rows:
         who, verb, thing = row["told"]
         line = {"audio_filepath": str(row["audio"]), "text": row["text"], "source_lang": "de"}
         line |= {"duration": row["duration"], "speaker": row["speaker"]}
-        lines.append(line | {"id": row["audio"].stem, "taskname": "asr", "target_lang": "de"})
+        lines.append(line | {"id": row["audio"].stem, "target_lang": "de"})
         english = f"{who} {verb['en']} {thing['en']}"
         translated = {"taskname": "ast", "target_lang": "en", "target_text": english}
         lines.append(line | {"id": f"{row['audio'].stem}-en"} | translated)
