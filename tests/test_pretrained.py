@@ -245,7 +245,7 @@ def test_a_family_refuses_what_it_cannot_say():
             {"model_type": "qwen3", "rope_parameters": {"partial_rotary_factor": 0.5}},
             "unknown partial_rotary_factor",
         ),
-        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "38 of 96 dimensions turn"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.41}, "39 of 96 dimensions turn"),
         (
             {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8},
             "use_sliding_window: layers without rotation",
