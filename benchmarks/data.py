@@ -22,11 +22,14 @@ from absl import app, flags
 
 from benchmarks.common import describe_machine
 from otreg_jax import config as config_lib
-from otreg_jax.data import features, pipeline, prepare, sources
+from otreg_jax.data import bucketing, features, pipeline, prepare, sources
 
-_MANIFEST = flags.DEFINE_string("manifest", None, "Corpus to measure with.")
+_MANIFEST = flags.DEFINE_list("manifest", None, "Corpus to measure with.")
 _PARTS = flags.DEFINE_multi_enum(
-    "part", ["speed", "padding", "memory"], ["speed", "padding", "memory"], "What to measure."
+    "part",
+    ["speed", "padding", "durations", "memory"],
+    ["speed", "padding", "durations", "memory"],
+    "What to measure.",
 )
 _LIMIT = flags.DEFINE_integer("limit", 800, "Utterances to measure speed with.")
 _REPEATS = flags.DEFINE_integer(
@@ -159,20 +162,51 @@ def measure_speed(variants) -> dict:
 
 def measure_padding(utterances, batch_size: int = 16) -> dict:
     """Fractions of all mel frames in an epoch's batches that are padding."""
-    corpus = pipeline.make_corpus(utterances, Bytes())
-    frames = pipeline.frames_of(corpus, np.arange(len(utterances)))
+    corpus = bucketing.make_corpus(utterances, Bytes())
+    frames = bucketing.frames_of(corpus, np.arange(len(utterances)))
     ratios = {}
     for num_buckets in (1, 2, 4, 8, 16):
-        buckets = pipeline.choose_buckets(frames, corpus.token_length, num_buckets)
+        buckets = bucketing.choose_buckets(frames, corpus.token_length, num_buckets)
         order = np.random.default_rng(0).permutation(len(utterances))
-        plan = pipeline.deal(corpus, order, np.ones(len(order)), buckets, batch_size)
-        ratios[f"{num_buckets}_shapes"] = round(pipeline.padding(corpus, buckets, plan)[0], 4)
+        plan = bucketing.deal(corpus, order, np.ones(len(order)), buckets, batch_size)
+        ratios[f"{num_buckets}_shapes"] = round(bucketing.padding(corpus, buckets, plan)[0], 4)
     whole = np.random.default_rng(0).permutation(frames)
     whole = whole[: len(whole) // batch_size * batch_size].reshape(-1, batch_size)
     ratios["random_order_padded_to_the_longest"] = round(
         float(1 - whole.sum() / (whole.max(axis=1).sum() * batch_size)), 4
     )
     return {"batch_size": batch_size, "utterances": len(utterances), "padding": ratios}
+
+
+def measure_durations(utterances, batch_size: int = 16) -> dict:
+    """Batches of `batch_size` rows beside batches of as many seconds as the longest of those holds,
+    and of a quarter: padding, audio a step, the longest step over the mean."""
+    corpus = bucketing.make_corpus(utterances, Bytes())
+    frames = bucketing.frames_of(corpus, np.arange(len(utterances)))
+    order, rows = np.random.default_rng(0).permutation(len(utterances)), []
+    for num_buckets in (4, 8, 16):
+        buckets = bucketing.choose_buckets(frames, corpus.token_length, num_buckets)
+        widths = np.array([width for width, _ in buckets]) / features.FRAME_RATE
+        most = batch_size * widths[-1]
+        for seconds in (0, most / 4, most):
+            size = bucketing.rows_by_seconds(buckets, seconds, 1) if seconds else batch_size
+            plan = bucketing.deal(corpus, order, np.ones(len(order)), buckets, size)
+            held = plan.size_S * widths[plan.bucket_S]
+            rows.append(
+                {
+                    "shapes": num_buckets,
+                    "batch_seconds": round(float(seconds), 1),
+                    "padding": round(bucketing.padding(corpus, buckets, plan)[0], 4),
+                    "steps": len(held),
+                    "audio_seconds_a_step": round(
+                        frames.sum() / features.FRAME_RATE / len(held), 1
+                    ),
+                    "longest_step_seconds": round(float(held.max()), 1),
+                    "longest_over_mean": round(float(held.max() / held.mean()), 3),
+                }
+            )
+    hours = float(frames.sum() / features.FRAME_RATE / 3600)
+    return {"batch_size": batch_size, "utterances": len(utterances), "hours": hours, "rows": rows}
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -206,13 +240,15 @@ def measure_memory(utterances, batch_size: int = 4) -> dict:
 
 def main(argv):
     del argv
-    utterances = sources.read_manifest(_MANIFEST.value)
+    utterances = [u for path in _MANIFEST.value for u in sources.read_manifest(path)]
     out = Path(_OUT.value)
     results = json.loads(out.read_text()) if out.exists() else {}
     results["machine"] = describe_machine("grain", "soundfile", "torch")
     with tempfile.TemporaryDirectory() as folder:
         if "padding" in _PARTS.value:
             results["padding"] = measure_padding(utterances)
+        if "durations" in _PARTS.value:
+            results["durations"] = measure_durations(utterances)
         if set(_PARTS.value) & {"speed", "memory"}:
             some = utterances[:: max(1, len(utterances) // _LIMIT.value)]
             variants = copies(some, Path(folder))

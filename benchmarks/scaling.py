@@ -24,8 +24,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from benchmarks import step
-from benchmarks.common import SHAPES
+from benchmarks.common import SHAPES, recipe
 from otreg_jax import aot, flops
 from otreg_jax.aot import GIB
 
@@ -166,7 +165,7 @@ def measure_cpu() -> None:
     points += [base | {"vocabulary": n} for n in (1000, 152_000)]
     devices, lines = aot.devices_of("cpu:8"), []
     for point in points:
-        config, _, tokens = step.recipe("60m", otreg=True, attention="xla")
+        config, _, tokens = recipe("60m", otreg=True, attention="xla")
         config.batch_size = point["batch"]
         with tempfile.TemporaryDirectory() as folder:
             shape = json.loads((SHAPES / "qwen2-60m/config.json").read_text())

@@ -7,13 +7,12 @@
 
 Adapter and LoRA train, encoder and LLM are frozen, as in configs/librispeech.py; weights are
 random. Steps with and without OTReg are timed in turn, round by round; shares are medians of the
-rounds' own ratios, so that other load on the machine hits both. Sizes that are not run are counted:
-FLOPs of the traced step's matrix products. Prints tables and writes benchmarks/results/step.json.
+rounds' own ratios, so that other load on the machine hits both. Without --size, sizes that are not
+run are counted: FLOPs of the traced step's matrix products. Prints tables and writes
+benchmarks/results/step.json.
 """
 
-import functools
 import json
-import runpy
 import statistics
 import time
 from pathlib import Path
@@ -21,18 +20,10 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from benchmarks.common import SHAPES, describe_machine, make_batch
-from otreg_jax import aot, build, command, optim, sharding, train_step
+from benchmarks.common import SIZES, describe_machine, make_step, recipe
+from otreg_jax import aot, command
 from otreg_jax import flops as flops_lib
 
-# name: (encoder, LLM, batch size, seconds of audio, transcript tokens)
-SIZES = {
-    "quickstart": None,  # configs/quickstart.py
-    "60m": ("whisper-tiny", "qwen2-60m", 8, 8.0, 32),
-    "0.5b": ("whisper-small", "qwen2.5-0.5b", 16, 15.0, 64),
-    "1.5b": ("whisper-large-v3", "qwen2.5-1.5b", 16, 15.0, 64),
-    "7b": ("whisper-large-v3", "qwen2.5-7b", 16, 15.0, 64),
-}
 SWEEPS = {"batch": (4, 8, 16), "seconds": (4.0, 8.0, 16.0)}  # around the smaller sizes
 
 _SIZES = flags.DEFINE_multi_enum("size", [], list(SIZES), "Sizes to run; default: by the device.")
@@ -43,45 +34,6 @@ _CLOCK = flags.DEFINE_enum(
     "clock", "wall", ["wall", "cpu"], "Wall-clock time, or CPU time of all threads."
 )
 _OUT = flags.DEFINE_string("out", "benchmarks/results/step.json", "File of the results.")
-
-
-def recipe(size: str, otreg: bool, attention: str = "auto", **changes):
-    """(config, mel frames, tokens) of a size; `batch` and `seconds` may be changed."""
-    if SIZES[size] is None:
-        config = runpy.run_path("configs/quickstart.py")["get_config"]("otreg" if otreg else "ce")
-        config.batch_size = changes.get("batch", config.batch_size)
-        return config, round(100 * changes.get("seconds", 3.0)), 12
-    encoder, llm, batch, seconds, tokens = SIZES[size]
-    get_config = runpy.run_path("configs/librispeech.py")["get_config"]
-    config = get_config("otreg" if otreg else "baseline")
-    config.otreg.start_step = config.otreg.ramp_steps = 0
-    config.encoder.path, config.llm.path = str(SHAPES / encoder), str(SHAPES / llm)
-    config.data.num_mels = json.loads((SHAPES / encoder / "config.json").read_text())[
-        "num_mel_bins"
-    ]
-    config.data.augment.time_masks = config.data.augment.freq_masks = 0
-    config.mesh.data, config.mesh.fsdp = -1, 1
-    config.remat, config.attention = "none", attention
-    if jax.default_backend() == "cpu":
-        config.compute_dtype = "float32"  # CPUs compute in bfloat16 slowly
-    config.batch_size = changes.get("batch", batch)
-    return config, round(100 * changes.get("seconds", seconds)), tokens
-
-
-def make_step(config, frames: int, tokens: int):
-    """(step, state, frozen, batch), weights random: state, metrics = step(state, frozen, batch)."""
-    mesh = sharding.make_mesh(config)
-    slm = aot.modules_of(config, mesh)
-    init = lambda: build.split(build.init_params(slm, config), config)
-    shapes = jax.eval_shape(init)
-    params, frozen = jax.jit(init, out_shardings=sharding.tree_shardings(shapes, mesh))()
-    optimizer = optim.make_optimizer(config)
-    abstract = train_step.abstract_state(params, optimizer, mesh)
-    state = jax.jit(functools.partial(train_step.init_state, optimizer=optimizer))(params)
-    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
-    batch = make_batch(config, frames, tokens, slm.llm.config.vocab_size)
-    step = train_step.make_step(slm, config, optimizer, abstract)
-    return step, state, frozen, sharding.to_global(batch, mesh)
 
 
 def share_on_paper(size: str, **changes) -> tuple[int, float]:
@@ -134,7 +86,8 @@ def measure(size: str, repeats: int, attention: str, **changes) -> dict:
 def main(argv):
     del argv
     on_cpu = jax.default_backend() == "cpu"
-    sizes = _SIZES.value or (["quickstart", "60m"] if on_cpu else list(SIZES))
+    known = [size for size in SIZES if size != "nano"]
+    sizes = _SIZES.value or (["quickstart", "60m"] if on_cpu else known)
     points = [(size, {}) for size in sizes]
     points += [(sizes[-1], {name: value}) for name in _SWEEPS.value for value in SWEEPS[name]]
     rows = []
@@ -150,7 +103,7 @@ def main(argv):
             f"{size:12}{row['batch_size']:6}{row['frames'] / 100:8.1f}{1e3 * row['seconds']:9.1f}"
             f"{row['share']:8.1%}{row['flops_share']:9.2%}{row['flops_per_sec'] / 1e9:9.1f}{mfu}"
         )
-    for size in SIZES:
+    for size in known if not _SIZES.value else ():
         if size not in sizes:
             flops, share = share_on_paper(size)
             rows.append({"size": size, "flops": flops, "flops_share": share})

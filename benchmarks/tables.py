@@ -165,7 +165,36 @@ def data() -> str:
     )
 
 
+def durations() -> str:
+    result = read("data")["durations"]
+    rows = [
+        [
+            f"{row['shapes']} shapes, "
+            + (f"{row['batch_seconds']:g} s" if row["batch_seconds"] else "16 rows"),
+            f"{100 * row['padding']:.1f}",
+            f"{row['steps']}",
+            f"{row['audio_seconds_a_step']:.0f}",
+            f"{row['longest_step_seconds']:.0f}",
+            f"{row['longest_over_mean']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = [
+        "",
+        "padding, %",
+        "steps an epoch",
+        "audio s a step",
+        "longest step, s",
+        "over the mean",
+    ]
+    return (
+        f"{result['utterances']} utterances, {result['hours']:.2f} h, of 0.8 to 20 s.\n\n"
+        + markdown(header, rows)
+    )
+
+
 TABLES = {
+    "durations": durations,
     "data": data,
     "sinkhorn": sinkhorn,
     "step": step,

@@ -316,6 +316,40 @@ def largest_batch(compile_at, first: Report, unit: int) -> Report | None:
     return tried[max(fitting)] if fitting else None
 
 
+def largest_batches(compile_at, first: Report, unit: int, shapes) -> dict[tuple[int, int], Report]:
+    """{(frames, tokens): the largest batch that fits}, as far as any does.
+
+    Args:
+      compile_at: (batch size, frames, tokens) -> Report. first: the report of the last of `shapes`,
+        the longest, at the configured batch size.
+    """
+    found = {}
+    for frames, tokens in reversed(shapes):
+        compile_here = functools.partial(compile_at, frames=frames, tokens=tokens)
+        if found:  # about as many frames as of the longest
+            rows = next(iter(found.values())).batch_size * shapes[-1][0] // frames
+            first = compile_here(max(rows // unit, 1) * unit)
+        best = largest_batch(compile_here, first, unit)
+        if best:
+            found[frames, tokens] = best
+    return found
+
+
+def describe_batches(found: dict[tuple[int, int], Report], unit: int) -> tuple[list[str], dict]:
+    """What `largest_batches` found as people read it, and the settings that it comes to."""
+    if not found:
+        return [f"no batch fits, not even {unit}: use more devices, bfloat16, remat or LoRA"], {}
+    fitting = [(r.batch_size, s[0] / features.FRAME_RATE, s[1], r.peak) for s, r in found.items()]
+    lines = ["largest batches that fit"] + [
+        f"  {rows:6} of {seconds:g} s and {tokens} tokens ({peak / GIB:.2f} GiB)"
+        for rows, seconds, tokens, peak in fitting
+    ]
+    settings = {"batch_size": fitting[0][0]}
+    if len(fitting) > 1:
+        settings["batch_seconds"] = min(rows * seconds for rows, seconds, _, _ in fitting)
+    return [*lines, " ".join(f"--config.{name}={x:g}" for name, x in settings.items())], settings
+
+
 def describe(report: Report, devices, config, frames: int, tokens: int) -> str:
     """The report as people read it."""
     chip, count = flops.chip(devices[0]), len(devices)
@@ -363,8 +397,8 @@ def main(values, _):
 
     compile_program = {"train": compile_step, "decode": compile_decode}[values.program]
 
-    def compile_at(batch_size):
-        print(f"compiling batch {batch_size} ...", file=sys.stderr)
+    def compile_at(batch_size, frames=frames, tokens=tokens):
+        print(f"compiling batch {batch_size} x {frames} frames ...", file=sys.stderr)
         with config.unlocked():
             changed = config.copy_and_resolve_references()
         changed.batch_size = batch_size
@@ -379,14 +413,14 @@ def main(values, _):
         **dataclasses.asdict(report),
     }
     if values.largest_batch and report.capacity:
-        unit = sharding.batch_shards(report.mesh)
-        unit *= config.accumulation if values.program == "train" else 1
-        best = largest_batch(compile_at, report, unit)
-        if best:
-            result["largest_batch"], result["largest_peak"] = best.batch_size, best.peak
-            print(f"\nlargest batch that fits: {best.batch_size} ({best.peak / GIB:.2f} GiB)")
-        else:
-            print(f"\nno batch fits, not even {unit}: use more devices, bfloat16, remat or LoRA")
+        training = values.program == "train"
+        unit = sharding.batch_shards(report.mesh) * (config.accumulation if training else 1)
+        count = config.data.num_buckets if training else 1
+        shapes = [(frames * i // count, tokens * i // count) for i in range(1, count + 1)]
+        found = largest_batches(compile_at, report, unit, shapes)
+        lines, settings = describe_batches(found, unit)
+        print("", *lines, sep="\n")
+        result["largest"] = settings
     if values.out:
         with open(values.out, "a") as file:
             file.write(json.dumps(result) + "\n")
@@ -399,7 +433,8 @@ def define_flags(define) -> None:
     define.integer("slices", 1, "How many such slices, joined by the data centre's network.", 1)
     define.float("seconds", 0, "Of audio in every utterance; 0: data.max_duration.", 0)
     define.integer("tokens", 0, "In every transcript; 0: data.max_tokens, or 8 a second.", 0)
-    define.bool("largest_batch", False, "Find it; compiles the step several times.")
+    largest = "Find it for all of data.num_buckets shapes; compiles each several times."
+    define.bool("largest_batch", False, largest)
     define.string("out", "", "File that the result is appended to, as a line of JSON.")
 
 

@@ -92,10 +92,12 @@ def recognize(
     prompt: dict[str, jax.Array] | None = None,
 ) -> Decoded:
     """Log-mel frames -> the best hypothesis of each utterance, [B, N]. limit_B: see `greedy`;
-    prompt: of each row, see `slm.prompt_of`."""
+    prompt: of each row, see `slm.prompt_of`; params: of the SLM, and with those of `for_run`
+    nothing is made anew in every call."""
     speech_BSD, speech_length_B = slm_lib.speech_embeddings(slm, params, mel_BFM, mel_length_B)
     x_BPD, last_B = slm_lib.assemble(slm, params, speech_BSD, speech_length_B, None, prompt)
     args = slm.llm, params["llm"], x_BPD, last_B + 1, slm.prompt.eos, settings, limit_B
+    args = *args, params.get("llm_for_steps")
     if settings.beam_width == 1:
         return greedy(*args)
     return jax.tree.map(lambda leaf: leaf[:, 0], beam_search(*args))
@@ -110,6 +112,7 @@ def greedy(
     eos: int,
     settings: Settings,
     limit_B: jax.Array | None = None,
+    step_params: dict | None = None,
 ) -> Decoded:
     """The most probable token at every step, until `eos` or `settings.max_tokens` (N) tokens.
 
@@ -119,12 +122,13 @@ def greedy(
       length_B: int32, valid prompt positions, at least 1.
       limit_B: int32, at least 1: an example's hypothesis ends after so many tokens, whatever else
         is in the batch; by default, and at most, max_tokens.
+      step_params: `prepare_steps` of the weights, where many calls share them.
     """
     max_tokens = settings.max_tokens
     limit_B = jnp.full(len(length_B), max_tokens) if limit_B is None else limit_B
     batch, prompt_size = x_BPD.shape[:2]
     logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
-    step_params = _for_steps(llm, params)
+    step_params = step_params or prepare_steps(llm, params)
     tokens_BN = jnp.zeros((batch, max_tokens), jnp.int32)
     zeros_B = jnp.zeros(batch, jnp.int32)
 
@@ -162,6 +166,7 @@ def beam_search(
     eos: int,
     settings: Settings,
     limit_B: jax.Array | None = None,
+    step_params: dict | None = None,
 ) -> Decoded:
     """Beam search; returns the `settings.beam_width` (W) best hypotheses of every example.
 
@@ -177,7 +182,7 @@ def beam_search(
     limit_B = jnp.minimum(limit_B, max_tokens)
     batch, prompt_size = x_BPD.shape[:2]
     logits_BV, cache = _prefill(llm, params, x_BPD, length_B, prompt_size + max_tokens)
-    step_params, vocab = _for_steps(llm, params), logits_BV.shape[-1]
+    step_params, vocab = step_params or prepare_steps(llm, params), logits_BV.shape[-1]
     cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, width, axis=1), cache)
     first_row_B = jnp.arange(batch)[:, None] * width
 
@@ -242,10 +247,16 @@ def _best(hypotheses: Decoded, count: int) -> tuple[Decoded, jax.Array]:
     return Decoded(tokens, length, score, finished), index
 
 
-def _for_steps(llm: LLM, params):
-    """A copy of the weights on a CPU, where it saves more time than it costs."""
+def for_run(slm: slm_lib.SLM, params: dict) -> dict:
+    """The SLM's weights for `recognize`, with what many calls share made once."""
+    return params | {"llm_for_steps": prepare_steps(slm.llm, params["llm"])}
+
+
+def prepare_steps(llm: LLM, params: dict) -> dict:
+    """The LLM's weights as its one-token steps read them: on a CPU a copy, which saves more time
+    than it costs."""
     platform = llm.mesh.devices.flat[0].platform if llm.mesh else jax.default_backend()
-    return for_steps(params) if platform == "cpu" else params
+    return jax.jit(for_steps)(params) if platform == "cpu" else params
 
 
 def _prefill(llm: LLM, params, x_BPD, length_B, slots: int) -> tuple[jax.Array, Cache]:

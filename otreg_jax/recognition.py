@@ -98,8 +98,9 @@ def decode_sets(
     pending = [i for i in range(len(everything)) if i not in rows or i in sampled]
     samples = {name: {} for name in utterances}
     selected = [everything[i][1] for i in pending]
+    params = decoding.for_run(run.slm, run.params)
     for batch in batches(run, selected, batch_size, label, skipped_path):
-        decoded, compared = recognize_and_embed(run.slm, run.params, batch, settings, layer)
+        decoded, compared = recognize_and_embed(run.slm, params, batch, settings, layer)
         tokens_BN, length_B, score_B, finished_B, index_B = to_host((*decoded, batch["index"]))
         # Negative: filler, or unreadable audio.
         found = [(b, pending[i]) for b, i in enumerate(index_B.tolist()) if i >= 0]

@@ -73,6 +73,13 @@ _ROWS = (
         "which is said",
     ),
     ("batch_size", 16, SIZE, "utterances a step, over all devices and hosts"),
+    (
+        "batch_seconds",
+        0.0,
+        WEIGHT,
+        "audio of a step, padding included: each batch shape has as many rows as make it, and all "
+        "steps cost about the same; 0: batch_size rows in every shape",
+    ),
     ("accumulation", 1, SIZE, "micro-batches a step, one after the other: less memory", FREE),
     ("log_every", 10, SIZE, "steps between lines of metrics.jsonl", FREE),
     ("log_to", "tensorboard", WRITERS, "where metrics go beside metrics.jsonl", FREE),

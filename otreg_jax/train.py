@@ -257,6 +257,8 @@ def train_batches(
         skipped_path=str(files.skipped(jax.process_index())),
         kept=kept,
         prompter=data.prompter,
+        batch_seconds=config.batch_seconds,
+        unit=sharding.batch_shards(slm.mesh.shape) * config.accumulation,
     )
 
     def saving_first():

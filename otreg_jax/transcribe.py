@@ -126,11 +126,12 @@ def _recognize(run, pieces, settings, batch_size) -> Iterator[tuple]:
     fixed = settings.max_tokens or run.config.decode.max_tokens
     longest = max(piece.duration for piece in pieces)
     settings = settings._replace(max_tokens=fixed or int(_tokens(longest)))
+    params = decoding.for_run(run.slm, run.params)
     for batch in recognition.batches(run, pieces, batch_size, "transcribing"):
         seconds_B = batch["mel_length"] / features.FRAME_RATE
         limit_B = None if fixed else _tokens(seconds_B).astype("int32")
         mel, prompt = (batch["mel"], batch["mel_length"]), slm_lib.prompt_of(batch)
-        decoded = decoding.recognize(run.slm, run.params, *mel, settings, limit_B, prompt)
+        decoded = decoding.recognize(run.slm, params, *mel, settings, limit_B, prompt)
         rows = recognition.to_host((*decoded, batch["index"]))
         for tokens_N, length, score, finished, i in zip(*rows, strict=True):
             if i >= 0:

@@ -14,6 +14,7 @@ from toy import toy_config
 from toy_run import tone_config, write_recipe
 
 from otreg_jax import aot, compiler, flops, losses, sharding
+from otreg_jax.data import bucketing
 
 pytestmark = pytest.mark.shipped
 FRAMES, TOKENS = 64, 7
@@ -189,6 +190,23 @@ def test_memory_that_does_not_suffice_halves_the_batch():
     assert aot.largest_batch(compile_at, compile_at(64), 4).batch_size == 12
     assert aot.largest_batch(compile_at, compile_at(4), 4).batch_size == 12
     assert aot.largest_batch(compile_at, compile_at(16), 16) is None
+
+
+def test_the_largest_batches_of_all_shapes_come_to_settings_that_fit():
+    def compile_at(batch, frames, tokens):  # 10 GiB, and a quarter for every second
+        peak = (10 + batch * frames / 400) * aot.GIB
+        return aot.Report(batch, {}, int(peak), 16 * aot.GIB, 0, {}, 0, {})
+
+    shapes = [(100, 4), (200, 8), (400, 16)]
+    found = aot.largest_batches(compile_at, compile_at(64, 400, 16), 2, shapes)
+    rows = {frames: report.batch_size for (frames, _), report in found.items()}
+    assert rows == {400: 6, 200: 12, 100: 24}
+    lines, settings = aot.describe_batches(found, 2)
+    assert settings == {"batch_size": 6, "batch_seconds": 24}
+    assert lines[-1] == "--config.batch_size=6 --config.batch_seconds=24"
+    fitting = bucketing.rows_by_seconds(shapes, settings["batch_seconds"], 2)
+    assert fitting == (24, 12, 6)
+    assert aot.describe_batches({}, 8)[0][0].startswith("no batch fits, not even 8")
 
 
 def test_what_does_not_fit_is_read_from_either_message_of_the_compiler():

@@ -55,6 +55,24 @@ def hypotheses(out):
     return [list(map(int, row[:n])) for row, n in zip(out.tokens, out.length, strict=True)]
 
 
+@pytest.mark.parametrize("search", [decoding.greedy, decoding.beam_search])
+def test_weights_made_ready_once_a_run_are_not_transposed_in_every_call(model, search):
+    llm, params = model
+    x, length = prompts(3)
+    settings = decoding.Settings(5, 2 if search is decoding.beam_search else 1)
+    step_params = decoding.prepare_steps(llm, params)
+    once, each = (
+        functools.partial(search, *model, x, length, EOS, settings, step_params=ready)
+        for ready in (step_params, None)
+    )
+    np.testing.assert_array_equal(once().tokens, each().tokens)
+    transposed = lambda ready: search.lower(
+        *model, x, length, EOS, settings, step_params=ready
+    ).as_text()
+    kernel = "tensor<32x16xf32>) -> tensor<16x32xf32>"  # the MLP's last
+    assert kernel in transposed(None) and kernel not in transposed(step_params)
+
+
 def test_greedy_takes_the_best_token_at_every_step(model):
     x, length = prompts(8)
     out = decoding.greedy(*model, x, length, EOS, decoding.Settings(9))

@@ -41,12 +41,28 @@ class Corpus(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The batches of an epoch."""
+    """The batches of an epoch: draws, one batch after another."""
 
-    rows_SB: np.ndarray  # int [steps, batch_size], rows of the corpus
-    speed_SB: np.ndarray  # float, how many times as fast each is played
-    repeated_SB: np.ndarray  # bool, whether the draw is one too many
-    bucket_S: np.ndarray  # int, the shape of each batch
+    rows: np.ndarray  # int [draws], rows of the corpus
+    speed: np.ndarray  # float, how many times as fast each is played
+    repeated: np.ndarray  # bool, whether the draw is one too many
+    bucket_S: np.ndarray  # int [steps], the shape of each batch
+    start_S: np.ndarray  # int [steps], where each batch begins among the draws
+    size_S: np.ndarray  # int [steps], its draws
+
+    def batch(self, step: int, part: slice = slice(None)) -> "Plan":
+        """The plan of one batch, or of a part of it."""
+        start, size = self.start_S[step], self.size_S[step]
+        mine = slice(*part.indices(size))
+        draws = slice(start + mine.start, start + mine.stop)
+        bucket_S, size_S = self.bucket_S[[step]], np.array([mine.stop - mine.start])
+        of_draws = self.rows[draws], self.speed[draws], self.repeated[draws]
+        return Plan(*of_draws, bucket_S, np.zeros(1, int), size_S)
+
+    def in_order(self, order_S: np.ndarray) -> "Plan":
+        """The same batches in another order; the draws stay where they are."""
+        of_steps = (x[order_S] for x in (self.bucket_S, self.start_S, self.size_S))
+        return Plan(self.rows, self.speed, self.repeated, *of_steps)
 
 
 def make_corpus(
@@ -170,51 +186,101 @@ def own_parts(corpus: Corpus, rows_B, widths_3, prompter, rngs) -> dict[str, np.
     return batch
 
 
-def deal(corpus: Corpus, draws_N, speed_N, buckets, batch_size: int) -> Plan:
+def rows_by_seconds(buckets, seconds: float, unit: int) -> tuple[int, ...]:
+    """The rows of each bucket's batches that hold at most so many seconds, padding included: a
+    multiple of `unit`.
+
+    Raises:
+      ValueError: not even `unit` rows of the widest bucket are so short.
+    """
+    seconds_of = [frames / features.FRAME_RATE for frames, _ in buckets]
+    rows = tuple(int(seconds / each / unit) * unit for each in seconds_of)
+    if not rows[-1]:
+        raise ValueError(
+            f"batch_seconds={seconds:g}: the longest utterances take {seconds_of[-1]:g} s, and a "
+            f"step {unit} of them or a multiple (devices times micro-batches): "
+            f"{unit * seconds_of[-1]:g} s at least"
+        )
+    return rows
+
+
+def deal(corpus: Corpus, draws_N, speed_N, buckets, rows) -> Plan:
     """Deals draws, in order, into batches of one bucket each, narrow buckets first.
 
-    The first draws are repeated as often as it takes to fill every batch.
+    What does not fill a batch of its bucket moves up to the next. The first draws are repeated as
+    often as it takes to fill every batch: where all buckets have as many rows each in its own
+    bucket, else in the widest.
+
+    Args:
+      rows: of every batch, one number or one for each bucket.
     """
-    dealt = np.arange(-(-len(draws_N) // batch_size) * batch_size)
-    rows, speed = np.resize(draws_N, len(dealt)), np.resize(speed_N, len(dealt))
+    count, last = len(draws_N), len(buckets) - 1
+    rows = np.broadcast_to(rows, len(buckets))
+    dealt = np.arange(count if np.ptp(rows) else -(-count // rows[0]) * rows[0])
     frames, tokens = np.array(buckets).T
-    bucket = np.maximum(
-        np.searchsorted(frames, frames_of(corpus, rows, speed)),
-        np.searchsorted(tokens, corpus.token_length[rows]),
+    bucket_N = np.maximum(
+        np.searchsorted(frames, frames_of(corpus, draws_N, speed_N)),
+        np.searchsorted(tokens, corpus.token_length[draws_N]),
     )
-    batches, bucket_S, left = [], [], dealt[:0]
+    bucket = bucket_N[dealt % count]
+    batches, batches_of, left = [], [], dealt[:0]
     for b in range(len(buckets)):
         waiting = np.concatenate([left, dealt[bucket == b]])
-        full = len(waiting) // batch_size * batch_size
+        if b == last:
+            waiting = np.concatenate([waiting, count + np.arange(-len(waiting) % rows[b])])
+        full = len(waiting) // rows[b] * rows[b]
         batches.append(waiting[:full])
-        bucket_S += [b] * (full // batch_size)
+        batches_of.append(full // rows[b])
         left = waiting[full:]
-    dealt_SB = np.concatenate(batches).reshape(-1, batch_size)
-    repeated_SB = dealt_SB >= len(draws_N)
-    return Plan(rows[dealt_SB], speed[dealt_SB], repeated_SB, np.array(bucket_S))
+    dealt = np.concatenate(batches)
+    bucket_S = np.repeat(np.arange(len(buckets)), batches_of)
+    size_S = rows[bucket_S]
+    draw = dealt % count
+    return Plan(
+        draws_N[draw], speed_N[draw], dealt >= count, bucket_S, np.cumsum(size_S) - size_S, size_S
+    )
 
 
 def padding(corpus: Corpus, buckets, plan: Plan) -> tuple[float, float]:
     """The fractions of frames and of tokens in an epoch's batches that are padding."""
     frames, tokens = np.array(buckets).T
-    frames_SB = frames_of(corpus, plan.rows_SB, plan.speed_SB)
-    tokens_SB = corpus.token_length[plan.rows_SB]
-    batch_size = plan.rows_SB.shape[1]
+    used = frames_of(corpus, plan.rows, plan.speed), corpus.token_length[plan.rows]
     return tuple(
-        float(1 - used_SB.sum() / (width[plan.bucket_S].sum() * batch_size))
-        for used_SB, width in ((frames_SB, frames), (tokens_SB, tokens))
+        float(1 - filled.sum() / (width[plan.bucket_S] * plan.size_S).sum())
+        for filled, width in zip(used, (frames, tokens), strict=True)
     )
 
 
 def describe_buckets(corpus: Corpus, buckets, plan: Plan) -> list[str]:
     """A line for each bucket: its shape, its share of an epoch's steps, and how full it is."""
-    rows, lines = plan.rows_SB.shape[1], []
+    lines = []
     for b, (frames, tokens) in enumerate(buckets):
-        mine = plan.bucket_S == b
-        part = Plan(plan.rows_SB[mine], plan.speed_SB[mine], None, plan.bucket_S[mine])
-        empty = padding(corpus, buckets, part)[0] if mine.any() else 1.0
+        mine = np.flatnonzero(plan.bucket_S == b)
+        line = f"bucket of {frames} frames x {tokens} tokens: {len(mine)} of {len(plan.bucket_S)} "
+        if not len(mine):
+            lines.append(line + "steps")
+            continue
+        rows, steps = plan.size_S[mine[0]], plan.start_S[mine]
+        draws = (steps[:, None] + np.arange(rows)).ravel()
+        filled = frames_of(corpus, plan.rows[draws], plan.speed[draws]).sum()
         lines.append(
-            f"bucket of {frames} frames x {tokens} tokens: {mine.sum()} of {len(mine)} steps, "
-            f"{rows} rows each, {1 - empty:.0%} of frames filled"
+            f"{line}steps, {rows} rows each ({rows * frames / features.FRAME_RATE:.0f} s), "
+            f"{filled / (len(draws) * frames):.0%} of frames filled"
         )
     return lines
+
+
+def print_plan(corpus: Corpus, buckets, plan: Plan, groups) -> None:
+    """Prints an epoch's size, its padding, its shapes, and the shares of several `groups`, pairs of
+    a name and its rows."""
+    frames, tokens = padding(corpus, buckets, plan)
+    hours = corpus.samples.sum() / features.SAMPLE_RATE / 3600
+    print(
+        f"data: {len(corpus.utterances)} utterances, {hours:.2f} h, {len(plan.bucket_S)} steps an "
+        f"epoch; padding {frames:.1%} of frames, {tokens:.1%} of tokens"
+    )
+    for line in describe_buckets(corpus, buckets, plan):
+        print(f"data: {line}")
+    for name, rows in groups if len(groups) > 1 else ():
+        share = np.isin(plan.rows, rows).mean()
+        print(f"data: {share:6.1%} of an epoch from {name} ({len(rows)} utterances)")

@@ -2,10 +2,11 @@
 
 An epoch is a seeded permutation of the utterances, dealt into buckets: a few shapes (mel frames,
 transcript tokens), each compiled once. What does not fill a batch of its bucket moves up to the
-next one; a few utterances, drawn twice, make the number a multiple of the batch size. So nothing is
-dropped, and an epoch is always ceil(utterances / batch_size) steps. The rows of every global batch
-are fixed before each host takes its own: any number of hosts and workers, and a restart at any
-step, see the same.
+next one; a few utterances, drawn twice, fill the last batch. So nothing is dropped. A batch has
+`batch_size` rows, and an epoch is always ceil(utterances / batch_size) steps; or each bucket has as
+many rows as make `batch_seconds`, so that all steps cost about the same. The rows of every global
+batch are fixed before each host takes its own: any number of hosts and workers, and a restart at
+any step, see the same.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +23,12 @@ from otreg_jax.data.bucketing import (
     Plan,
     choose_buckets,
     deal,
-    describe_buckets,
     frames_of,
     make_corpus,
     own_parts,
     own_widths,
-    padding,
+    print_plan,
+    rows_by_seconds,
 )
 from otreg_jax.data.utterances import BadAudio, Problem, Utterance
 
@@ -51,6 +52,8 @@ def train_batches(
     skipped_path: str | None = None,
     kept=None,
     prompter: prompts.Prompter | None = None,
+    batch_seconds: float = 0.0,
+    unit: int = 1,
 ) -> Iterator[Batch]:
     """Yields this host's rows of the batches of steps start_step … num_steps - 1.
 
@@ -67,6 +70,8 @@ def train_batches(
       kept: the encoder's outputs for these utterances (`encoded.Kept`), if they are to be used.
       prompter: what makes prompts and answers of utterances that have a task; None: the model
         answers with transcripts.
+      batch_seconds: audio of a step over all hosts, padding included, in place of `batch_size`; 0:
+        not so. unit: rows of a batch are then a multiple of it.
 
     Yields:
       {"mel": float32 [B, F, M], "mel_length": int32 [B], "tokens": int32 [B, T] (answers only),
@@ -94,28 +99,45 @@ def train_batches(
     weights = {name: task.weight for name, task in (prompter.tasks if prompter else {}).items()}
     groups = _groups([utterances[row] for row in rows_N], data_config, weights)
 
+    size = rows_by_seconds(buckets, batch_seconds, unit) if batch_seconds else batch_size
+    for rows in np.unique(size):
+        _share(rows, host_index, host_count)
+
     def plan_epoch(epoch: int) -> Plan:
         rng = _rng(_ORDER, seed, epoch)
         draws_N = rows_N[_draw(groups, seed, epoch)]
         draws_N = rng.permutation(draws_N)
         speed_N = rng.choice(speeds, size=len(draws_N))
-        plan = deal(corpus, draws_N, speed_N, buckets, batch_size)
-        order_S = rng.permutation(len(plan.bucket_S))
-        return Plan(*(part[order_S] for part in plan))
+        plan = deal(corpus, draws_N, speed_N, buckets, size)
+        return plan.in_order(rng.permutation(len(plan.bucket_S)))
 
-    if host_index == 0:
-        _print_plan(corpus, buckets, plan_epoch(0), [(g.name, rows_N[g.rows]) for g in groups])
-    steps_per_epoch = -(-len(rows_N) // batch_size)
-    plans = {}  # of the epoch in use and of the next, which workers read ahead
+    plans, first_steps = {}, {0: 0}  # plans of the epoch in use and of the next, read ahead
+    # Epochs are as long as one another where nothing that is drawn changes a length.
+    is_regular = not batch_seconds or (len(speeds) == 1 and len(groups) == 1)
+
+    def plan_of(epoch: int) -> Plan:
+        if (plan := plans.get(epoch)) is None:
+            plans.pop(epoch - 2, None)
+            plan = plans[epoch] = plan_epoch(epoch)
+        return plan  # another thread may have taken it out by now
+
+    def first_step(epoch: int) -> int:
+        if epoch not in first_steps:
+            first_steps[epoch] = first_step(epoch - 1) + len(plan_of(epoch - 1).bucket_S)
+        return first_steps[epoch]
 
     def plan_step(step: int) -> tuple[Plan, int]:
-        epoch = step // steps_per_epoch
-        if epoch not in plans:
-            plans.pop(epoch - 2, None)
-            plans[epoch] = plan_epoch(epoch)
-        return plans[epoch], step % steps_per_epoch
+        if is_regular:
+            epoch, s = divmod(step, first_step(1))
+            return plan_of(epoch), s
+        epoch = 0
+        while first_step(epoch + 1) <= step:
+            epoch += 1
+        return plan_of(epoch), step - first_step(epoch)
 
-    mine = _share(batch_size, host_index, host_count)
+    if host_index == 0:
+        print_plan(corpus, buckets, plan_of(0), [(g.name, rows_N[g.rows]) for g in groups])
+
     if kept:
         read = lambda row, speed, rng: _Example(kept.read(row), kept.frames_N[row])
     else:
@@ -123,17 +145,16 @@ def train_batches(
 
     def batch(step: int) -> Batch:
         plan, s = plan_step(step)
-        rows_B = plan.rows_SB[s, mine]
+        mine = _share(plan.size_S[s], host_index, host_count)
+        share = plan.batch(s, mine)
         examples = [
             read(row, speed, _rng(_AUGMENT, seed, step, i))
-            for i, (row, speed) in enumerate(
-                zip(rows_B, plan.speed_SB[s, mine], strict=True), mine.start
-            )
+            for i, (row, speed) in enumerate(zip(share.rows, share.speed, strict=True), mine.start)
         ]
-        b = plan.bucket_S[s]
-        made = _assemble(corpus, rows_B, examples, buckets[b], data_config, kept)
+        b = share.bucket_S[0]
+        made = _assemble(corpus, share.rows, examples, buckets[b], data_config, kept)
         rngs = [_rng(_PROMPT, seed, step, i) for i in range(mine.start, mine.stop)]
-        return made | own_parts(corpus, rows_B, widths[b], prompter, rngs)
+        return made | own_parts(corpus, share.rows, widths[b], prompter, rngs)
 
     # What is kept is read from a mapped file: workers would only copy it.
     num_workers = 0 if kept else data_config.num_workers
@@ -179,25 +200,24 @@ def eval_batches(
     read = _reader(corpus, rows_N, data_config, None, skipped_path, host_index)
 
     def batch(step: int) -> Batch:
-        rows_B, repeated_B = plan.rows_SB[step, mine], plan.repeated_SB[step, mine]
-        examples = [read(row, 1.0, None) for row in rows_B]
-        b = plan.bucket_S[step]
-        made = _assemble(corpus, rows_B, examples, buckets[b], data_config)
-        made |= own_parts(corpus, rows_B, widths[b], prompter, [None] * len(rows_B))
-        made["index"] = np.where(repeated_B, -1, made["index"]).astype(np.int32)
-        made["token_length"] = np.where(repeated_B, 0, made["token_length"]).astype(np.int32)
+        share = plan.batch(step, mine)
+        examples = [read(row, 1.0, None) for row in share.rows]
+        b = share.bucket_S[0]
+        made = _assemble(corpus, share.rows, examples, buckets[b], data_config)
+        made |= own_parts(corpus, share.rows, widths[b], prompter, [None] * len(share.rows))
+        made["index"] = np.where(share.repeated, -1, made["index"]).astype(np.int32)
+        made["token_length"] = np.where(share.repeated, 0, made["token_length"]).astype(np.int32)
         return made
 
-    return _iterate(batch, 0, len(plan.rows_SB), data_config.num_workers)
+    return _iterate(batch, 0, len(plan.bucket_S), data_config.num_workers)
 
 
 # ------------------------------------------------------------------------------------------------
 # Which utterances, in which shape, at which step
 # ------------------------------------------------------------------------------------------------
 
-_ORDER, _GROUP, _AUGMENT, _PROMPT = range(
-    4
-)  # what a random generator is for: no two share a stream
+# What a random generator is for: no two share a stream.
+_ORDER, _GROUP, _AUGMENT, _PROMPT = range(4)
 
 
 def _rng(purpose: int, *seeds: int) -> np.random.Generator:
@@ -287,24 +307,11 @@ def _draw(groups: Sequence[_Group], seed: int, epoch: int) -> np.ndarray:
 
 
 def _share(batch_size: int, host_index: int, host_count: int) -> slice:
+    """A host's rows of a batch. Raises ValueError if they are not as many for every host."""
     if batch_size % host_count:
         raise ValueError(f"batch_size={batch_size} does not divide among {host_count} hosts")
     share = batch_size // host_count
     return slice(host_index * share, (host_index + 1) * share)
-
-
-def _print_plan(corpus: Corpus, buckets, plan: Plan, groups) -> None:
-    frames, tokens = padding(corpus, buckets, plan)
-    hours = corpus.samples.sum() / features.SAMPLE_RATE / 3600
-    print(
-        f"data: {len(corpus.utterances)} utterances, {hours:.2f} h, {len(plan.rows_SB)} steps an "
-        f"epoch; padding {frames:.1%} of frames, {tokens:.1%} of tokens"
-    )
-    for line in describe_buckets(corpus, buckets, plan):
-        print(f"data: {line}")
-    for name, rows in groups if len(groups) > 1 else ():
-        share = np.isin(plan.rows_SB, rows).mean()
-        print(f"data: {share:6.1%} of an epoch from {name} ({len(rows)} utterances)")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -84,9 +84,9 @@ def attention(
     if kernel == "splash":
         attend = functools.partial(_splash_attention, **options)
         return _per_shard(attend, mesh, q_BLHd, k_BSKd, v_BSKd, length_B)
+    if kernel == "cudnn":
+        return _cudnn_attention(q_BLHd, k_BSKd, v_BSKd, length_B, is_causal, window, scale)
     if softcap is None:
-        if length_B is not None and kernel == "cudnn":
-            length_B = jnp.maximum(length_B, 1)  # a softmax over nothing is not defined
         with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes: softmax is in float32
             return jax.nn.dot_product_attention(
                 q_BLHd,
@@ -97,7 +97,7 @@ def attention(
                 is_causal=is_causal,
                 key_value_seq_lengths=length_B,
                 local_window_size=None if window is None else (window - 1, 0),
-                implementation=kernel,
+                implementation="xla",
             )
     B, L, H, d = q_BLHd.shape
     S, K = k_BSKd.shape[1:3]
@@ -114,6 +114,26 @@ def attention(
     scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKd.dtype)
     return jnp.einsum("BKGLS,BSKd->BLKGd", weights, v_BSKd).reshape(B, L, H, d)
+
+
+def _cudnn_attention(q_BLHd, k_BSKd, v_BSKd, length_B, is_causal, window, scale):
+    """By cuDNN, in sequences padded to even lengths: it has no gradient for odd ones."""
+    L, S = q_BLHd.shape[1], k_BSKd.shape[1]
+    if length_B is None and not is_causal and S % 2:
+        length_B = jnp.full(len(k_BSKd), S, jnp.int32)
+    if length_B is not None:
+        length_B = jnp.maximum(length_B, 1)  # a softmax over nothing is not defined
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    return jax.nn.dot_product_attention(
+        even(q_BLHd),
+        even(k_BSKd),
+        even(v_BSKd),
+        scale=scale,
+        is_causal=is_causal,
+        key_value_seq_lengths=length_B,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )[:, :L]
 
 
 def _splash_attention(q_BLHd, k_BLKd, v_BLKd, length_B, *, scale, is_causal, window, softcap):
