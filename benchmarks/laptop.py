@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import tqdm
 from absl import app, flags
 
 from benchmarks import common
@@ -25,6 +26,7 @@ from otreg_jax.data import audio, manifest
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "laptop.jsonl"
 SPOKEN, ALL = "spoken", "all"
+COURSE_STEPS = 50
 
 
 def corpora(text: str) -> dict[str, Path]:
@@ -99,14 +101,7 @@ def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
         "otreg_jax.evaluate",
         f"--workdir={workdir}",
         f"--sets={tests}",
-        "--in_domain="
-        + (
-            ",".join(sets)
-            if condition == ALL
-            else condition
-            if condition in sets
-            else next(iter(sets))
-        ),
+        "--in_domain=" + ",".join(in_domain(condition, list(sets))),
     ]
     subprocess.run(evaluate, cwd=ROOT, check=True)
     results = json.loads((workdir / "eval" / "results.json").read_text())
@@ -125,8 +120,25 @@ def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
             ][:10]
             for name in results["sets"]
         },
+        "course": course(workdir),
         "machine": common.describe_machine("flax", "ott-jax"),
     }
+
+
+def in_domain(condition: str, names: list[str]) -> list[str]:
+    """The test sets that the report calls in-domain; for spoken text the first, as there must be
+    one."""
+    return names if condition == ALL else [condition] if condition in names else names[:1]
+
+
+def course(workdir: Path) -> list[dict]:
+    """The losses on the training data, every COURSE_STEPS steps."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [
+        {key: round(line[key], 3) for key in ("step", "ctc", "otreg", "ce") if key in line}
+        for line in lines
+        if line["step"] % COURSE_STEPS == 0 and "loss" in line
+    ]
 
 
 def _scores(row: dict) -> dict:
@@ -138,20 +150,24 @@ def whisper_itself(sets, values) -> dict:
     import torch
     import transformers
 
-    model = transformers.WhisperForConditionalGeneration.from_pretrained(values.encoder).eval()
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(
+        values.encoder, dtype=torch.float32
+    ).eval()
     processor = transformers.WhisperProcessor.from_pretrained(values.encoder)
+    # Named outright: a directory's generation_config.json need not know the languages' tokens.
+    said = ("startoftranscript", values.lang, "transcribe", "notimestamps")
+    start_ids = processor.tokenizer.convert_tokens_to_ids([f"<|{token}|>" for token in said])
     scores = {}
     for name, split in sets.items():
         utterances = manifest.read_manifest(split["test"])
         hypotheses = []
-        for start in range(0, len(utterances), 16):
+        for start in tqdm.trange(0, len(utterances), 16, desc=f"Whisper itself on {name}"):
             waves = [audio.load_audio(u) for u in utterances[start : start + 16]]
             inputs = processor(waves, sampling_rate=16000, return_tensors="pt")
             with torch.no_grad():
                 ids = model.generate(
                     inputs.input_features,
-                    language=values.lang or None,
-                    task="transcribe",
+                    decoder_input_ids=torch.tensor([start_ids] * len(waves)),
                     num_beams=1,
                     do_sample=False,
                 )
