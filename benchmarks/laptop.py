@@ -177,6 +177,11 @@ def whisper_itself(sets, values) -> dict:
     return {"trained_on": "Whisper itself", "arm": "", "seed": 0, "sets": scores}
 
 
+def results() -> list[dict]:
+    """The runs made so far, a line each."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
 def table(lines: list[dict]) -> str:
     """WER with its 95 % interval: a row a run, a column a test set."""
     names = list(dict.fromkeys(name for line in lines for name in line["sets"]))
@@ -204,7 +209,7 @@ def main(argv):
     values = flags.FLAGS
     out = Path(values.out)
     sets = manifests(corpora(values.corpora), values.lang, out)
-    done = [json.loads(x) for x in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    done = results() if RESULTS.exists() else []
     key = lambda line: (line["trained_on"], line["arm"], line["seed"])
     known = {key(line) for line in done}
     conditions = [*sets, *([SPOKEN] if values.sentences else []), ALL]

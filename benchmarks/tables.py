@@ -11,6 +11,8 @@ import re
 import statistics
 from pathlib import Path
 
+from benchmarks import laptop
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -193,7 +195,38 @@ def durations() -> str:
     )
 
 
+def recognizer() -> str:
+    lines = laptop.results()
+    first = lines[0]["machine"]
+    made_by = f"{first['cores']} {first['processor']} cores; {versions(first['versions'])}"
+    return f"{laptop.table(lines)}\n\nMeasured on {made_by}."
+
+
+def recognizer_course() -> str:
+    rows = {}
+    runs = [line for line in laptop.results() if "course" in line]
+    for i, line in enumerate(runs):
+        for at in line["course"]:
+            if at["step"] % 100 == 0 or "ce" in at:
+                row = rows.setdefault(at["step"], ["–"] * len(runs))
+                row[i] = f"CTC {at['ctc']:.2f}" if "ctc" in at else f"cross-entropy {at['ce']:.2f}"
+    header = ["step", *(line["trained_on"] for line in runs)]
+    return markdown(header, [[str(step), *row] for step, row in sorted(rows.items())])
+
+
+def recognizer_transcripts() -> str:
+    line = next(line for line in laptop.results() if line["trained_on"] == laptop.ALL)
+    parts = []
+    for name, pairs in line["first_ten"].items():
+        rows = "\n".join(f"| {said} | {heard} |" for said, heard in pairs)
+        parts.append(f"`{name}`:\n\n| said | recognized |\n|---|---|\n{rows}")
+    return "\n\n".join(parts)
+
+
 TABLES = {
+    "recognizer": recognizer,
+    "recognizer_course": recognizer_course,
+    "recognizer_transcripts": recognizer_transcripts,
     "durations": durations,
     "data": data,
     "sinkhorn": sinkhorn,
