@@ -16,8 +16,9 @@ Arms: `otreg` (both losses align), `ctc` (CTC alone), `position` (CTC and a plan
 the embeddings: the control), `ce` (no aligning: cross-entropy from the first step).
 
 To train on text that eSpeak NG speaks, alone or beside recordings:
---config.synthetic.sentences=FILE. The lengths of the stages come from short trials; how well the
-recipe does, and how long it takes, has not been measured in full.
+--config.synthetic.sentences=FILE.
+
+How well it does and how long it takes: docs/recognizer.md.
 """
 
 from otreg_jax import config as config_lib
