@@ -234,5 +234,5 @@ def test_command_times_every_word_in_order(tmp_path, capsys):
     command = [str(manifest), f"--workdir={tmp_path / 'run'}", f"--textgrid={grids}"]
     assert align.cli([*command, "--batch_size=8"]) == 0
     assert len(list(grids.glob("utt-*.TextGrid"))) == 9
-    assert align.cli(["missing.jsonl", "--workdir=x"]) == 1
+    assert align.cli(["missing.jsonl", f"--workdir={tmp_path / 'run'}"]) == 1
     assert "no such manifest" in capsys.readouterr().err

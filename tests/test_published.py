@@ -185,7 +185,7 @@ def test_impossible_sizes_are_named_with_file_and_key(key, bad, tmp_path):
     assert len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize("key", sorted(configs._WHISPER.keys() - {"activation_function"}))
+@pytest.mark.parametrize("key", sorted(encoders._WHISPER.keys() - {"activation_function"}))
 @pytest.mark.parametrize("bad", BAD, ids=[repr(bad)[:12] for bad in BAD])
 def test_impossible_sizes_of_a_speech_encoder_are_named(key, bad):
     with pytest.raises(ValueError, match=f"config.json:\n  {key} is .*, not "):

@@ -170,7 +170,9 @@ def test_data_weights_and_exports_may_be_on_a_bucket(storage, tmp_path):
     variables, _ = storage
     program = READ.replace("FOLDER", str(tmp_path / "up")).replace("TESTS", str(ROOT / "tests"))
     printed = run(program, variables | {"XDG_CACHE_HOME": str(tmp_path / "cache")})
-    lines = [line for line in printed.splitlines() if not line.startswith("copying 1 shards")]
+    lines = [
+        line for line in printed.splitlines() if not line.startswith(("copying 1 shards", "data:"))
+    ]
     assert lines == ["set/set.jsonl", "records", "weights", "export", "noise"], printed
     assert printed.count("copying 1 shards") == 1 and "gs://bucket/up/records" in printed
 

@@ -314,7 +314,7 @@ class LLM(nn.Module):
         masks = _masks(c, positions_BL, cache["k"].shape[2]) if is_step else None
         tables = (*_rope_tables(c, positions_BL), masks)
         carry = (x_BLD, tuple(jnp.zeros_like(x_BLD) for _ in taps), cache)
-        is_tap = jnp.arange(1, c.num_layers + 1)[:, None] == jnp.array(taps) if taps else None
+        is_tap = jnp.arange(1, c.num_layers + 1)[:, None] == jnp.array(taps)[None] if taps else None
         kinds = _layer_kinds(c)
         if self._is_for_steps():
             block = Block(c, self.mesh, parent=None)
