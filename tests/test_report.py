@@ -162,3 +162,8 @@ def test_browser_shows_every_image_and_logs_no_error(page, tmp_path, width):
     assert facts["requests"] == "0"
     assert facts["shown"] == "OTReg, layer 1 · OTReg evaluation|true"
     assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.parametrize("token", ["▁house", "Ġhouse"])
+def test_the_space_before_a_word_is_one_sign_whatever_the_tokenizer(token):
+    assert drawings._visible(token) == "␣house"

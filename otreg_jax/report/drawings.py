@@ -226,7 +226,7 @@ def _word_box(word: str, start: float, end: float, y: float, height: float, fill
 
 
 def _visible(token: str) -> str:
-    token = token.replace("▁", " ")
+    token = token.replace("▁", " ").replace("Ġ", " ")  # SentencePiece's space, byte-level BPE's
     return (token if len(token) <= 12 else token[:11] + "…").replace(" ", "␣") or "∅"
 
 
