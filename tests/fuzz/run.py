@@ -26,6 +26,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first input of every kind")
     parser.add_argument("--only", default=",".join(NUMBERS), help="kinds, separated by commas")
     given = parser.parse_args()
+    if unknown := set(given.only.split(",")) - set(NUMBERS):
+        parser.error(f"no such kinds: {', '.join(sorted(unknown))}; there are {', '.join(NUMBERS)}")
     kinds = {kind: max(1, round(NUMBERS[kind] * given.share)) for kind in given.only.split(",")}
     with tempfile.TemporaryDirectory() as folder:
         counts, failures = harness.run(kinds, folder, given.seed)
