@@ -153,7 +153,7 @@ def train_batches(
         ]
         b = share.bucket_S[0]
         made = _assemble(corpus, share.rows, examples, buckets[b], data_config, kept)
-        rngs = [_rng(_PROMPT, seed, step, i) for i in range(mine.start, mine.stop)]
+        rngs = (_rng(_PROMPT, seed, step, i) for i in range(mine.start, mine.stop))
         return made | own_parts(corpus, share.rows, widths[b], prompter, rngs)
 
     # What is kept is read from a mapped file: workers would only copy it.
