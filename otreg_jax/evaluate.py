@@ -235,10 +235,8 @@ def compare_rows(
     key = lambda row: (row["set"], row["id"])
     others = {key(row): row for row in theirs}
     differences = {}
-    for name in dict.fromkeys(row["set"] for row in ours):
-        pairs = [
-            (row, others[key(row)]) for row in ours if row["set"] == name and key(row) in others
-        ]
+    for name, mine in _of_sets(ours).items():
+        pairs = [(row, others[key(row)]) for row in mine if key(row) in others]
         task = _task_of([row for row, _ in pairs]) if pairs else TRANSCRIBE
         if task != TRANSCRIBE:
             sides = [task_scores.statistics(task, side, style) for side in zip(*pairs, strict=True)]
