@@ -28,10 +28,7 @@ def encode_once(config, utterances, tokenizer, slm, frozen, share, folder, skipp
     def encode(batch):
         placed = sharding.to_global(batch, slm.mesh)
         outputs = apply(frozen["encoder"], placed["mel"], placed["mel_length"])
-        found = (outputs, placed["mel_length"], placed["index"])
-        if jax.process_count() == 1:
-            return jax.device_get(found)
-        return multihost_utils.process_allgather(found, tiled=True)
+        return sharding.to_host((outputs, placed["mel_length"], placed["index"]))
 
     def wait():
         if jax.process_count() > 1:

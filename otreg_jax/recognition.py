@@ -101,11 +101,13 @@ def decode_sets(
     params = decoding.for_run(run.slm, run.params)
     for batch in batches(run, selected, batch_size, label, skipped_path):
         decoded, compared = recognize_and_embed(run.slm, params, batch, settings, layer)
-        tokens_BN, length_B, score_B, finished_B, index_B = to_host((*decoded, batch["index"]))
+        tokens_BN, length_B, score_B, finished_B, index_B = sharding.to_host(
+            (*decoded, batch["index"])
+        )
         # Negative: filler, or unreadable audio.
         found = [(b, pending[i]) for b, i in enumerate(index_B.tolist()) if i >= 0]
         if any(i in sampled for _, i in found):
-            batch, compared = to_host((batch, compared))
+            batch, compared = sharding.to_host((batch, compared))
         for b, i in found:
             name, utterance = everything[i]
             hypothesis = run.tokenizer.decode(tokens_BN[b, : length_B[b]].tolist()).strip()
@@ -161,7 +163,7 @@ def aligned(
     for batch in batches(run, utterances, batch_size, "aligning"):
         found = alignment.token_shares(run.slm, run.params, batch, run.config.otreg.layer)
         _, length_B = slm_lib.transcript_of(batch)
-        rows = to_host((*found, batch["mel_length"], length_B, batch["index"]))
+        rows = sharding.to_host((*found, batch["mel_length"], length_B, batch["index"]))
         for shares_ST, silence_S, length, frames, num_tokens, i in zip(*rows, strict=True):
             if i < 0 or not num_tokens:
                 continue
@@ -202,11 +204,6 @@ def _row(name, utterance, prompter, hypothesis: str, style: str) -> dict[str, An
         "words": int(words.lengths[0]),
         "lang": lang,
     }
-
-
-def to_host(tree):
-    """Global arrays -> numpy, on every host."""
-    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def from_process_0(text: str) -> str:

@@ -5,7 +5,7 @@ import re
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -224,6 +224,11 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {
         key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
     }
+
+
+def to_host(tree):
+    """Global arrays -> numpy, whole, on every host."""
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _spec(name: str, rules) -> P | None:

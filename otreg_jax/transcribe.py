@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from otreg_jax import build, command, decoding, recognition, subtitles
+from otreg_jax import build, command, decoding, recognition, sharding, subtitles
 from otreg_jax.data import features, prompts, sets, sources, text
 from otreg_jax.models import slm as slm_lib
 
@@ -132,7 +132,7 @@ def _recognize(run, pieces, settings, batch_size) -> Iterator[tuple]:
         limit_B = None if fixed else _tokens(seconds_B).astype("int32")
         mel, prompt = (batch["mel"], batch["mel_length"]), slm_lib.prompt_of(batch)
         decoded = decoding.recognize(run.slm, params, *mel, settings, limit_B, prompt)
-        rows = recognition.to_host((*decoded, batch["index"]))
+        rows = sharding.to_host((*decoded, batch["index"]))
         for tokens_N, length, score, finished, i in zip(*rows, strict=True):
             if i >= 0:
                 text = run.tokenizer.decode(tokens_N[:length].tolist()).strip()
