@@ -11,7 +11,7 @@ alignment is jiwer's; in the style "open_asr" kaldialign's, for which words apar
 the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jiwer
@@ -106,12 +106,20 @@ def bootstrap_interval(
     errors, lengths = np.asarray(errors), np.asarray(lengths)
     if not len(errors):
         return (0.0, 0.0)
+    drawn = draws(len(errors), samples, seed)
+    return percentiles([errors[i].sum() / max(lengths[i].sum(), 1) for i in drawn], level)
+
+
+def draws(count: int, samples: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
+    """Indices of `count` utterances drawn with replacement, `samples` times."""
     rng = np.random.default_rng(seed)
-    rates = np.empty(samples)
-    for i in range(samples):
-        drawn = rng.integers(len(errors), size=len(errors))
-        rates[i] = errors[drawn].sum() / max(lengths[drawn].sum(), 1)
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    for _ in range(samples):
+        yield rng.integers(count, size=count)
+
+
+def percentiles(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The interval that holds the share `level` of the values, as many below as above it."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -88,26 +88,17 @@ def score(task: str, rows: Sequence[Mapping[str, Any]], style: str) -> dict[str,
 
 def interval(figure: Statistics, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval when utterances are drawn with replacement."""
-    return _quantiles([figure.figure(total) for total in _drawn(figure.sums_NK, samples, seed)])
+    drawn = metrics.draws(len(figure.sums_NK), samples, seed)
+    return metrics.percentiles([figure.figure(figure.sums_NK[i].sum(axis=0)) for i in drawn])
 
 
 def paired_difference(ours: Statistics, theirs: Statistics, samples: int = 1000, seed: int = 0):
     """{"difference": ours − theirs, "interval"}: both are scored on the same draws of the same
     utterances, given in the same order."""
-    draws = zip(*(_drawn(x.sums_NK, samples, seed) for x in (ours, theirs)), strict=True)
-    differences = [ours.figure(mine) - theirs.figure(other) for mine, other in draws]
-    return {"difference": ours.value - theirs.value, "interval": _quantiles(differences)}
-
-
-def _drawn(sums_NK: np.ndarray, samples: int, seed: int):
-    rng = np.random.default_rng(seed)
-    for _ in range(samples):
-        yield sums_NK[rng.integers(len(sums_NK), size=len(sums_NK))].sum(axis=0)
-
-
-def _quantiles(values: Sequence[float]) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    of = lambda side, rows: side.figure(side.sums_NK[rows].sum(axis=0))
+    drawn = metrics.draws(len(ours.sums_NK), samples, seed)
+    interval = metrics.percentiles([of(ours, rows) - of(theirs, rows) for rows in drawn])
+    return {"difference": ours.value - theirs.value, "interval": interval}
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> Statistics:
