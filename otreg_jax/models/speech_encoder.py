@@ -47,9 +47,13 @@ class SpeechEncoderConfig:
 
 def output_length(config: SpeechEncoderConfig, frames):
     """Positions that `frames` mel frames become; an int or an array of them."""
+    return _unpooled_length(config, frames) // config.pool
+
+
+def _unpooled_length(config: SpeechEncoderConfig, frames):
     for stride in config.strides:
         frames = -(-frames // stride)
-    return frames // config.pool
+    return frames
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
@@ -78,7 +82,7 @@ class SpeechEncoder(nn.Module):
         exceed the position table.
         """
         c = self.config
-        size = output_length(dataclasses.replace(c, pool=1), mel_BFM.shape[1])
+        size = _unpooled_length(c, mel_BFM.shape[1])
         if size > c.max_positions:
             raise ValueError(
                 f"speech encoder: {mel_BFM.shape[1]} mel frames give {size} positions, the model "

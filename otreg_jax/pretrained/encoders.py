@@ -31,13 +31,8 @@ _DEFAULTS = {
     "qwen2_audio_encoder": _WHISPER | _WHISPER_LARGE | {"pool": 2},
     _OWN: _WHISPER | {"strides": None, "pool": 1},
 }
-# The same keys as other classes call them.
-_NAMES = {
-    "hidden_size": "d_model",
-    "num_hidden_layers": "encoder_layers",
-    "num_attention_heads": "encoder_attention_heads",
-    "intermediate_size": "encoder_ffn_dim",
-}
+# Voxtral's keys as Whisper calls them.
+_NAMES = {theirs: ours for ours, theirs in layouts.VOXTRAL_KEYS.items()}
 
 
 def speech_encoder_config(raw: dict[str, Any], where: str = "config.json") -> SpeechEncoderConfig:

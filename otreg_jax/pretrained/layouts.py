@@ -83,6 +83,13 @@ _TEXT = {
         "head_dim": 128,
     },
 }
+# Whisper's keys as Voxtral's encoder calls them.
+VOXTRAL_KEYS = {
+    "d_model": "hidden_size",
+    "encoder_layers": "num_hidden_layers",
+    "encoder_attention_heads": "num_attention_heads",
+    "encoder_ffn_dim": "intermediate_size",
+}
 # Keys of each layout that the projector is computed from, and those that change nothing here.
 _ULTRAVOX = {
     "hidden_size": 4096,
@@ -185,8 +192,12 @@ def full_window(layout: str, encoder: SpeechEncoderConfig) -> Window:
     kind = LAYOUTS[layout]
     if not kind.window:
         return Window(0.0, False)
-    frames = encoder.max_positions * math.prod(encoder.strides)
-    return Window(frames / FRAMES_PER_SECOND, kind.masked)
+    return Window(_most_frames(encoder) / FRAMES_PER_SECOND, kind.masked)
+
+
+def _most_frames(encoder: SpeechEncoderConfig) -> int:
+    """The mel frames that all positions of an encoder take."""
+    return encoder.max_positions * math.prod(encoder.strides)
 
 
 def obstacles(
@@ -222,7 +233,7 @@ def obstacles(
 
 def preprocessor_json(layout: str, encoder: SpeechEncoderConfig) -> dict[str, Any]:
     """The preprocessor_config.json of a layout: Whisper's feature extractor for this encoder."""
-    frames = encoder.max_positions * math.prod(encoder.strides)
+    frames = _most_frames(encoder)
     seconds = frames / FRAMES_PER_SECOND
     return {
         "feature_extractor_type": "WhisperFeatureExtractor",
@@ -262,13 +273,8 @@ def config_json(
     }
     if layout == "voxtral":
         raw["projector_hidden_act"] = "gelu"
-        names = {
-            "d_model": "hidden_size",
-            "encoder_layers": "num_hidden_layers",
-            "encoder_attention_heads": "num_attention_heads",
-            "encoder_ffn_dim": "intermediate_size",
-        }
-        raw["audio_config"] = {names.get(k, k): v for k, v in raw["audio_config"].items()}
+        renamed = {VOXTRAL_KEYS.get(k, k): v for k, v in raw["audio_config"].items()}
+        raw["audio_config"] = renamed
     if layout == "ultravox":
         raw |= _ULTRAVOX | {
             "hidden_size": adapter.hidden_dim,
