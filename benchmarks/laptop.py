@@ -19,13 +19,13 @@ from pathlib import Path
 import tqdm
 from absl import app, flags
 
-from benchmarks import common
+from benchmarks import common, tables
 from otreg_jax import metrics
 from otreg_jax.data import audio, manifest
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "laptop.jsonl"
-SPOKEN, ALL = "spoken", "all"
+RESULTS = tables.RECOGNIZER
+SPOKEN, ALL = "spoken", tables.ALL
 COURSE_STEPS = 50
 
 
@@ -177,39 +177,12 @@ def whisper_itself(sets, values) -> dict:
     return {"trained_on": "Whisper itself", "arm": "", "seed": 0, "sets": scores}
 
 
-def results() -> list[dict]:
-    """The runs made so far, a line each."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
-def table(lines: list[dict]) -> str:
-    """WER with its 95 % interval: a row a run, a column a test set."""
-    names = list(dict.fromkeys(name for line in lines for name in line["sets"]))
-    rows = [
-        "| trained on | arm | steps | minutes | " + " | ".join(names) + " |",
-        "|---|---|---:|---:|" + "---|" * len(names),
-    ]
-    for line in lines:
-        cells = []
-        for name in names:
-            row = line["sets"][name]
-            wer, low, high = (100 * x for x in (row["wer"], *row["interval"]))
-            cells.append(f"{wer:.1f} ({low:.1f} … {high:.1f})")
-        minutes = f"{line['minutes']:.0f}" if "minutes" in line else ""
-        rows.append(
-            f"| {line['trained_on']} | {line['arm']} | {line.get('steps', '')} | {minutes} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    return "\n".join(rows)
-
-
 def main(argv):
     del argv
     values = flags.FLAGS
     out = Path(values.out)
     sets = manifests(corpora(values.corpora), values.lang, out)
-    done = results() if RESULTS.exists() else []
+    done = tables.read_lines(RESULTS)
     key = lambda line: (line["trained_on"], line["arm"], line["seed"])
     known = {key(line) for line in done}
     conditions = [*sets, *([SPOKEN] if values.sentences else []), ALL]
@@ -227,7 +200,7 @@ def main(argv):
             done.append(line)
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(table(done))
+    print(tables.error_rates(done))
 
 
 if __name__ == "__main__":
