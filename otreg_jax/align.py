@@ -74,7 +74,7 @@ def main(values, arguments: Sequence[str]) -> None:
     )
     utterances, unfit = prompts.expand(utterances, run.config)
     sources.handle(problems + unfit, "raise", None)
-    utterances = [u for u in utterances if u.task in ("", "transcribe")]
+    utterances = [u for u in utterances if u.task in ("", prompts.TRANSCRIBE)]
     for utterance, words in recognition.aligned(run, utterances, values.batch_size):
         if values.textgrid:
             name = utterance.id.replace("/", "_").strip("._") + ".TextGrid"

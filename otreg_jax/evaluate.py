@@ -40,7 +40,6 @@ from otreg_jax import (
 from otreg_jax import config as config_lib
 from otreg_jax.data import prompts, sets, sources
 
-TRANSCRIBE = "transcribe"
 GREEDY = decoding.Settings(0)
 
 
@@ -179,7 +178,7 @@ def score_rows(
     list words."""
     scores = {}
     for name, mine in _of_sets(rows).items():
-        if _task_of(mine) != TRANSCRIBE:
+        if _task_of(mine) != prompts.TRANSCRIBE:
             continue
         scores[name] = metrics.score(
             [row["reference"] for row in mine],
@@ -203,7 +202,7 @@ def score_tasks(
     return {
         name: task_scores.score(task, mine, style) | {"in_domain": _is_in(name, in_domain)}
         for name, mine in _of_sets(rows).items()
-        if (task := _task_of(mine)) != TRANSCRIBE
+        if (task := _task_of(mine)) != prompts.TRANSCRIBE
     }
 
 
@@ -215,7 +214,7 @@ def _of_sets(rows: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def _task_of(rows: Sequence[dict]) -> str:
-    return rows[0].get("task", TRANSCRIBE)
+    return rows[0].get("task", prompts.TRANSCRIBE)
 
 
 def _whole_set(name: str) -> str:
@@ -237,8 +236,8 @@ def compare_rows(
     differences = {}
     for name, mine in _of_sets(ours).items():
         pairs = [(row, others[key(row)]) for row in mine if key(row) in others]
-        task = _task_of([row for row, _ in pairs]) if pairs else TRANSCRIBE
-        if task != TRANSCRIBE:
+        task = _task_of([row for row, _ in pairs]) if pairs else prompts.TRANSCRIBE
+        if task != prompts.TRANSCRIBE:
             sides = [task_scores.statistics(task, side, style) for side in zip(*pairs, strict=True)]
             figure = task_scores.main_figure(task)
             differences[name] = task_scores.paired_difference(*(side[figure] for side in sides))

@@ -277,7 +277,7 @@ def main(values, arguments: Sequence[str]) -> int:
     if kind and len(paths) != 1:
         raise ValueError(f"--srt and --vtt take one file, these are {len(paths)}")
     run, asked = _asked(values, build.load_run(values.workdir, values.checkpoint))
-    if kind and asked["task"] != "transcribe":
+    if kind and asked["task"] != prompts.TRANSCRIBE:
         raise ValueError(f"--{kind}: only words that are spoken have times; --task=transcribe")
     found, failures = transcribe(
         run,

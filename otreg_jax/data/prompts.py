@@ -25,17 +25,18 @@ from otreg_jax.data.utterances import Problem, Utterance
 _FIELD = re.compile(r"{(?!speech})(\w+)(\|[^{}]*)?}")
 _OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 
+TRANSCRIBE = "transcribe"
 # What well-known tasks answer where the configuration does not say.
 ANSWERS = {
-    "transcribe": "{text}",
+    TRANSCRIBE: "{text}",
     "translate": "{target_text}",
     "identify": "<{lang}>[[ {text}]]",
     "answer": "{answer}",
 }
 # What other tools call them: NeMo's `taskname`, OWSM's and Whisper's task tokens.
 _NAMES = {
-    "asr": "transcribe",
-    "transcription": "transcribe",
+    "asr": TRANSCRIBE,
+    "transcription": TRANSCRIBE,
     "s2t_translation": "translate",
     "ast": "translate",
     "st": "translate",
@@ -81,7 +82,7 @@ def tasks_of(config) -> dict[str, Task]:
     """The tasks of a configuration, to transcribe first, if it is one of them: what is asked of
     utterances that do not say. One that names none transcribes after `prompt`."""
     if not config.tasks:
-        return {"transcribe": Task((config.prompt,), ANSWERS["transcribe"])}
+        return {TRANSCRIBE: Task((config.prompt,), ANSWERS[TRANSCRIBE])}
     default = lambda name: ANSWERS.get(name, ANSWERS["answer"])
     return {
         name: Task(
@@ -89,7 +90,7 @@ def tasks_of(config) -> dict[str, Task]:
             task.get("answer", default(name)),
             float(task.get("weight", 1.0)),
         )
-        for name, task in sorted(config.tasks.items(), key=lambda item: item[0] != "transcribe")
+        for name, task in sorted(config.tasks.items(), key=lambda item: item[0] != TRANSCRIBE)
     }
 
 
@@ -260,7 +261,7 @@ def answer(prompter: Prompter | None, utterance: Utterance) -> str:
 
 def _answer(tasks: Mapping[str, Task], utterance: Utterance) -> str:
     template = _task(tasks, utterance).answer
-    if template == ANSWERS["transcribe"]:
+    if template == ANSWERS[TRANSCRIBE]:
         return utterance.text
     return fill(template, values_of(utterance)).strip()
 
