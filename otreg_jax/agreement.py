@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -29,9 +30,9 @@ def check_start(config) -> None:
     cluster.agree("code", code())
 
 
-def check_data(what: str, utterances: Sequence[sources.Utterance]) -> None:
+def check_data(what: str, utterances: Sequence[sources.Utterance]) -> str:
     """Raises ValueError, in every process, if they have read other utterances, or in another order;
-    it names the host and the first utterance that differs."""
+    it names the host and the first utterance that differs. Returns their `corpus`."""
     mine = digests(utterances)
     everyones = cluster.gather(mine)
     length = max(map(len, everyones))
@@ -41,11 +42,14 @@ def check_data(what: str, utterances: Sequence[sources.Utterance]) -> None:
         start = different[0] * BLOCK
         block = enumerate(utterances[start : start + BLOCK], start)
         cluster.agree(what, {f"utterance {i}": _line(u) for i, u in block})
+    return _described(utterances, mine)
 
 
 def check_weights(paths: Sequence[str]) -> None:
     """Raises ValueError, in every process, if model directories differ in their files' names, sizes
     or samples of their content."""
+    if jax.process_count() == 1:
+        return  # a bucket would be read for nothing
     cluster.agree("weights", {name: s for path in paths if path for name, s in signature(path)})
 
 
@@ -61,7 +65,11 @@ def code() -> dict[str, str]:
 
 def corpus(utterances: Sequence[sources.Utterance]) -> str:
     """Utterances and their order in one line: "960 utterances, 1.25 h, 0123456789abcdef"."""
-    digest = hashlib.sha256("".join(digests(utterances)).encode()).hexdigest()[:16]
+    return _described(utterances, digests(utterances))
+
+
+def _described(utterances: Sequence[sources.Utterance], found: Sequence[str]) -> str:
+    digest = hashlib.sha256("".join(found).encode()).hexdigest()[:16]
     hours = sum(u.duration for u in utterances) / 3600
     return f"{len(utterances)} utterances, {hours:.2f} h, {digest}"
 

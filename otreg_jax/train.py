@@ -80,7 +80,7 @@ def train(config, workdir) -> step_lib.TrainState:
     plan = stages.stages_of(config)
     optimizer = optim.make_optimizer(plan[0].config)
     abstract_state = step_lib.abstract_state(params, optimizer, mesh)
-    made_of = checkpoint.provenance(config, data.tokenizer, frozen, agreement.corpus(data.train))
+    made_of = checkpoint.provenance(config, data.tokenizer, frozen, data.corpus)
     state = checkpoint.restore(workdir, abstract_state, made_of, config.data.allow_change)
     state = state or new_state(params, optimizer, abstract_state)
     start = int(state.step)
@@ -141,6 +141,7 @@ class Data(NamedTuple):
     llm_dir: str  # the LLM's weights; "" builds one from scratch
     ctc_classes: list[int] | None  # token ids, see `losses.init_ctc`; None: all
     prompter: prompts.Prompter
+    corpus: str  # `agreement.corpus` of `train`
 
 
 def load_data(config, files: rundir.Files) -> Data:
@@ -163,11 +164,11 @@ def load_data(config, files: rundir.Files) -> Data:
         config_lib.save(config, files.config)
         rundir.write_json(files.description, sets.describe(utterances))
     are_used = stages.is_ever_on(config, "ctc") and config.ctc.classes == "used"
-    agreement.check_data("training data", utterances)
+    corpus = agreement.check_data("training data", utterances)
     agreement.check_data("dev set", dev)
     agreement.check_weights([config.encoder.path, config.adapter.path, llm_dir])
     classes = text.used_tokens(tokenizer, [u.text for u in utterances]) if are_used else None
-    return Data(utterances, dev, tokenizer, llm_dir, classes, prompter)
+    return Data(utterances, dev, tokenizer, llm_dir, classes, prompter, corpus)
 
 
 def new_state(params, optimizer, abstract_state) -> step_lib.TrainState:
