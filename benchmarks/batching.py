@@ -28,7 +28,8 @@ def computing_in(run: build.Run, workdir: pathlib.Path, dtype: str) -> build.Run
     llm_dir = build.llm_path(config, workdir)
     vocab_size = run.tokenizer.vocab_size
     slm = build.modules(config, vocab_size, run.slm.prompt, llm_dir, run.mesh)
-    return run._replace(slm=slm, params=optim.merge(*build.split(run.params, config)))
+    params = optim.merge(*build.split(run.params, config))
+    return run._replace(slm=slm, params=decoding.for_run(slm, params))
 
 
 def hypotheses(run: build.Run, mels: list[np.ndarray], frames: int, rows: int, settings) -> list:
