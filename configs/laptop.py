@@ -31,9 +31,9 @@ def get_config(arm: str = "otreg"):
     if arm not in ARMS:
         raise ValueError(f"configs/laptop.py:{arm}: no such arm, choose from {', '.join(ARMS)}")
     c = config_lib.default()
-    c.num_steps = 1200
-    c.batch_size = 16
-    c.checkpoint_every = 200
+    c.num_steps = 3100
+    c.batch_size = 8
+    c.checkpoint_every = 250
     c.encoder.path = "whisper-base"
     c.encoder.keep = True
     c.llm.path = "smollm2-135m"
@@ -65,6 +65,6 @@ def get_config(arm: str = "otreg"):
                 "optim": {"learning_rate": 2e-3},
                 "train": "^(adapter|ctc)/",
             },
-            "sft": {"start": 1000},
+            "sft": {"start": 1500},
         }
     return c
