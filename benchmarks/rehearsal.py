@@ -141,8 +141,11 @@ def link_venv(venv: Path, into: Path, accelerator: str) -> None:
         f'exec {venv.absolute()}/bin/python "$@"\n'
     )
     python.chmod(0o755)
-    archive = "git archive HEAD | tar -xO --wildcards 'requirements*.txt' pyproject.toml | cksum"
-    checksum = subprocess.check_output(archive, shell=True, cwd=ROOT, text=True).strip()
+    # As setup.sh reads them: the shell decides their order.
+    checksum_of = "cat requirements*.txt pyproject.toml | cksum"
+    with tempfile.TemporaryDirectory() as copy:
+        command = f"git archive HEAD | tar -xC {copy} && cd {copy} && {checksum_of}"
+        checksum = subprocess.check_output(command, shell=True, cwd=ROOT, text=True).strip()
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stamp = f"{version} {accelerator} {checksum}\n"
     (into / ".installed-requirements.txt").write_text(stamp)
