@@ -31,7 +31,7 @@ def get_config(arm: str = "otreg"):
     if arm not in ARMS:
         raise ValueError(f"configs/laptop.py:{arm}: no such arm, choose from {', '.join(ARMS)}")
     c = config_lib.default()
-    c.num_steps = 3100
+    c.num_steps = 2500
     c.batch_size = 8
     c.checkpoint_every = 250
     c.encoder.path = "whisper-base"
