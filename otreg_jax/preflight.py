@@ -102,21 +102,21 @@ LOOKS = {
 
 def check_model(config: ConfigDict, mesh: jax.sharding.Mesh | None = None) -> None:
     """Raises one ValueError that lists what is wrong with settings that speak of the model: regexes
-    that match none of its parameters, or all, `otreg.layer`, `encoder.keep`. Nothing is computed;
-    of pretrained models config.json is read."""
+    that match none of its parameters, or all, `otreg.layer`, `otreg.layer_weights`,
+    `encoder.keep`. Nothing is computed; of pretrained models config.json is read."""
     prompt = text.Prompt((), (), 0)  # no parameter depends on it, nor a path on the vocabulary
     vocab_size = 0 if config.llm.path else config.tokenizer.vocab_size
     slm = build.modules(config, vocab_size, prompt, config.llm.path, mesh)
     without_lora = config.copy_and_resolve_references()
     without_lora.lora.pattern = ""
     params = jax.eval_shape(lambda: build.init_params(slm, without_lora))
-    layers = {
-        layer
-        for stage in stages.stages_of(config)
-        for layer in (*config_lib.target_layers(stage.config), stage.config.otreg.layer)
-    }
-    wrong = {layer: rules.layer_problem(layer, slm.llm.config.num_layers) for layer in layers}
-    lines = [f"otreg.layer={layer}: {problem}" for layer, problem in wrong.items() if problem]
+    num_layers, wrong = slm.llm.config.num_layers, {}
+    for stage in stages.stages_of(config):
+        otreg = stage.config.otreg
+        wrong[f"otreg.layer={otreg.layer}"] = rules.layer_problem(otreg.layer, num_layers)
+        key = f"otreg.layer_weights={otreg.layer_weights}"
+        wrong[key] = rules.layer_weights_problem(otreg.layer_weights, num_layers)
+    lines = [f"{key}: {problem}" for key, problem in wrong.items() if problem]
     config_lib.raise_problems(lines + pattern_problems(config, params))
 
 

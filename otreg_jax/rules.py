@@ -115,9 +115,7 @@ def _position_plan(plan, weight, final):
 def _layer_weights(weights, layer, num_layers, path):
     if weights and (len(weights) <= layer or not weights[layer]):
         return "otreg.layer, the one that is measured, must be one of those with a weight"
-    if len(weights) > num_layers and not path:
-        return f"at most {num_layers}: of the embeddings and of all layers but the last"
-    return ""
+    return "" if path else layer_weights_problem(weights, num_layers)
 
 
 @rule("otreg.after_ctc", "otreg.weight", "ctc.weight")
@@ -130,6 +128,13 @@ def _after_ctc(after_ctc, weight, ctc_weight):
 @rule("otreg.layer", "llm.num_layers", "llm.path")
 def _layer(layer, num_layers, path):
     return "" if path else layer_problem(layer, num_layers)
+
+
+def layer_weights_problem(weights: tuple[float, ...], num_layers: int) -> str:
+    """What is wrong with `otreg.layer_weights` in an LLM of so many layers, "" if nothing is."""
+    if len(weights) <= num_layers:
+        return ""
+    return f"at most {num_layers}: of the embeddings and of all layers but the last"
 
 
 def layer_problem(layer: int, num_layers: int) -> str:

@@ -16,21 +16,21 @@ from otreg_jax.models import lora
 TOKENS = np.arange(12).reshape(2, 6) % 11
 MODULES = ["q_proj", "v_proj", "down_proj"]
 PATTERN = r"llm/layers/(attn/[qv]|mlp/down)/kernel"
+SHAPE = dict(
+    vocab_size=11,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    config = transformers.LlamaConfig(
-        vocab_size=11,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(folder)
     llm, params = pretrained.load_llm(folder)
     return folder, jax.jit(llm.apply), llm, params
 
@@ -42,6 +42,14 @@ def theirs(model):
 
 def with_lora(params, rank, key=0):
     return lora.add({"llm": params}, PATTERN, rank, jax.random.key(key))["llm"]
+
+
+def moved(params):
+    """Params whose pairs have changed, as if trained."""
+    draw = lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: draw(x) if path[-1].key in lora.PAIR else x, params
+    )
 
 
 @pytest.mark.parametrize("stabilised", [False, True])
@@ -74,10 +82,7 @@ def test_what_peft_trained_gives_its_logits_here(stabilised, base, tmp_path):
 
 def test_what_was_trained_here_gives_its_logits_in_peft(base, tmp_path):
     folder, apply, llm, params = base
-    draw = lambda path, x: x + 0.3 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-    adapted = jax.tree_util.tree_map_with_path(
-        lambda path, x: draw(path, x) if path[-1].key in lora.PAIR else x, with_lora(params, 3)
-    )
+    adapted = moved(with_lora(params, 3))
     pretrained.save_lora(tmp_path, llm.config, adapted)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model = peft.PeftModel.from_pretrained(model, tmp_path).eval()
@@ -116,5 +121,33 @@ def test_pairs_that_do_not_fit_the_model_are_listed(base, tmp_path):
     shallow = type(shallow)(**{**vars(shallow), "num_layers": 3})
     with pytest.raises(ValueError, match="layers/attn/q/lora_a: 2 of 3 layers have it"):
         pretrained.load_lora(tmp_path, None, shallow)
-    with pytest.raises(ValueError, match="pairs of one rank"):
+    with pytest.raises(ValueError, match="there are no low-rank pairs"):
         pretrained.save_lora(tmp_path / "none", llm.config, base[3])
+
+
+def test_pairs_of_kernels_in_one_tensor_are_one_pair_in_peft(tmp_path):
+    """Phi-3's q, k and v: written as one pair of three times the rank, read as a pair for each."""
+    torch.manual_seed(0)
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = transformers.Phi3Config(**SHAPE, **ids)
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    llm, params = pretrained.load_llm(tmp_path / "base")
+    pattern = r"llm/layers/(attn/[qv]|mlp/down)/kernel"  # k has none
+    adapted = moved(lora.add({"llm": params}, pattern, 2, jax.random.key(0))["llm"])
+    apply = jax.jit(llm.apply)
+    logits = apply({"params": adapted}, TOKENS)
+    assert np.abs(logits - apply({"params": params}, TOKENS)).max() > 0.1
+    pretrained.save_lora(tmp_path / "lora", llm.config, adapted)
+    described = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert described["r"] == 4 and described["target_modules"] == ["down_proj", "qkv_proj"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "lora").eval()
+    np.testing.assert_allclose(theirs(model), logits, atol=1e-4, rtol=0)
+
+    pairs = pretrained.load_lora(tmp_path / "lora", None, llm.config)
+    assert pairs["layers/attn/k/lora_b"].shape == (2, 4, 8)
+    wide = lora.add(
+        {"llm": params}, r"llm/layers/(attn/[qkv]|mlp/down)/kernel", 4, jax.random.key(0)
+    )
+    back = pretrained.with_pairs(wide["llm"], pairs, "here")
+    np.testing.assert_allclose(apply({"params": back}, TOKENS), logits, atol=1e-5, rtol=0)

@@ -244,6 +244,16 @@ def test_regexes_that_fit_are_taken(manifest):
     preflight.check_model(config, sharding.make_mesh(config))
 
 
+def test_what_asks_for_layers_that_the_model_lacks_is_named(manifest):
+    """As of a pretrained LLM, whose depth only its config.json says."""
+    config = tone_config(manifest)
+    depth = config.llm.num_layers
+    config.otreg.layer_weights = (0.5,) * (depth + 1)
+    with pytest.raises(ValueError, match=rf"otreg.layer_weights=\(.*\): at most {depth}") as error:
+        preflight.check_model(config, sharding.make_mesh(config))
+    assert "otreg.layer=" not in str(error.value)
+
+
 def test_rules_speak_of_settings_that_exist():
     assert all(settings.find(key) for rule in rules.RULES for key in rule.keys)
 

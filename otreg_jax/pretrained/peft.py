@@ -47,36 +47,37 @@ def save_lora(directory: str | pathlib.Path, config: LLMConfig, params: dict) ->
     """Writes the pairs of an LLM's params, in float32, as `peft.PeftModel.from_pretrained` reads
     them.
 
-    Raises ValueError if there are none, they differ in rank, or a pair's kernel is only a part of a
-    tensor of the family's (Phi-3's qkv_proj).
+    All get the rank of the widest, by zeros. The pairs of kernels that lie in one tensor (Phi-3's
+    qkv_proj) become one pair, of the sum of their ranks. Raises ValueError if there are none.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    rows = _rows(config)
-    parents = [path.removesuffix("lora_a") for path in flat if path.endswith("/lora_a")]
-    problems = [f"{path}kernel has no name of its own" for path in parents if path not in rows]
-    ranks = {flat[f"{path}lora_a"].shape[-1] for path in parents}
-    if len(ranks) != 1:
-        problems.append(f"pairs of one rank can be saved, these have {sorted(ranks)}")
-    checks.raise_all(problems, str(directory))
+    held = {
+        name: [row for row in rows if f"{_parent(row)}lora_a" in flat]
+        for name, rows in _tensors(config).items()
+    }
+    held = {name: rows for name, rows in held.items() if rows}
+    checks.raise_all([] if held else ["there are no low-rank pairs to save"], str(directory))
+    rank = max(
+        sum(flat[f"{_parent(row)}lora_a"].shape[-1] for row in rows) for rows in held.values()
+    )
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {}
-    for path in parents:
-        for name, layer in _names(rows[path], config.num_layers):
-            for leaf, theirs in zip(lora.PAIR, "AB", strict=True):
-                pair = flat[f"{path}{leaf}"]
-                pair = np.asarray(pair if layer is None else pair[layer], np.float32)
-                arrays[f"{_PREFIX}{name}.lora_{theirs}.weight"] = np.ascontiguousarray(pair.T)
+    for name, rows in held.items():
+        for pair, theirs in zip(_as_one(rows, flat, rank), "AB", strict=True):
+            for layer, one in enumerate(pair if "{layer}" in name else pair[None]):
+                key = f"{_PREFIX}{name.format(layer=layer)}.lora_{theirs}.weight"
+                arrays[key] = np.ascontiguousarray(one.T)
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
-        "r": min(ranks),
-        "lora_alpha": min(ranks),
+        "r": rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted({rows[path].rpartition(".")[2] for path in parents}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in held}),
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
@@ -102,22 +103,23 @@ def load_lora(source: str | pathlib.Path, revision: str | None, config: LLMConfi
     )
     checks.raise_all(problems, str(directory / CONFIG))
     factor = alpha / (rank**0.5 if said.get("use_rslora") else rank)
-    tensors = safetensors.numpy.load_file(directory / WEIGHTS)
+    stored = safetensors.numpy.load_file(directory / WEIGHTS)
     pairs: dict[str, Any] = {}
-    for path, row in _rows(config).items():
+    for name, rows in _tensors(config).items():
+        layers = range(config.num_layers) if "{layer}" in name else (0,)
         for leaf, theirs in zip(lora.PAIR, "AB", strict=True):
-            names = [
-                f"{_PREFIX}{name}.lora_{theirs}.weight"
-                for name, _ in _names(row, config.num_layers)
-            ]
-            found = [tensors.pop(name).T.astype(np.float32) for name in names if name in tensors]
-            if found and len(found) < len(names):
-                problems.append(f"{path}{leaf}: {len(found)} of {len(names)} layers have it")
+            keys = [f"{_PREFIX}{name.format(layer=i)}.lora_{theirs}.weight" for i in layers]
+            found = [stored.pop(key).T.astype(np.float32) for key in keys if key in stored]
+            if found and len(found) < len(keys):
+                problems.append(
+                    f"{_parent(rows[0])}{leaf}: {len(found)} of {len(keys)} layers have it"
+                )
             elif found:
-                scale = factor if theirs == "A" else 1.0
-                stacked = np.stack(found) if "{layer}" in row else found[0]
-                pairs[f"{path}{leaf}"] = jnp.asarray(scale * stacked)
-    problems += [f"unexpected: {name}" for name in tensors]
+                whole = np.stack(found) if "{layer}" in name else found[0]
+                for row in rows:
+                    ours = factor * whole if theirs == "A" else whole[..., _outputs(row)]
+                    pairs[f"{_parent(row)}{leaf}"] = jnp.asarray(ours)
+    problems += [f"unexpected: {name}" for name in stored]
     checks.raise_all(problems, str(directory / WEIGHTS))
     return pairs
 
@@ -137,17 +139,35 @@ def with_pairs(params: dict, pairs: dict, where: str) -> dict:
     return traverse_util.unflatten_dict(flat | pairs, sep="/")
 
 
-def _rows(config: LLMConfig) -> dict[str, str]:
-    """{"layers/attn/q/": "model.layers.{layer}.self_attn.q_proj"}: each kernel's own tensor."""
-    rows = tables.llm_table(config).rows
-    return {
-        row.path.removesuffix("kernel"): row.name.removesuffix(".weight")
-        for row in rows
-        if row.path.endswith("/kernel") and row.part is None
-    }
+def _tensors(config: LLMConfig) -> dict[str, list[tables.Row]]:
+    """{"model.layers.{layer}.self_attn.q_proj": the rows of the kernels that lie in it}."""
+    tensors: dict[str, list[tables.Row]] = {}
+    for row in tables.llm_table(config).rows:
+        if row.path.endswith("/kernel"):
+            tensors.setdefault(row.name.removesuffix(".weight"), []).append(row)
+    return tensors
 
 
-def _names(name: str, num_layers: int) -> list[tuple[str, int | None]]:
-    if "{layer}" not in name:
-        return [(name, None)]
-    return [(name.format(layer=i), i) for i in range(num_layers)]
+def _parent(row: tables.Row) -> str:
+    """The module of a row's kernel, "layers/attn/q/"."""
+    return row.path.removesuffix("kernel")
+
+
+def _outputs(row: tables.Row) -> slice:
+    """Which outputs of its tensor a row's kernel gives."""
+    return slice(row.part.start, row.part.stop) if row.part else slice(None)
+
+
+def _as_one(rows: list[tables.Row], flat: dict, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pair of a tensor, ([..., in, rank], [..., rank, out]), of those of the kernels in it."""
+    pairs = [[flat[f"{_parent(row)}{leaf}"] for leaf in lora.PAIR] for row in rows]
+    (a, b), part = pairs[0], rows[0].part
+    whole_a = np.zeros((*a.shape[:-1], rank), np.float32)
+    whole_b = np.zeros((*b.shape[:-2], rank, part.total if part else b.shape[-1]), np.float32)
+    start = 0
+    for row, (a, b) in zip(rows, pairs, strict=True):
+        own = slice(start, start + a.shape[-1])
+        whole_a[..., own] = np.asarray(a, np.float32)
+        whole_b[..., own, _outputs(row)] = np.asarray(b, np.float32)
+        start = own.stop
+    return whole_a, whole_b

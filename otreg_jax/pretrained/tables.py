@@ -22,6 +22,7 @@ class Part(NamedTuple):
     """Where a parameter lies along the first axis of a tensor of `total` rows."""
 
     start: int
+    stop: int
     total: int
 
 
@@ -82,7 +83,7 @@ def llm_table(config: LLMConfig) -> Table:
         sizes = [_width(config, name) for name in names]
         for i, name in enumerate(names):
             source, target = f"{layer}.{theirs}_proj", f"layers/{ours}/{name}"
-            part = Part(sum(sizes[:i]), sum(sizes)) if len(names) > 1 else None
+            part = Part(sum(sizes[:i]), sum(sizes[: i + 1]), sum(sizes)) if names[1:] else None
             rows.append(Row(f"{source}.weight", f"{target}/kernel", MATRIX, part))
             if biased.get(name, config.mlp_bias):
                 rows.append(Row(f"{source}.bias", f"{target}/bias", KEEP, part))
