@@ -74,7 +74,8 @@ real:   launch/train_tpu.sh, tpu_worker.sh{setup}; git archive; one home directo
         JAX's detection of the cluster and its coordination service; Gloo between {count} processes;
         a Google Cloud Storage server (fake-gcs-server), spoken to by gcsfs and Orbax;
         training, checkpoints, evaluation and export, all in gs://{bucket}
-played: gcloud and ssh (benchmarks/played/gcloud.py); the metadata server of each TPU VM;
+played: gcloud, ssh and the names of instances (benchmarks/played/gcloud.py); the metadata
+        server of each TPU VM;
         the chips: a PCI bus that shows some, and a CPU device in place of each;
         the identity that the storage asks for{venv}"""
 

@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -68,6 +69,8 @@ def reach(machine: str, worker: str | None) -> list[pathlib.Path]:
 
 
 def run(found: list[pathlib.Path], command: str) -> int:
+    # Plays the name service of the cloud: all instances are on this machine.
+    command = re.sub(r"(?<=MEGASCALE_COORDINATOR_ADDRESS=)[\w-]+", "127.0.0.1", command)
     running = [
         subprocess.Popen(["bash", "-c", command], cwd=home, env=environment(home)) for home in found
     ]
