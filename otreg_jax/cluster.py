@@ -1,6 +1,5 @@
 """One run as several processes, on machines that fail: joining, agreeing, noticing a hang."""
 
-import atexit
 import contextlib
 import datetime
 import faulthandler
@@ -65,11 +64,11 @@ def membership(stall_seconds: int = 0):
         yield
     except BaseException as error:
         if jax.process_count() > 1:
-            # At exit jax would wait minutes for the other processes, which wait for this one. If
-            # one of them is to blame, its heartbeats will tell: jax names it and ends this process.
+            # If another process is to blame, its heartbeats will tell: jax names it and ends this
+            # process.
             patience = 2 * heartbeat if re.match(LOST, str(error)) else 0
             status = error.code if isinstance(error, SystemExit) else 1
-            atexit.register(_leave, patience, status)  # runs before what jax has registered
+            threading.Thread(target=_leave, args=(patience, status), daemon=True).start()
         raise
 
 
@@ -222,11 +221,17 @@ def agree(what: str, values: dict[str, str]) -> None:
 
 
 def _leave(patience: int, status) -> None:
-    sys.stdout.flush()
-    if patience:
-        print(f"{_name()}: is another process gone? Waiting {patience} s to hear", file=sys.stderr)
-        time.sleep(patience)
-    sys.stderr.flush()
+    """Ends this process when its main thread has said why. By itself it would wait for minutes, or
+    for ever: jax, and the threads of a save, wait for the other processes, which wait for this one.
+    """
+    threading.main_thread().join()
+    with contextlib.suppress(OSError):  # the disk of the log may be full
+        sys.stdout.flush()
+        if patience:
+            print(f"{_name()}: is another process gone? Waiting {patience} s", file=sys.stderr)
+    time.sleep(patience)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(status if isinstance(status, int) else 1)
 
 

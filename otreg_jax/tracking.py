@@ -1,5 +1,7 @@
-"""What a run says of itself while it trains: its metrics, which `writers` write; profiles."""
+"""What a run says of itself while it trains: metrics, which `writers` write; profiles; its log."""
 
+import contextlib
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -202,3 +204,31 @@ class Profiler:
             if path.is_file():
                 rundir.write_bytes(self.folder / path.relative_to(self.local), path.read_bytes())
         self.local = None
+
+
+@contextlib.contextmanager
+def log_may_be_lost():
+    """What is printed inside is lost where it cannot be written (a full disk, a closed terminal);
+    nothing ends because of it."""
+    with contextlib.redirect_stdout(_Lossy(sys.stdout)):
+        with contextlib.redirect_stderr(_Lossy(sys.stderr)):
+            yield
+
+
+class _Lossy:
+    """A text stream whose writes may fail."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()

@@ -411,7 +411,7 @@ def main(values, _):
         # Compiled once: restarts on fresh disks, and the other hosts, load it from the bucket.
         jax.config.update("jax_compilation_cache_dir", str(rundir.of(workdir).compiled))
     try:
-        with cluster.membership(config.stall_seconds):
+        with tracking.log_may_be_lost(), cluster.membership(config.stall_seconds):
             state = train(config, workdir)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

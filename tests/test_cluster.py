@@ -180,3 +180,17 @@ def test_processes_that_differ_are_named():
         assert status == 1 and "agreed" in printed
         assert "the processes of this run differ in their corpus:\n  process 1 on" in printed
         assert "corpus/train = '2', process 0 on" in printed
+
+
+HELD = """
+import sys, threading
+from otreg_jax import cluster
+threading.Thread(target=threading.Event().wait).start()  # as that of a save, which waits for others
+threading.Thread(target=cluster._leave, args=(0, 7), daemon=True).start()
+sys.exit(f"why: {len(threading.enumerate())} threads")
+"""
+
+
+def test_a_process_that_failed_ends_whatever_its_threads_wait_for():
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (7, "why: 3 threads\n")

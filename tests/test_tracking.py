@@ -1,6 +1,8 @@
 """metrics.jsonl and TensorBoard's events: complete whatever happens, and readable by others."""
 
+import contextlib
 import functools
+import os
 import struct
 import sys
 from types import ModuleType, SimpleNamespace
@@ -193,6 +195,22 @@ def test_a_full_disk_neither_stops_nor_hangs_a_run(
     assert metrics_of(tmp_path) == uninterrupted
     (path,) = tmp_path.glob("events.out.tfevents.*")
     assert [event.step for event in events_of(path)] == [0, 1, *range(1, 13)]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")
+def test_a_log_on_a_full_disk_is_lost_and_nothing_else(
+    manifest, tmp_path, uninterrupted, monkeypatch
+):
+    full = open("/dev/full", "w", buffering=1)
+    monkeypatch.setattr(sys, "stdout", full)
+    monkeypatch.setattr(sys, "stderr", full)
+    with pytest.raises(OSError):
+        print("without the mend")
+    with tracking.log_may_be_lost():
+        train_lib.train(tone_config(manifest), tmp_path)
+    with contextlib.suppress(OSError):
+        full.close()
+    assert metrics_of(tmp_path) == uninterrupted
 
 
 def test_no_line_of_a_saved_step_is_lost(manifest, tmp_path, uninterrupted, monkeypatch):
