@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
 from otreg_jax import config as config_lib
-from otreg_jax.data import corpora, prepare, records, sources
+from otreg_jax.data import corpora, prepare, prompts, records, sources
 
 RATE = 16000
 
@@ -82,6 +82,40 @@ def test_a_prepared_data_set_holds_the_corpus(manifest, tmp_path):
     for line in (output / "SHA256SUMS").read_text().splitlines():
         checksum, name = line.split("  ")
         assert hashlib.sha256((output / name).read_bytes()).hexdigest() == checksum
+
+
+def test_a_prepared_data_set_serves_the_tasks_of_its_manifest(tmp_path, in_this_process, capsys):
+    write_audio(tmp_path / "a.wav")
+    rows = (
+        {"text": "hallo", "source_lang": "de", "target_lang": "en", "target_text": "hello"},
+        {"text": "call anna", "language": "English", "context": ["anna", "radio"], "votes": 2},
+        {"text": "", "lang": "fr", "taskname": "asr"},
+        {"lang": "de", "taskname": "lid", "scores": [0.5]},
+        {"prompt": "Is it loud?", "answer": "yes", "lang": "en", "said": {"by": "anna"}},
+        {"lang": "en"},
+    )
+    known = {"audio_filepath": "a.wav", "duration": 0.5}
+    manifest = write_manifest(tmp_path, [known | {"id": i} | row for i, row in enumerate(rows)])
+    report = run(manifest, tmp_path / "out")
+    assert report["refused"] == {"empty_text": 1}
+    assert "columns that are not used: 'said', 'scores'" in capsys.readouterr().out
+    config = config_lib.default()
+    with config.unlocked():
+        config.tasks = {
+            "transcribe": {"prompts": ("{language} {context} {speech}",)},
+            "translate": {"prompts": ("{target_language} {speech}",)},
+            "identify": {"prompts": ("{speech}",)},
+            "answer": {"prompts": ("{prompt} {votes|0} {speech}",)},
+        }
+    served = []
+    for path in (manifest, str(tmp_path / "out")):
+        found, _ = sources.scan(path, require_text=False, columns=prompts.columns(config))
+        items, problems = prompts.expand([u for u in found if u.id != "5"], config)
+        assert not problems
+        served.append([u._replace(audio="", where="") for u in items])
+    assert served[0] == served[1]
+    assert {u.task for u in served[1]} == set(config.tasks)
+    assert [(u.text, u.task) for u in served[1] if u.id == "2"] == [("", "transcribe")]
 
 
 def test_tfds_reads_it_without_tensorflow(manifest, tmp_path, in_this_process):

@@ -46,7 +46,7 @@ def scan_manifest(
     path: str | os.PathLike,
     data_root: str = "",
     require_text: bool = True,
-    columns: frozenset[str] = frozenset(),
+    columns: frozenset[str] | None = frozenset(),
 ) -> tuple[list[Utterance], list[Problem]]:
     """Reads a manifest, leaving aside the lines that cannot be used.
 
@@ -58,7 +58,8 @@ def scan_manifest(
       data_root: folder at which relative audio paths start and which no path may leave; by default
         the manifest's own, and absolute paths are then taken as they are.
       require_text: whether a line without a transcript is a problem; noise has none.
-      columns: further columns that are kept, as an utterance's `fields`.
+      columns: further columns that are kept, as an utterance's `fields`; None: all that a template
+        could name.
 
     Returns:
       Utterances and problems, both in the order of the lines.
@@ -91,7 +92,7 @@ def check_lines(
     root: str,
     strict: bool,
     require_text: bool = True,
-    columns: frozenset[str] = frozenset(),
+    columns: frozenset[str] | None = frozenset(),
 ) -> tuple[list[Utterance], list[Problem]]:
     """Utterances from (where, manifest line) pairs, and the problems of the others, in order.
 
@@ -106,8 +107,9 @@ def check_lines(
             if isinstance(line.get("damaged"), str):
                 raise BadAudio("unreadable", line["damaged"])
             given = {key: value for key, value in line.items() if value not in (None, "", [])}
-            unused |= given.keys() - {*COLUMNS, *_language(given, columns), *columns}
-            utterance = _parse(line, where, root, strict, require_text, columns)
+            kept = _nameable(line) if columns is None else columns
+            unused |= given.keys() - {*COLUMNS, *_language(given, kept), *kept}
+            utterance = _parse(line, where, root, strict, require_text, kept)
             if utterance.id in first:
                 before = first[utterance.id]
                 raise BadAudio("duplicate_id", f"{utterance.id!r} stands already in {before}")
@@ -206,17 +208,26 @@ def _extra(columns: frozenset[str]) -> tuple[str, ...]:
     return tuple(sorted(columns - COLUMNS - {"lang", *TASK_COLUMNS}))
 
 
+def _nameable(line: dict) -> frozenset[str]:
+    """The columns of a line that a template could name."""
+    return frozenset(key for key, value in line.items() if _is_field(value))
+
+
+def _is_field(value) -> bool:
+    """Whether it is a text, a number or a list of texts."""
+    is_list = isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+    return is_list or isinstance(value, str | int | float)
+
+
 def _field(line: dict, key: str) -> str | int | float | tuple[str, ...]:
-    """What a column holds that a template may name: a text, a number or a list of texts."""
+    """What a column holds that a template may name."""
     value = line[key]
-    if isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
-        return tuple(_whole(x.strip(), key) for x in value if x.strip())
-    if isinstance(value, int | float):
-        return value
-    if not isinstance(value, str):
+    if not _is_field(value):
         kinds = "a text, a number or a list of texts"
         raise BadAudio("bad_value", f"{key} is {_short(value)}, not {kinds}")
-    return _whole(value.strip(), key)
+    if isinstance(value, list | tuple):
+        return tuple(_whole(x.strip(), key) for x in value if x.strip())
+    return _whole(value.strip(), key) if isinstance(value, str) else value
 
 
 def _string(line: dict, key: str) -> str:

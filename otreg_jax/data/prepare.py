@@ -6,8 +6,9 @@
     python -m otreg_jax.train --config.data.train=data/mine ...
 
 The output is a TFDS data set (16 kHz int16; `tfds.data_source` reads it). Beside it stand
-SPLIT.jsonl (what every record holds), report-SPLIT.json (hours by language, lengths, what was
-refused and how often), refused-SPLIT.jsonl (each refusal with its reason) and SHA256SUMS
+SPLIT.jsonl (what every record holds, with all columns that a prompt can name), report-SPLIT.json
+(hours by language, lengths, what was refused and how often), refused-SPLIT.jsonl (each refusal with
+its reason) and SHA256SUMS
 (`sha256sum -c SHA256SUMS`).
 Run the same command again after an interruption: finished shards stay as they are. Several machines
 with a common file system share the work with --machine=0/4 … --machine=3/4; the last one to finish
@@ -51,7 +52,7 @@ def read_corpus(
     utterances, problems = [], []
     for path in paths.split(","):
         if layout == "manifest":
-            found, wrong = sources.scan(path.strip())
+            found, wrong = _with_answers(*sources.scan(path.strip(), "", False, columns=None))
         else:
             lines = list(corpora.LAYOUTS[layout](Path(path.strip()).absolute(), split))
             if not lines:
@@ -60,6 +61,16 @@ def read_corpus(
         utterances += map(_lower, found) if lower_case else found
         problems += wrong
     return utterances, problems
+
+
+def _with_answers(
+    utterances: Sequence[Utterance], problems: Sequence[Problem]
+) -> tuple[list[Utterance], list[Problem]]:
+    """Rows without a transcript are for other tasks: such a one names its task or its answer."""
+    asks = lambda u: u.text or u.task or {*manifest.ANSWER_COLUMNS} & dict(u.fields).keys()
+    silent = [u for u in utterances if not asks(u)]
+    wrong = [Problem("empty_text", u.where, "no transcript, task or answer") for u in silent]
+    return [u for u in utterances if asks(u)], [*problems, *wrong]
 
 
 def _lower(utterance: Utterance) -> Utterance:
@@ -214,9 +225,7 @@ def write_shard(path: Path, utterances: Sequence[Utterance]) -> None:
         line["duration"] = len(sound.samples) / audio.SAMPLE_RATE
         writer.write(records.encode(sound.samples, line))
         odd.append((utterance.where, sound.odd))
-        if utterance.words:
-            line["words"] = utterance.words
-        lines.append(line)
+        lines.append(_index_line(utterance, line))
     writer.close()
     with open(unfinished, "rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
@@ -231,6 +240,14 @@ def write_shard(path: Path, utterances: Sequence[Utterance]) -> None:
     unfinished = path.with_name(f".{path.name}.json.unfinished")
     unfinished.write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
     unfinished.replace(_summary_path(path))
+
+
+def _index_line(utterance: Utterance, told: dict) -> dict:
+    """What the index says of a record: what the record does, and its row's other columns."""
+    line = told | dict(utterance.fields)
+    if not utterance.text and ("text", "") not in utterance.fields:
+        del line["text"]  # there and empty it would say that nothing is said
+    return line | {k: x for k in ("task", "words") if (x := getattr(utterance, k))}
 
 
 def _report(lines: list[dict], refused: list[Problem], odd: list, num_shards: int) -> dict:
@@ -249,7 +266,7 @@ def _report(lines: list[dict], refused: list[Problem], odd: list, num_shards: in
         }
         if lines
         else {},
-        "characters": sum(len(line["text"]) for line in lines),
+        "characters": sum(len(line.get("text", "")) for line in lines),
         "refused": dict(Counter(problem.kind for problem in refused).most_common()),
         "odd": {kind: found for kind, found in audio.places(odd).items()},
     }

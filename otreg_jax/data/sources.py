@@ -58,7 +58,10 @@ MIXTURES = {
 
 
 def scan(
-    path: str, data_root: str = "", require_text: bool = True, columns: frozenset[str] = frozenset()
+    path: str,
+    data_root: str = "",
+    require_text: bool = True,
+    columns: frozenset[str] | None = frozenset(),
 ) -> tuple[list[Utterance], list[Problem]]:
     """Reads a data set of another tool (see `readers`), one in ArrayRecord files (FOLDER, of which
     "train", or FOLDER:SPLIT), or else a manifest. Arguments, result and errors as for
@@ -69,7 +72,7 @@ def scan(
         return manifest.check_lines(reader(), path, False, require_text, columns)
     split = split_of(path)
     if split:
-        return scan_records(*split, columns)
+        return scan_records(*split, require_text, columns)
     return scan_manifest(path, data_root, require_text, columns)
 
 
@@ -83,9 +86,13 @@ def split_of(path: str) -> tuple[str, str] | None:
 
 
 def scan_records(
-    folder: str, split: str, columns: frozenset[str] = frozenset()
+    folder: str,
+    split: str,
+    require_text: bool = True,
+    columns: frozenset[str] | None = frozenset(),
 ) -> tuple[list[Utterance], list[Problem]]:
-    """Reads the utterances of a TFDS data set in ArrayRecord files. Result as for `scan_manifest`.
+    """Reads the utterances of a TFDS data set in ArrayRecord files. Arguments and result as for
+    `scan_manifest`.
 
     Raises:
       FileNotFoundError: there is no such split, or shards of it are missing.
@@ -95,7 +102,7 @@ def scan_records(
         (f"{folder}:{split}:{i}", {**line, "audio_filepath": records.address(folder, split, i)})
         for i, line in enumerate(records.read_index(folder, split))
     )
-    return manifest.check_lines(lines, folder, strict=False, columns=columns)
+    return manifest.check_lines(lines, folder, False, require_text, columns)
 
 
 def load_utterances(
