@@ -18,7 +18,7 @@ from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.adapter import AdapterConfig
 from otreg_jax.models.llm import LLMConfig
 from otreg_jax.models.speech_encoder import SpeechEncoderConfig
-from otreg_jax.pretrained import layouts
+from otreg_jax.pretrained import configs, layouts
 
 KINDS = ("voxtral", "qwen2_audio", "ultravox", "ultravox-0.4")
 MAX_TOKENS = 8
@@ -212,3 +212,43 @@ def test_what_keeps_a_model_from_a_layout_is_said():
         "data.window=2 and data.window_masked=False, not 2 and True",
         "adapter.stack=4, not 1",
     ]
+
+
+@pytest.mark.parametrize(
+    "family, layouts_refused, message",
+    [
+        ({"model_type": "gemma2"}, ("voxtral", "qwen2_audio", "ultravox"), "speech too"),
+        (
+            {"model_type": "gemma3_text", "final_logit_softcapping": 30.0},
+            ("voxtral", "qwen2_audio"),
+            "soft-capped at 30",
+        ),
+        (
+            {"model_type": "granite", "logits_scaling": 8.0},
+            ("voxtral", "qwen2_audio"),
+            "divided by 8",
+        ),
+        (
+            {"model_type": "granite", "embedding_multiplier": 12.0},
+            ("voxtral", "qwen2_audio", "ultravox"),
+            "by 12, speech too",
+        ),
+        ({"model_type": "gemma3_text"}, (), ""),
+    ],
+)
+def test_llms_that_a_layout_would_compute_otherwise_are_refused(
+    family, layouts_refused, message, tmp_path
+):
+    """In both directions: transformers' classes scale speech too, or leave out what comes after the
+    LLM's head."""
+    text = family | speech_llms.LLM
+    llm = configs.llm_config(text)
+    for layout in layouts.LAYOUTS:
+        raw = {"model_type": layout, "text_config": text, "audio_config": speech_llms.WHISPER}
+        found = layouts.llm_obstacles(layout, llm)
+        if layout in layouts_refused:
+            assert any(message in line for line in found)
+            with pytest.raises(ValueError, match=message):
+                configs.llm_config(raw)
+        else:
+            assert not found and configs.llm_config(raw).family == llm.family

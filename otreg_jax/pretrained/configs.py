@@ -28,7 +28,9 @@ def llm_config(raw: dict[str, Any], where: str = "config.json") -> LLMConfig:
     Raises ValueError, listing every problem, for an architecture, a key or a value this project
     does not compute exactly.
     """
-    raw = _language_part(checks.parsed(raw, where), where)
+    raw = checks.parsed(raw, where)
+    layout = layouts.name(raw)
+    raw = _language_part(raw, where)
     family = str(raw.get("model_type"))
     if family not in FAMILIES:
         raise ValueError(
@@ -68,7 +70,7 @@ def llm_config(raw: dict[str, Any], where: str = "config.json") -> LLMConfig:
     attn_scale = c.get("attention_multiplier")  # Granite's
     if gemma:
         attn_scale = c["query_pre_attn_scalar"] ** -0.5
-    return LLMConfig(
+    config = LLMConfig(
         vocab_size=c["vocab_size"],
         embed_dim=c["hidden_size"],
         num_layers=c["num_hidden_layers"],
@@ -102,6 +104,8 @@ def llm_config(raw: dict[str, Any], where: str = "config.json") -> LLMConfig:
         max_positions=c["max_position_embeddings"],
         family=family,
     )
+    checks.raise_all(layouts.llm_obstacles(layout, config) if layout else [], where)
+    return config
 
 
 def _language_part(raw: dict[str, Any], where: str) -> dict[str, Any]:

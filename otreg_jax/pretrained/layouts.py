@@ -3,9 +3,11 @@ and what a model must be to become one.
 
 | layout | encoder | projector | LLM | audio |
 | --- | --- | --- | --- | --- |
-| ultravox | Whisper | 8 positions stacked, RMSNorm, SwiGLU | any | of any length |
-| voxtral | Whisper | 4 positions stacked, two layers | any | windows of 30 s, silence included |
-| qwen2_audio | Whisper, pairs of positions averaged | one layer | any | windows, silence masked |
+| ultravox | Whisper | 8 positions stacked, RMSNorm, SwiGLU | (1) | of any length |
+| voxtral | Whisper | 4 positions stacked, two layers | (1, 2) | windows of 30 s, silence included |
+| qwen2_audio | Whisper, pairs of positions averaged | one layer | (1, 2) | windows, masked |
+
+(1) any that does not scale what enters it. (2) any that does not change its logits after the head.
 
 Sources: the model classes of `transformers`, and https://github.com/fixie-ai/ultravox.
 """
@@ -90,6 +92,8 @@ VOXTRAL_KEYS = {
     "encoder_attention_heads": "num_attention_heads",
     "encoder_ffn_dim": "intermediate_size",
 }
+# Families whose classes scale `inputs_embeds` (Gemma 2's: before transformers 5, and in vLLM).
+_SCALES_SPEECH = ("gemma2", "granite")
 # Keys of each layout that the projector is computed from, and those that change nothing here.
 _ULTRAVOX = {
     "hidden_size": 4096,
@@ -228,6 +232,28 @@ def obstacles(
         problems.append(f"adapter.stack={adapter.stack}, not {stack:g}")
     if layout == "voxtral" and adapter.hidden_dim != llm.embed_dim:
         problems.append(f"adapter.hidden_dim={adapter.hidden_dim}, not the LLM's {llm.embed_dim}")
+    return problems + llm_obstacles(layout, llm)
+
+
+def llm_obstacles(layout: str, llm: LLMConfig) -> list[str]:
+    """What the class of a layout would compute otherwise in this LLM than its own class does."""
+    problems = []
+    if llm.family in _SCALES_SPEECH and llm.embed_scale != 1:
+        problems.append(
+            f"a {llm.family} model multiplies all that enters it by {llm.embed_scale:g}, speech "
+            "too; here only embeddings of tokens are"
+        )
+    if layout == "ultravox":  # whose LLM keeps its own head
+        return problems
+    if llm.logit_softcap is not None:
+        problems.append(
+            f"the LLM's logits are soft-capped at {llm.logit_softcap:g}, and {layout}'s head has "
+            "no cap"
+        )
+    if llm.logit_divisor != 1:
+        problems.append(
+            f"the LLM's logits are divided by {llm.logit_divisor:g}, and {layout}'s are not"
+        )
     return problems
 
 
