@@ -112,6 +112,7 @@ def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
         "arm": values.arm,
         "seed": values.seed,
         "steps": results["step"],
+        "batch": json.loads((workdir / "config.json").read_text())["batch_size"],
         "minutes": json.loads(record.read_text()),
         "sets": {name: _scores(row) for name, row in results["sets"].items()},
         "first_ten": {

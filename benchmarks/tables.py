@@ -206,13 +206,14 @@ def error_rates(lines: list[dict]) -> str:
     rows = []
     for line in lines:
         minutes = f"{line['minutes']:.0f}" if "minutes" in line else ""
-        cells = [line["trained_on"], line["arm"], str(line.get("steps", "")), minutes]
+        steps = f"{line['steps']} × {line['batch']}" if "steps" in line else ""
+        cells = [line["trained_on"], line["arm"], steps, minutes]
         for name in names:
             row = line["sets"][name]
             wer, low, high = (100 * x for x in (row["wer"], *row["interval"]))
             cells.append(f"{wer:.1f} ({low:.1f} … {high:.1f})")
         rows.append(cells)
-    return markdown(["trained on", "arm", "steps", "minutes", *names], rows)
+    return markdown(["trained on", "arm", "steps × utterances", "minutes", *names], rows)
 
 
 def recognizer() -> str:
@@ -227,7 +228,7 @@ def recognizer_course() -> str:
     runs = [line for line in read_lines(RECOGNIZER) if "course" in line]
     for i, line in enumerate(runs):
         for at in line["course"]:
-            if at["step"] % 100 == 0 or "ce" in at:
+            if at["step"] % 100 == 0:
                 row = rows.setdefault(at["step"], ["–"] * len(runs))
                 row[i] = f"CTC {at['ctc']:.2f}" if "ctc" in at else f"cross-entropy {at['ce']:.2f}"
     header = ["step", *(line["trained_on"] for line in runs)]
