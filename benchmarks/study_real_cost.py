@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import tqdm
 
 from benchmarks import common, study_real
 from benchmarks.tables import markdown
@@ -25,7 +26,7 @@ PARTS = {
 ROWS, FRAMES, TOKENS = 8, 500, 24  # utterances a step, five seconds each
 CLASSES = 3600  # tokens in use, of CTC
 ALIGN = ("ctc", "otreg0", "otreg1", "ctc+otreg0", "ctc+collapsed0", "ctc+window0", "ctc+layers01")
-SFT = ("ce", "ce+otreg0", "ce+otreg1", "ce+ctc", "ce+kl")
+SFT = ("ce+otreg0", "ce+otreg1", "ce+ctc", "ce+kl")
 
 
 def step_flops(parts: tuple[str, str], arm: str, name: str) -> int:
@@ -69,14 +70,17 @@ def step_flops(parts: tuple[str, str], arm: str, name: str) -> int:
 
 def table() -> str:
     """Shares of the step of cross-entropy alone, in percent."""
-    whole = {size: step_flops(parts, "none/ce", "sft") for size, parts in PARTS.items()}
-    rows = [["TFLOP of a step of `ce`", *(f"{whole[size] / 1e12:.2f}" for size in PARTS)]]
-    for align in ALIGN:
-        found = {s: step_flops(parts, f"{align}/ce", "align") for s, parts in PARTS.items()}
-        rows.append([f"align `{align}`", *(f"{100 * found[s] / whole[s]:.1f} %" for s in PARTS)])
-    for sft in SFT:
-        found = {s: step_flops(parts, f"none/{sft}", "sft") for s, parts in PARTS.items()}
-        rows.append([f"SFT `{sft}`", *(f"{100 * found[s] / whole[s]:.1f} %" for s in PARTS)])
+    steps = [("SFT", "none/ce", "sft")]
+    steps += [("align", f"{losses}/ce", "align") for losses in ALIGN]
+    steps += [("SFT", f"none/{losses}", "sft") for losses in SFT]
+    rows = []
+    for stage, arm, name in tqdm.tqdm(steps, unit="step"):
+        found = [step_flops(parts, arm, name) for parts in PARTS.values()]
+        if not rows:
+            whole = found
+            rows.append(["TFLOP of a step of `ce`", *(f"{x / 1e12:.2f}" for x in whole)])
+        shares = (f"{100 * x / y:.1f} %" for x, y in zip(found, whole, strict=True))
+        rows.append([f"{stage} `{arm.split('/')[name == 'sft']}`", *shares])
     return markdown(["step", *PARTS], rows)
 
 
