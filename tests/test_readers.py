@@ -1,5 +1,6 @@
 """Data sets of other tools: order and content are those of the tools' own readers."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -75,11 +76,18 @@ def test_segments_divide_recordings_and_what_is_wrong_is_named(kaldi):
     np.testing.assert_allclose(sources.load_audio(found[0]), tone(3)[1600:4800], atol=1e-6)
     told = {p.where: p.message for p in problems}
     assert "'gone' stands not in wav.scp" in told[f"{kaldi}/segments:3"]
-    assert "could not convert" in told[f"{kaldi}/segments:4"]
+    assert "segments has 'x', not a number" in told[f"{kaldi}/segments:4"]
     assert "'u2' stands not in segments" in told[f"{kaldi}/text:3"]
     (kaldi / "segments").unlink()
+    (kaldi / "text").write_text("u0 a\nu1 b\nu2 c\nu3 d\nu1 e\n")
+    (kaldi / "utt2dur").write_text("u0 0.1\nu1 x\n")
     told = {p.where: p.message for p in sources.scan(str(kaldi))[1]}
     assert "a pipe is not run" in told[f"{kaldi}/wav.scp:5"]
+    assert "'u1' stands twice in text" in told[f"{kaldi}/text:5"]
+    assert "utt2dur has 'x', not a number" in told[f"{kaldi}/wav.scp:2"]
+    (kaldi / "text").write_bytes(b"u0 a\nu1 \xff\n")
+    with pytest.raises(ValueError, match="text:2: byte 8 is not UTF-8"):
+        sources.scan(str(kaldi))
 
 
 def test_a_saved_data_set_is_read_as_datasets_reads_it(tmp_path):
@@ -100,6 +108,13 @@ def test_a_saved_data_set_is_read_as_datasets_reads_it(tmp_path):
     assert [row["sentence"] for row in theirs] == [u.text for u in found]
     assert [embedded.read(u.audio) for u in found] == [row["audio"]["bytes"] for row in theirs]
     assert found[1].where == f"{tmp_path}/hf:test:2"
+    with pytest.raises(FileNotFoundError, match="hf: no split 'dev', there are test, train"):
+        sources.scan(f"{tmp_path}/hf:dev")
+    (table,) = (tmp_path / "hf" / "train").glob("*.arrow")
+    table.write_bytes(table.read_bytes()[:2000])
+    embedded.arrow.cache_clear()
+    with pytest.raises(ValueError, match=f"{table}: not a table of Arrow's .*or damaged"):
+        sources.scan(f"{tmp_path}/hf:train")
 
 
 def test_parquet_files_are_read_in_the_order_of_names(tmp_path, capsys):
@@ -125,6 +140,52 @@ def test_parquet_files_are_read_in_the_order_of_names(tmp_path, capsys):
         sources.scan(f"{tmp_path}:train")
     with pytest.raises(BadAudio, match="not so many rows"):
         embedded.read(embedded.cell_address(str(part(1)), 9, "audio"))
+
+
+def test_columns_of_parquet_files_mean_what_datasets_means(tmp_path, capsys):
+    import datasets
+
+    features = {
+        "raw_transcription": datasets.Value("large_string"),
+        "transcription": datasets.Value("string"),
+        "lang_id": datasets.ClassLabel(names=["af_za", "de_de"]),
+        "id": datasets.Value("int32"),
+        "seen": datasets.Value("timestamp[ms]"),
+        "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+    }
+    rows = [
+        {"raw_transcription": "Eins!", "transcription": TEXTS[i], "lang_id": 1, "id": 7, "seen": 0}
+        | {"audio": {"bytes": as_bytes(i), "path": f"{i}.wav"}}
+        for i in range(4)
+    ]
+    written = datasets.Dataset.from_list(rows, datasets.Features(features))
+    path = tmp_path / "a.parquet"
+    written.to_parquet(path)
+    found = check(path)
+    theirs = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+    assert [row["transcription"] for row in theirs] == [u.text for u in found]
+    assert [row["audio"]["bytes"] for row in theirs] == [embedded.read(u.audio) for u in found]
+    assert {u.lang for u in found} == {theirs.features["lang_id"].int2str(1)} == {"de_de"}
+    assert "columns that are not used: 'raw_transcription', 'seen'" in capsys.readouterr().out
+    _, problems = sources.scan(str(path), columns=frozenset({"seen"}))
+    assert "seen is {'type': 'timestamp[ms]'}, not a text" in problems[0].message
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{path}: not a Parquet file, or damaged"):
+        sources.scan(str(path))
+
+
+def test_what_is_wrong_with_a_parquet_file_is_named_with_its_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    audio = [{"bytes": data, "path": None} for data in (as_bytes(0), b"no audio", None)]
+    pyarrow.parquet.write_table(pyarrow.table({"audio": audio, "text": ["a", "b", "c"]}), path)
+    found, problems = sources.scan(str(path))
+    told = {p.where: p.message for p in problems}
+    assert [u.text for u in found] == ["a"]
+    assert "cannot be read as audio" in told[f"{path}:2"] and "no bytes" in told[f"{path}:3"]
+    table = pyarrow.table({"audio": ["gone.wav"], "text": ["a"]})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    (problem,) = sources.scan(f"{tmp_path}/b.parquet")[1]
+    assert problem.message == f"audio file {tmp_path}/gone.wav does not exist"
 
 
 def write_tar(path, rows) -> None:
@@ -167,6 +228,10 @@ def test_what_is_wrong_with_a_tar_is_named_with_file_and_row(tmp_path):
     (tmp_path / "b.tar").write_bytes(b"x" * 2000)
     with pytest.raises(ValueError, match="b.tar: not a tar"):
         sources.scan(str(tmp_path / "b.tar"))
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(data[: data.index(b"2.wav") + 100])  # in a header
+    with pytest.raises(ValueError, match="b.tar: .*it ends in the middle of a member"):
+        sources.scan(str(tmp_path / "b.tar"))
     with pytest.raises(FileNotFoundError, match="c-1.tar: no such file"):
         write_tar(tmp_path / "c-0.tar", rows[:2])
         sources.scan(f"{tmp_path}/c-{{0..1}}.tar")
@@ -196,6 +261,21 @@ def test_a_shar_directory_is_read_as_lhotse_reads_it(tmp_path):
     assert [dict(u.fields)["target_text"] for u in found] == ["t0", "t1", "t2", "t3"]
     for utterance, cut in zip(found, theirs, strict=True):
         np.testing.assert_allclose(sources.load_audio(utterance), cut.load_audio()[0], atol=1e-6)
+    cuts = tmp_path / "shar" / "cuts.000000.jsonl.gz"
+    lines = gzip.decompress(cuts.read_bytes()).splitlines()
+    cuts.write_bytes(gzip.compress(b"\n".join([lines[0], b"{", lines[1]])))
+    _, problems = sources.scan(str(tmp_path / "shar"))
+    told = {p.where.rpartition("/")[2]: p.message for p in problems}
+    assert told["shar:2"].startswith("Expecting property name")
+    assert told["shar:3"].endswith("has 'c2.flac' in its place") and len(told) == 2
+    cuts.write_bytes(gzip.compress(lines[0]))
+    (problem,) = sources.scan(str(tmp_path / "shar"))[1]
+    assert problem.where.endswith("recording.000000.tar:2")
+    assert problem.message == "3 recordings for 1 cuts"
+    cuts.write_bytes(gzip.compress(lines[0])[:20])
+    with pytest.raises(ValueError, match="cuts.000000.jsonl.gz: not a gzip file, or damaged"):
+        sources.scan(str(tmp_path / "shar"))
+    cuts.unlink()
     (tmp_path / "shar" / "recording.000001.tar").unlink()
     with pytest.raises(FileNotFoundError, match="recording.000001.tar: no such file"):
         sources.scan(str(tmp_path / "shar"))

@@ -95,7 +95,7 @@ def _line(audio: Path, text: str, **line) -> dict:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", line.rstrip("\r")
 
@@ -113,7 +113,8 @@ def _rows(path: Path, *needed: str) -> Iterator[tuple[str, dict]]:
             yield where, dict(zip(header, cells + [""] * len(header), strict=False))
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Raises ValueError with the line of what is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
