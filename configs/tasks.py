@@ -23,11 +23,19 @@ from otreg_jax import config as config_lib
 
 ARMS = ("runlocal",)
 DATA = Path("runs/tasks-data")
-VOICES = {
-    "en": (("en-us", 40), ("en-us+f2", 55), ("en-gb", 50)),
-    "de": (("de", 45), ("de+f2", 60), ("de+m3", 35)),
-    "fr": (("fr-fr", 45), ("fr-fr+f2", 60), ("fr-fr+m3", 35)),
+VOICES = {  # of each split, so that no voice that tests was heard in training
+    "train": {
+        "en": (("en-us", 40), ("en-us+f2", 55), ("en-gb", 50)),
+        "de": (("de", 45), ("de+f2", 60), ("de+m3", 35)),
+        "fr": (("fr-fr", 45), ("fr-fr+f2", 60), ("fr-fr+m3", 35)),
+    },
+    "test": {
+        "en": (("en-us+f4", 60), ("en-gb+m5", 45)),
+        "de": (("de+f4", 60), ("de+m5", 45)),
+        "fr": (("fr-fr+f4", 60), ("fr-fr+m5", 45)),
+    },
 }
+LANGS = ("en", "de", "fr")
 NAMES = "anna peter maria david laura paul".split()
 VERBS = (
     {"en": "open", "de": "öffne", "fr": "ouvre"},
@@ -70,7 +78,7 @@ def get_config(arm: str = "runlocal"):
         "answer": {"prompts": ("{prompt} {speech}\n",), "weight": 1.0},
     }
     c.data.distractors = 2
-    c.num_steps, c.batch_size, c.checkpoint_every = 800, 16, 400
+    c.num_steps, c.batch_size, c.checkpoint_every = 500, 16, 250
     c.data.num_buckets, c.data.max_duration = 1, 6.0
     c.tokenizer.model_type, c.tokenizer.vocab_size = "word", 160
     c.encoder.update({"embed_dim": 64, "mlp_dim": 256, "strides": (2, 2, 2), "max_positions": 100})
@@ -96,53 +104,56 @@ def paths(split: str) -> dict[str, Path]:
 
 def main() -> None:
     """Speaks the sentences and writes each part in the manner of another tool."""
-    from otreg_jax.data import synthetic
-
     DATA.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(0)
-    spoken, told = {}, {}
-    for lang, voices in VOICES.items():
-        choices = list(itertools.product(NAMES, VERBS, THINGS))
-        rng.shuffle(choices)
-        for split, some in (("test", choices[:NUM_TEST]), ("train", choices[NUM_TEST:])):
-            name, told[f"{split}-{lang}"] = f"{split}-{lang}", some
-            spoken[name] = [
-                synthetic.Speech(
-                    f"{who} {verb[lang]} {thing[lang]}",
-                    voice,
-                    pitch=pitch,
-                    lang=lang,
-                    speaker=voice,
-                )
-                for (who, verb, thing), (voice, pitch) in zip(some, itertools.cycle(voices))
-            ]
-    manifests = synthetic.synthesize(spoken, DATA / "speech")
-    rows = {}
-    for name, path in manifests.items():
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rows[name] = [
-            line | {"audio": (path.parent / line["audio_filepath"]).absolute(), "told": told_of}
-            for line, told_of in zip(lines, told[name], strict=True)
-        ]
+    rows = speak(DATA / "speech")
     for split in ("train", "test"):
         places = paths(split)
         write_nemo(places["nemo"], rows[f"{split}-de"])
         write_kaldi(places["kaldi"], rows[f"{split}-fr"])
         write_parquet(places["parquet"], rows[f"{split}-en"])
-        some = [row for lang in VOICES for row in rows[f"{split}-{lang}"][::3]]
+        some = [row for lang in LANGS for row in rows[f"{split}-{lang}"][::3]]
         write_questions(places["questions"], some)
+
+
+def speak(folder: Path) -> dict[str, list[dict]]:
+    """{"train-de": lines of a manifest, ...}, "audio" their files and "told" what `in_language`
+    takes. What tests in one language is trained on in none, and in other voices."""
+    from otreg_jax.data import synthetic
+
+    choices = list(itertools.product(NAMES, VERBS, THINGS))
+    random.Random(0).shuffle(choices)
+    told = {"train": choices[NUM_TEST:], "test": choices[:NUM_TEST]}
+    spoken = {
+        f"{split}-{lang}": [
+            synthetic.Speech(in_language(lang, *one), voice, pitch=pitch, lang=lang, speaker=voice)
+            for one, (voice, pitch) in zip(told[split], itertools.cycle(VOICES[split][lang]))
+        ]
+        for split in told
+        for lang in LANGS
+    }
+    rows = {}
+    for name, path in synthetic.synthesize(spoken, folder).items():
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows[name] = [
+            line | {"audio": (path.parent / line["audio_filepath"]).absolute(), "told": one}
+            for line, one in zip(lines, told[name.partition("-")[0]], strict=True)
+        ]
+    return rows
+
+
+def in_language(lang: str, who: str, verb: dict, thing: dict) -> str:
+    return f"{who} {verb[lang]} {thing[lang]}"
 
 
 def write_nemo(path: Path, rows) -> None:
     """Every German sentence twice: for no task by name, and to translate."""
     lines = []
     for row in rows:
-        who, verb, thing = row["told"]
         line = {"audio_filepath": str(row["audio"]), "text": row["text"], "source_lang": "de"}
         line |= {"duration": row["duration"], "speaker": row["speaker"]}
         lines.append(line | {"id": row["audio"].stem, "target_lang": "de"})
-        english = f"{who} {verb['en']} {thing['en']}"
-        translated = {"taskname": "ast", "target_lang": "en", "target_text": english}
+        translated = {"taskname": "ast", "target_lang": "en"}
+        translated["target_text"] = in_language("en", *row["told"])
         lines.append(line | {"id": f"{row['audio'].stem}-en"} | translated)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -173,7 +184,8 @@ def write_parquet(path: Path, rows) -> None:
 def write_questions(path: Path, rows) -> None:
     with tarfile.open(path, "w") as tar:
         for i, row in enumerate(rows):
-            told = {"prompt": "who is called", "answer": row["told"][0], "task": "answer"}
+            told = {"text": row["text"], "lang": row["lang"]}
+            told |= {"prompt": "who is called", "answer": row["told"][0]}
             parts = {"wav": row["audio"].read_bytes(), "json": json.dumps(told).encode()}
             for ending, data in parts.items():
                 member = tarfile.TarInfo(f"{row['lang']}-{i:04}.{ending}")
