@@ -64,14 +64,14 @@ def sample_of(utterance: sources.Utterance, tokenizer, batch, compared, b: int) 
     compared: speech [B, S, D], its lengths [B] and text [B, T, D], the embeddings that OTReg
     compares.
     """
-    speech_BSD, length_B, text_BTD = compared
-    tokens_BT, length_B = slm_lib.transcript_of(batch)
-    ids_T = tokens_BT[b, : length_B[b]]
+    speech_BSD, speech_length_B, text_BTD = compared
+    tokens_BT, token_length_B = slm_lib.transcript_of(batch)
+    ids_T = tokens_BT[b, : token_length_B[b]]
     begins_T = np.array(tokenizer.begins(utterance.text), np.int32)
     return Sample(
         utterance,
         batch["mel"][b, : batch["mel_length"][b]],
-        speech_BSD[b, : length_B[b]].astype(np.float32),
+        speech_BSD[b, : speech_length_B[b]].astype(np.float32),
         text_BTD[b, : len(ids_T)].astype(np.float32),
         ids_T,
         begins_T,

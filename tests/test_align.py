@@ -181,6 +181,17 @@ def test_tokens_share_the_letters_they_say(tmp_path):
         assert (np.diff(found[:, 0]) >= 0).all() and found[0, 0] == 0 and found[-1, 1] == 12
 
 
+def test_a_sample_holds_all_of_its_speech_and_all_of_its_text(tmp_path):
+    tokenizer = tokenization.train_sentencepiece(TEXTS, tmp_path / "t", 60, model_type="word")
+    batch = {"mel": np.zeros((2, 40, 4)), "mel_length": np.array([40, 30])}
+    batch |= {"tokens": np.ones((2, 5), np.int32), "token_length": np.array([3, 2])}
+    compared = np.zeros((2, 10, 6)), np.array([10, 8]), np.zeros((2, 5, 6))
+    utterance = sources.Utterance("a", "a.wav", TEXTS[0], 0.3)
+    sample = alignment.sample_of(utterance, tokenizer, batch, compared, 1)
+    assert sample.mel_FM.shape == (30, 4) and sample.ids_T.shape == (2,)
+    assert sample.speech_SD.shape == (8, 6) and sample.text_TD.shape == (2, 6)
+
+
 def test_word_edges_are_compared_with_the_manifest():
     times = (("ab", 0.0, 0.35), ("cd", 0.45, 1.2))
     utterance = sources.Utterance("a", "a.wav", "ab cd", 1.0, words=times)
