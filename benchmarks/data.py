@@ -2,6 +2,7 @@
 
     python -m benchmarks.data --manifest=train.jsonl
     python -m benchmarks.data --manifest=train.jsonl --part=memory --num_batches=20000
+    python -m benchmarks.data --part=startup
 
 Needs the `bench` extra (PyTorch). The corpus is a manifest of yours; it is copied to FLAC and to
 ArrayRecord files in a temporary folder. Rates are seconds of audio per second of CPU time of all
@@ -20,15 +21,16 @@ import psutil
 import soundfile
 from absl import app, flags
 
+from benchmarks import startup
 from benchmarks.common import describe_machine
 from otreg_jax import config as config_lib
 from otreg_jax.data import bucketing, features, pipeline, prepare, sources
 
-_MANIFEST = flags.DEFINE_list("manifest", None, "Corpus to measure with.")
+_MANIFEST = flags.DEFINE_list("manifest", [], "Corpus to measure with.")
 _PARTS = flags.DEFINE_multi_enum(
     "part",
     ["speed", "padding", "durations", "memory"],
-    ["speed", "padding", "durations", "memory"],
+    ["speed", "padding", "durations", "memory", "startup"],
     "What to measure.",
 )
 _LIMIT = flags.DEFINE_integer("limit", 800, "Utterances to measure speed with.")
@@ -36,6 +38,7 @@ _REPEATS = flags.DEFINE_integer(
     "repeats", 3, "Times that every speed is measured; the median counts."
 )
 _NUM_BATCHES = flags.DEFINE_integer("num_batches", 20000, "Batches to read for the memory curve.")
+_UTTERANCES = flags.DEFINE_integer("utterances", 10**7, "Made-up ones, for startup.")
 _OUT = flags.DEFINE_string("out", "benchmarks/results/data.json", "File of the results.")
 
 
@@ -240,27 +243,31 @@ def measure_memory(utterances, batch_size: int = 4) -> dict:
 
 def main(argv):
     del argv
+    parts = set(_PARTS.value)
+    if parts - {"startup"} and not _MANIFEST.value:
+        raise app.UsageError("--manifest=MANIFEST,...: what to measure with")
     utterances = [u for path in _MANIFEST.value for u in sources.read_manifest(path)]
     out = Path(_OUT.value)
     results = json.loads(out.read_text()) if out.exists() else {}
     results["machine"] = describe_machine("grain", "soundfile", "torch")
     with tempfile.TemporaryDirectory() as folder:
-        if "padding" in _PARTS.value:
+        if "padding" in parts:
             results["padding"] = measure_padding(utterances)
-        if "durations" in _PARTS.value:
+        if "durations" in parts:
             results["durations"] = measure_durations(utterances)
-        if set(_PARTS.value) & {"speed", "memory"}:
+        if parts & {"speed", "memory"}:
             some = utterances[:: max(1, len(utterances) // _LIMIT.value)]
             variants = copies(some, Path(folder))
-        if "speed" in _PARTS.value:
+        if "speed" in parts:
             results["speed"] = measure_speed(variants)
-        if "memory" in _PARTS.value:
+        if "memory" in parts:
             results["memory"] = measure_memory(variants["array_record"])
+        if "startup" in parts:
+            results["startup"] = startup.measure(Path(folder), _UTTERANCES.value)
     print(json.dumps(results, indent=2))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("manifest")
     app.run(main)

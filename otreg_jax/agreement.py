@@ -17,7 +17,7 @@ from etils import epath
 
 from otreg_jax import cluster
 from otreg_jax import config as config_lib
-from otreg_jax.data import sources
+from otreg_jax.data import index, sources
 
 BLOCK = 512  # utterances whose digest is compared first
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a file of weights
@@ -70,16 +70,16 @@ def corpus(utterances: Sequence[sources.Utterance]) -> str:
 
 def _described(utterances: Sequence[sources.Utterance], found: Sequence[str]) -> str:
     digest = hashlib.sha256("".join(found).encode()).hexdigest()[:16]
-    hours = sum(u.duration for u in utterances) / 3600
+    hours = float(index.durations(utterances).sum()) / 3600
     return f"{len(utterances)} utterances, {hours:.2f} h, {digest}"
 
 
 def digests(utterances: Sequence[sources.Utterance]) -> list[str]:
     """Of the ids, durations, texts and languages of each BLOCK of utterances."""
-    return [
-        hashlib.sha256("\n".join(map(_line, utterances[i : i + BLOCK])).encode()).hexdigest()[:16]
-        for i in range(0, len(utterances), BLOCK)
-    ]
+    digest = lambda block: hashlib.sha256("\n".join(map(_line, block)).encode()).hexdigest()[:16]
+    starts = range(0, len(utterances), BLOCK)
+    of_all = lambda: {"digests": [digest(utterances[i : i + BLOCK]) for i in starts]}
+    return index.remember(utterances, "digests", BLOCK, of_all)["digests"]
 
 
 def signature(path: str) -> list[tuple[str, str]]:

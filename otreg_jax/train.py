@@ -19,7 +19,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -48,7 +48,7 @@ from otreg_jax import (
 )
 from otreg_jax import config as config_lib
 from otreg_jax import train_step as step_lib
-from otreg_jax.data import pipeline, prompts, sets, sources, text, tokenization
+from otreg_jax.data import bucketing, pipeline, prompts, sets, sources, text, tokenization
 
 
 def train(config, workdir) -> step_lib.TrainState:
@@ -80,7 +80,7 @@ def train(config, workdir) -> step_lib.TrainState:
     plan = stages.stages_of(config)
     optimizer = optim.make_optimizer(plan[0].config)
     abstract_state = step_lib.abstract_state(params, optimizer, mesh)
-    made_of = checkpoint.provenance(config, data.tokenizer, frozen, data.corpus)
+    made_of = checkpoint.provenance(config, data.tokenizer, frozen, data.digest)
     state = checkpoint.restore(workdir, abstract_state, made_of, config.data.allow_change)
     state = state or new_state(params, optimizer, abstract_state)
     start = int(state.step)
@@ -135,13 +135,14 @@ def train(config, workdir) -> step_lib.TrainState:
 class Data(NamedTuple):
     """What a run learns from."""
 
-    train: list[sources.Utterance]
+    train: Sequence[sources.Utterance]
     dev: list[sources.Utterance]  # empty if it is not evaluated while training
     tokenizer: tokenization.Tokenizer
     llm_dir: str  # the LLM's weights; "" builds one from scratch
     ctc_classes: list[int] | None  # token ids, see `losses.init_ctc`; None: all
     prompter: prompts.Prompter
-    corpus: str  # `agreement.corpus` of `train`
+    corpus: bucketing.Corpus  # of `train`
+    digest: str  # `agreement.corpus` of it
 
 
 def load_data(config, files: rundir.Files) -> Data:
@@ -156,19 +157,20 @@ def load_data(config, files: rundir.Files) -> Data:
         dev = sets.load_dev(config, files.root) if config.eval_every else []
         tokenizer = make_tokenizer(config, files, utterances)
         prompter = prompts.make(config, tokenizer, utterances)
-        answers = [prompts.answer(prompter, u) for u in utterances]
+        answers = [prompts.answer(prompter, u) for u in text.sample(utterances)]
         report = text.check_transcripts(tokenizer, answers, config.tokenizer.max_unknown)
+        corpus = bucketing.make_corpus(utterances, tokenizer, prompter, config.data.window)
         llm_dir = prepare_llm(config, files.root, tokenizer, utterances)
     if process == 0:
         print(*report, sep="\n")
         config_lib.save(config, files.config)
         rundir.write_json(files.description, sets.describe(utterances))
     are_used = stages.is_ever_on(config, "ctc") and config.ctc.classes == "used"
-    corpus = agreement.check_data("training data", utterances)
+    digest = agreement.check_data("training data", utterances)
     agreement.check_data("dev set", dev)
     agreement.check_weights([config.encoder.path, config.adapter.path, llm_dir])
-    classes = text.used_tokens(tokenizer, [u.text for u in utterances]) if are_used else None
-    return Data(utterances, dev, tokenizer, llm_dir, classes, prompter, corpus)
+    classes = bucketing.used_tokens(corpus, tokenizer, prompter) if are_used else None
+    return Data(utterances, dev, tokenizer, llm_dir, classes, prompter, corpus, digest)
 
 
 def new_state(params, optimizer, abstract_state) -> step_lib.TrainState:
@@ -260,6 +262,7 @@ def train_batches(
         prompter=data.prompter,
         batch_seconds=config.batch_seconds,
         unit=sharding.batch_shards(slm.mesh.shape) * config.accumulation,
+        corpus=data.corpus,
     )
 
     def saving_first():

@@ -1,12 +1,13 @@
 """Few shapes for utterances of every length, and the batches that fill them."""
 
-import itertools
+import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import tqdm
 
-from otreg_jax.data import features, prompts
+from otreg_jax.data import features, index, prompts
 from otreg_jax.data.utterances import Utterance
 
 FRAMES_MULTIPLE = 8  # bucket widths, so that convolution strides and frame stacking divide them
@@ -68,7 +69,7 @@ class Plan(NamedTuple):
 def make_corpus(
     utterances: Sequence[Utterance], tokenizer, prompter=None, window: float = 0
 ) -> Corpus:
-    """Tokenizes answers and transcripts, and measures prompts.
+    """Tokenizes answers and transcripts, and measures prompts; of indexed utterances once for all.
 
     prompter: of `prompts`; None: the answers are the transcripts, and all prompts are one.
     window: in seconds, as `data.window`.
@@ -77,31 +78,62 @@ def make_corpus(
     """
     if not utterances:
         raise ValueError("there are no utterances to batch")
-    answers = [prompts.answer(prompter, u) for u in utterances]
-    texts = [answers]
-    if any(u.text != answer for u, answer in zip(utterances, answers, strict=True)):
-        texts.append([u.text for u in utterances])
-    tokens, spans = _tokenize(texts, tokenizer)
-    is_own = prompter is not None and not prompts.is_fixed(prompter.tasks)
+    tokenized = lambda: _tokenize(utterances, tokenizer, prompter)
     return Corpus(
         utterances,
-        np.array([round(u.duration * features.SAMPLE_RATE) for u in utterances]),
-        tokens,
-        *(spans if len(spans) == 2 else (*spans, None)),
-        np.array([prompts.longest(prompter, u) for u in utterances]) if is_own else None,
-        round(window * features.FRAME_RATE),
+        np.round(index.durations(utterances) * features.SAMPLE_RATE).astype(np.int64),
+        **index.remember(utterances, "tokens", _made_of(tokenizer, prompter), tokenized),
+        window=round(window * features.FRAME_RATE),
     )
 
 
-def _tokenize(lists: list[list[str]], tokenizer) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The tokens of all texts, equal ones once, and for each list of N texts their spans [N, 2]."""
-    ids, spans, end = [], {}, 0
-    for text in itertools.chain(*lists):
-        if text not in spans:
-            ids.append(np.asarray(tokenizer.encode(text), np.int32))
-            spans[text] = (end, end + len(ids[-1]))
-            end = spans[text][1]
-    return np.concatenate(ids), [np.array([spans[text] for text in texts]) for texts in lists]
+def _made_of(tokenizer, prompter) -> list:
+    """What tokens depend on beside the utterances."""
+    return [
+        getattr(tokenizer, "fingerprint", ""),
+        prompter and [prompter.tasks, prompter.distractors],
+    ]
+
+
+def _tokenize(utterances: Sequence[Utterance], tokenizer, prompter) -> dict:
+    """What a Corpus holds of texts and prompts."""
+    tokens, span_of, spans, longest = array.array("i"), {}, array.array("q"), array.array("q")
+    is_own = prompter is not None and not prompts.is_fixed(prompter.tasks)
+    for utterance in tqdm.tqdm(utterances, desc="tokenizing", unit="utt", delay=2):
+        for text in (prompts.answer(prompter, utterance), utterance.text):
+            if text not in span_of:
+                start = len(tokens)
+                tokens.extend(tokenizer.encode(text))
+                span_of[text] = start, len(tokens)
+            spans.extend(span_of[text])
+        if is_own:
+            longest.extend(prompts.longest(prompter, utterance))
+    answer_N2, heard_N2 = np.array(spans).reshape(-1, 2, 2).swapaxes(0, 1)
+    return {
+        "tokens": np.array(tokens),
+        "answer_N2": answer_N2.copy(),
+        "heard_N2": None if np.array_equal(answer_N2, heard_N2) else heard_N2.copy(),
+        "prompt_N2": np.array(longest).reshape(-1, 2) if is_own else None,
+    }
+
+
+def used_tokens(corpus: Corpus, tokenizer, prompter) -> list[int]:
+    """The ids of the tokens that the transcripts are made of, rising, each once; the corpus is of
+    this tokenizer and prompter."""
+
+    def look():
+        is_heard = np.ones(len(corpus.tokens), bool)
+        if corpus.heard_N2 is not None:
+            edges = np.zeros(len(corpus.tokens) + 1, np.int8)
+            start, end = np.unique(corpus.heard_N2[np.diff(corpus.heard_N2)[:, 0] > 0], axis=0).T
+            edges[start] += 1
+            edges[end] -= 1
+            is_heard = np.cumsum(edges[:-1], dtype=np.int8) > 0
+        blocks = (slice(i, i + 2**24) for i in range(0, len(corpus.tokens), 2**24))
+        found = (np.unique(corpus.tokens[block][is_heard[block]]).tolist() for block in blocks)
+        return {"ids": sorted(set().union(*found))}
+
+    return index.remember(corpus.utterances, "used", _made_of(tokenizer, prompter), look)["ids"]
 
 
 def own_widths(corpus: Corpus, rows_N, speeds, buckets) -> np.ndarray:

@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
@@ -69,22 +69,26 @@ def scan_manifest(
     """
     path = remote.localize(os.fspath(path))
     remote.check([path], "the manifest lies there")
+    root = remote.localize(data_root) or os.path.dirname(path) or "."
+    strict = bool(data_root)
+    utterances, problems = check_lines(_lines(path), root, strict, require_text, columns)
+    if not utterances and not problems:
+        problems.append(Problem("empty_manifest", f"{path}:0", "the manifest holds no utterance"))
+    return utterances, problems
+
+
+def _lines(path: str) -> Iterator[tuple[str, bytes]]:
+    """(where, line) of a manifest's lines that are not blank. One at a time: all of them may be
+    more than the memory holds."""
     try:
-        content = epath.Path(path).read_bytes()
+        with epath.Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line.removesuffix(b"\n")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         raise FileNotFoundError(f"{path}: no such manifest") from None
     except OSError as error:
         raise OSError(f"{path}: the manifest cannot be read: {error.strerror or error}") from None
-    lines = (
-        (f"{path}:{number}", line)
-        for number, line in enumerate(content.split(b"\n"), start=1)
-        if line.strip()
-    )
-    root = remote.localize(data_root) or os.path.dirname(path) or "."
-    utterances, problems = check_lines(lines, root, bool(data_root), require_text, columns)
-    if not utterances and not problems:
-        problems.append(Problem("empty_manifest", f"{path}:0", "the manifest holds no utterance"))
-    return utterances, problems
 
 
 def check_lines(
@@ -377,6 +381,11 @@ def _untimely(utterance: Utterance) -> str:
 
 def write_manifest(path: str | os.PathLike, utterances: Iterable[Utterance]) -> None:
     """Writes utterances as a manifest, with absolute audio paths."""
+    epath.Path(path).write_text(as_text(utterances))
+
+
+def as_text(utterances: Iterable[Utterance]) -> str:
+    """What `write_manifest` writes."""
     lines = []
     for utterance in utterances:
         line = utterance._asdict()
@@ -387,4 +396,4 @@ def write_manifest(path: str | os.PathLike, utterances: Iterable[Utterance]) -> 
         line["audio_filepath"] = path_of_audio if elsewhere else os.path.abspath(path_of_audio)
         given = {key: value for key, value in line.items() if value not in (None, "", ())}
         lines.append(json.dumps(given, ensure_ascii=False) + "\n")
-    epath.Path(path).write_text("".join(lines))
+    return "".join(lines)

@@ -9,7 +9,7 @@ batch are fixed before each host takes its own: any number of hosts and workers,
 any step, see the same.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from otreg_jax.data import audio, augment, features, prompts, sources
+from otreg_jax.data import audio, augment, features, mixture, prompts, sources
 from otreg_jax.data.bucketing import (
     Corpus,
     Plan,
@@ -30,6 +30,7 @@ from otreg_jax.data.bucketing import (
     print_plan,
     rows_by_seconds,
 )
+from otreg_jax.data.mixture import AUGMENT, ORDER, PROMPT, rng_of
 from otreg_jax.data.utterances import BadAudio, Problem, Utterance
 
 MEMORY_BYTES = 2**30  # audio or features up to this size are kept in memory between epochs
@@ -54,6 +55,7 @@ def train_batches(
     prompter: prompts.Prompter | None = None,
     batch_seconds: float = 0.0,
     unit: int = 1,
+    corpus: Corpus | None = None,
 ) -> Iterator[Batch]:
     """Yields this host's rows of the batches of steps start_step … num_steps - 1.
 
@@ -72,6 +74,7 @@ def train_batches(
         answers with transcripts.
       batch_seconds: audio of a step over all hosts, padding included, in place of `batch_size`; 0:
         not so. unit: rows of a batch are then a multiple of it.
+      corpus: what `make_corpus` gives for these utterances, if it was asked before.
 
     Yields:
       {"mel": float32 [B, F, M], "mel_length": int32 [B], "tokens": int32 [B, T] (answers only),
@@ -87,7 +90,7 @@ def train_batches(
         utterances (on_bad_audio="raise"); where all audio fits in memory it is read before the
         first step, and the message lists every unusable file.
     """
-    corpus = make_corpus(utterances, tokenizer, prompter, data_config.window)
+    corpus = corpus or make_corpus(utterances, tokenizer, prompter, data_config.window)
     rows_N = _within_token_limit(corpus, data_config, skipped_path if host_index == 0 else None)
     speeds = tuple(data_config.augment.speeds)
     buckets = choose_buckets(
@@ -97,15 +100,15 @@ def train_batches(
     )
     widths = own_widths(corpus, rows_N, speeds, buckets)
     weights = {name: task.weight for name, task in (prompter.tasks if prompter else {}).items()}
-    groups = _groups([utterances[row] for row in rows_N], data_config, weights)
+    groups = mixture.groups_of(utterances, rows_N, data_config, weights)
 
     size = rows_by_seconds(buckets, batch_seconds, unit) if batch_seconds else batch_size
     for rows in np.unique(size):
         _share(rows, host_index, host_count)
 
     def plan_epoch(epoch: int) -> Plan:
-        rng = _rng(_ORDER, seed, epoch)
-        draws_N = rows_N[_draw(groups, seed, epoch)]
+        rng = rng_of(ORDER, seed, epoch)
+        draws_N = rows_N[mixture.draw(groups, seed, epoch)]
         draws_N = rng.permutation(draws_N)
         speed_N = rng.choice(speeds, size=len(draws_N))
         plan = deal(corpus, draws_N, speed_N, buckets, size)
@@ -148,12 +151,12 @@ def train_batches(
         mine = _share(plan.size_S[s], host_index, host_count)
         share = plan.batch(s, mine)
         examples = [
-            read(row, speed, _rng(_AUGMENT, seed, step, i))
+            read(row, speed, rng_of(AUGMENT, seed, step, i))
             for i, (row, speed) in enumerate(zip(share.rows, share.speed, strict=True), mine.start)
         ]
         b = share.bucket_S[0]
         made = _assemble(corpus, share.rows, examples, buckets[b], data_config, kept)
-        rngs = (_rng(_PROMPT, seed, step, i) for i in range(mine.start, mine.stop))
+        rngs = (rng_of(PROMPT, seed, step, i) for i in range(mine.start, mine.stop))
         return made | own_parts(corpus, share.rows, widths[b], prompter, rngs)
 
     # What is kept is read from a mapped file: workers would only copy it.
@@ -216,13 +219,6 @@ def eval_batches(
 # Which utterances, in which shape, at which step
 # ------------------------------------------------------------------------------------------------
 
-# What a random generator is for: no two share a stream.
-_ORDER, _GROUP, _AUGMENT, _PROMPT = range(4)
-
-
-def _rng(purpose: int, *seeds: int) -> np.random.Generator:
-    return np.random.default_rng([purpose, *seeds])
-
 
 def _within_token_limit(corpus: Corpus, data_config, skipped_path) -> np.ndarray:
     """Rows of utterances whose transcripts are not over `max_tokens` (0: no limit)."""
@@ -238,72 +234,6 @@ def _within_token_limit(corpus: Corpus, data_config, skipped_path) -> np.ndarray
     if not len(rows_N):
         raise ValueError(f"every transcript is longer than data.max_tokens={limit}")
     return rows_N
-
-
-class _Group(NamedTuple):
-    """Utterances that are drawn alike; `share` of the draws, but for a factor."""
-
-    name: str
-    rows: np.ndarray
-    share: float
-
-
-def _groups(
-    utterances: Sequence[Utterance], data_config, weights: Mapping[str, float] = {}
-) -> list[_Group]:
-    """The utterances of each language or manifest, or all of them: `data.mixture`, in proportion to
-    size^(1 / data.temperature); or, with `data.weights`, of each manifest in the order they come.
-    With the `weights` of several tasks, those of each task, whose share of the draws that is.
-
-    (Conneau et al. 2020, XLM-R, section 3, sample languages by temperature.)
-    """
-    given = tuple(data_config.weights)
-    mixture = "corpus" if given else data_config.mixture
-    if mixture not in sources.MIXTURES:
-        known = ", ".join(map(repr, sources.MIXTURES))
-        raise ValueError(f"data.mixture={mixture!r} is not one of {known}")
-    of_N = np.array([sources.MIXTURES[mixture](u) for u in utterances])
-    names, first = np.unique(of_N, return_index=True)
-    if given and (len(given) != len(names) or min(given) <= 0):
-        came = [str(name) for name in names[np.argsort(first)]]
-        raise ValueError(
-            f"data.weights={given}: give one number above 0 for each of, in this order, "
-            + ", ".join(came)
-        )
-    share_of = dict(zip(names[np.argsort(first)], given, strict=False))
-    task_N = np.array([u.task if len(weights) > 1 else "" for u in utterances])
-    groups = []
-    for task in np.unique(task_N):
-        mine = {name: np.flatnonzero((of_N == name) & (task_N == task)) for name in names}
-        mine = {name: rows for name, rows in mine.items() if len(rows)}
-        share = {
-            n: share_of.get(n, len(r) ** (1 / data_config.temperature)) for n, r in mine.items()
-        }
-        scale = weights[task] / sum(share.values()) if task else 1.0
-        for name, rows in mine.items():
-            words = [str(name)] if not task else [str(task), str(name)][: len(mine)]
-            groups.append(_Group(", ".join(words), rows, scale * float(share[name])))
-    return groups
-
-
-def _draw(groups: Sequence[_Group], seed: int, epoch: int) -> np.ndarray:
-    """As many rows as there are utterances, from each group its share.
-
-    Each group is gone through in a fresh order each time, and goes on in the next epoch where it
-    stopped in this one.
-    """
-    size_G = np.array([len(g.rows) for g in groups])
-    share_G = np.array([g.share for g in groups])
-    share_G = share_G / share_G.sum() * size_G.sum()
-    count_G = np.floor(share_G).astype(int)
-    count_G[np.argsort(count_G - share_G, kind="stable")[: size_G.sum() - count_G.sum()]] += 1
-    drawn = []
-    for g, ((_, rows, _), size, count) in enumerate(zip(groups, size_G, count_G, strict=True)):
-        start = epoch * count
-        rounds = range(start // size, -(-(start + count) // size))
-        stream = [rows[_rng(_GROUP, seed, g, r).permutation(size)] for r in rounds]
-        drawn += [np.concatenate([rows[:0], *stream])[start % size :][:count]]
-    return np.concatenate(drawn)
 
 
 def _share(batch_size: int, host_index: int, host_count: int) -> slice:

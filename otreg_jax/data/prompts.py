@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otreg_jax import languages
+from otreg_jax.data import index
 from otreg_jax.data import text as text_lib
 from otreg_jax.data.tokenization import SPEECH, Tokenizer
 from otreg_jax.data.utterances import Problem, Utterance
@@ -108,9 +109,19 @@ def make(config, tokenizer: Tokenizer, utterances: Sequence[Utterance] = ()) -> 
         )
     for template in templates:
         text_lib.build_prompt(tokenizer, _FIELD.sub("", _OPTIONAL.sub(r"\1", template)))
-    _check_control(tokenizer, fields_of(*templates), utterances)
-    words = {w for u in utterances for w in context_of(u)} if config.data.distractors else ()
-    return Prompter(tokenizer, tasks, config.data.distractors, sorted(words))
+    names, distractors = fields_of(*templates), config.data.distractors
+
+    def look():
+        _check_control(tokenizer, names, utterances)
+        return {
+            "words": sorted({w for u in utterances for w in context_of(u)} if distractors else ())
+        }
+
+    words = []
+    if names or distractors:
+        made_of = [tokenizer.control, names, bool(distractors)]
+        words = index.remember(utterances, "words", made_of, look)["words"]
+    return Prompter(tokenizer, tasks, distractors, words)
 
 
 def _check_control(tokenizer: Tokenizer, names: Sequence[str], utterances) -> None:

@@ -41,7 +41,7 @@ def find(path: str) -> Callable[[], Lines] | None:
         return lambda: _kaldi_lines(place)
     if cuts := _files(place, "cuts.*.jsonl.gz"):
         return lambda: _shar_lines(path, cuts)
-    if tars := _files(place, "*.tar") or _braces(path):
+    if tars := _files(place, "*.tar") or braces(path):
         return lambda: _tar_lines(path, tars)
     return None
 
@@ -53,7 +53,7 @@ def _files(place: Path, pattern: str, below: str = "") -> list[Path]:
     return sorted(place.glob(below + pattern)) if place.is_dir() else []
 
 
-def _braces(path: str) -> list[Path]:
+def braces(path: str) -> list[Path]:
     """ "train-{000..003}.tar" as its files; those that are missing too, to be named."""
     found = _BRACES.search(path)
     if not found or not path.endswith(".tar"):

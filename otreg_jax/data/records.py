@@ -19,6 +19,7 @@ import soundfile
 from etils import epath
 
 from otreg_jax import rundir
+from otreg_jax.data import remote
 from otreg_jax.data.utterances import SAMPLE_RATE, BadAudio
 
 PREFIX = "record:"  # an utterance's audio: "record:FOLDER:SPLIT:INDEX"
@@ -94,7 +95,7 @@ def at_hand(paths: list) -> list:
 
     Copies are kept in the user's cache directory, and made anew if their size has changed.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otreg_jax/records"
+    cache = remote.user_cache() / "records"
     copies = [cache / str(p).partition("://")[2] if "://" in str(p) else p for p in paths]
     missing = [
         (path, copy)

@@ -5,6 +5,7 @@ import os
 import threading
 import urllib.parse
 from collections.abc import Iterable
+from pathlib import Path
 
 from etils import epath
 
@@ -65,3 +66,8 @@ def _no_answer(path: str) -> str:
         return outcome[0]
     hint = "" if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") else ", credentials missing?"
     return f"no answer within {PATIENCE} s: no network{hint}"
+
+
+def user_cache() -> Path:
+    """Where what can be made again is kept on this machine's disk."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otreg_jax"

@@ -1,51 +1,64 @@
 """From a configuration to utterances: manifests, synthetic speech made on the spot, or both."""
 
+import json
 import math
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from otreg_jax import rundir
-from otreg_jax.data import features, prompts, sources, spoken, synthetic
+from otreg_jax.data import features, index, prompts, remote, sources, spoken, synthetic
 from otreg_jax.data.utterances import too_long
 
 Sets = dict[str, list[sources.Utterance]]
 
 
-def load_train(config, workdir, skipped_path=None) -> list[sources.Utterance]:
+def load_train(config, workdir, skipped_path=None) -> Sequence[sources.Utterance]:
     """The training utterances that the model can take, those of manifests in their order, then
     synthetic speech, each once for every task that it is for; what is set aside is appended to the
     JSON-lines file `skipped_path`, if one is given.
+
+    Large manifests are read once: see `index`.
 
     Raises:
       ValueError, FileNotFoundError: a manifest is missing or wrong (all its problems are listed),
         or no utterance is left.
     """
-    utterances = []
+    paths = [path.strip() for path in config.data.train.split(",") if path.strip()]
+    data, synthetic_config = config.data, config.synthetic if is_spoken(config) else {}
+    settings = [data.data_root, data.on_bad_audio, data.long_audio, data.max_utterances]
+    settings += [max_seconds(config), config.prompt, config.tasks, synthetic_config]
+    settings = json.loads(json.dumps(settings, default=lambda x: x.to_dict()))
+    home = remote.user_cache() if "://" in data.cache or not data.cache else Path(data.cache)
+    found = index.once(home / "index", paths, settings, lambda: _find_train(config, workdir))
+    sources.tell(found, skipped_path)
+    if not found.utterances:
+        lacks_task = found.told[-1][1]
+        limit = f"is left to train on (data.max_duration is {data.max_duration:g} s)"
+        why = "serves a task" if lacks_task else limit
+        raise ValueError(f"{data.train}: no utterance {why}; see skipped.jsonl")
+    return found.utterances
+
+
+def _find_train(config, workdir) -> sources.Found:
+    found, told, segments = [], [], ""
     if config.data.train:
-        utterances += sources.load_utterances(
+        found, told, segments = sources.find_utterances(
             config.data.train,
             config.data,
             max_duration=max_seconds(config),
-            skipped_path=skipped_path,
             require_text=not config.tasks,
             columns=prompts.columns(config),
         )
     if is_spoken(config):
-        found, refused = not_too_long(load_synthetic(config, workdir)["train"], config)
-        sources.handle(refused, config.data.on_bad_audio, skipped_path)
-        utterances += found
-    if not utterances:
-        raise ValueError(
-            f"{config.data.train}: no utterance is left to train on (data.max_duration is "
-            f"{config.data.max_duration:g} s); see skipped.jsonl"
-        )
-    items, unfit = prompts.expand(utterances[: config.data.max_utterances or None], config)
-    sources.handle(unfit, config.data.on_bad_audio, skipped_path)
-    if not items:
-        raise ValueError(f"{config.data.train}: no utterance serves a task; see skipped.jsonl")
-    return items
+        spoken_ones, refused = not_too_long(load_synthetic(config, workdir)["train"], config)
+        told = [*told, ("skipped", sources.may_skip(refused, config.data.on_bad_audio))]
+        found = [*found, *spoken_ones]
+    items, unfit = prompts.expand(found[: config.data.max_utterances or None], config)
+    told = [*told, ("skipped", sources.may_skip(unfit, config.data.on_bad_audio))]
+    return sources.Found(items, told, segments)
 
 
 def load_dev(config, workdir) -> list[sources.Utterance]:
@@ -143,13 +156,13 @@ def max_seconds(config) -> float:
     return min(config.data.max_duration, 30.0 if encoder.path else frames / features.FRAME_RATE)
 
 
-def describe(utterances: list[sources.Utterance]) -> dict[str, float]:
+def describe(utterances: Sequence[sources.Utterance]) -> dict[str, float]:
     """What later use of a model needs to know of its training data."""
-    seconds = [u.duration for u in utterances]
+    seconds_N = index.durations(utterances)
     return {
-        "utterances": len(seconds),
-        "hours": round(sum(seconds) / 3600, 4),
-        "longest_seconds": max(seconds),
+        "utterances": len(seconds_N),
+        "hours": round(float(seconds_N.sum()) / 3600, 4),
+        "longest_seconds": float(seconds_N.max()),
     }
 
 

@@ -15,11 +15,13 @@ from otreg_jax.data.manifest import read_manifest, scan_manifest, write_manifest
 from otreg_jax.data.utterances import (
     ON_BAD_AUDIO,
     BadAudio,
+    Found,
     Problem,
     Utterance,
     count,
     handle,
     in_threads,
+    may_skip,
     record_skipped,
     too_long,
 )
@@ -30,20 +32,24 @@ __all__ = [
     "ON_BAD_AUDIO",
     "SAMPLE_RATE",
     "BadAudio",
+    "Found",
     "Problem",
     "Utterance",
     "chunk",
     "count",
+    "find_utterances",
     "from_file",
     "handle",
     "in_threads",
     "load_audio",
     "load_utterances",
+    "may_skip",
     "read_manifest",
     "record_skipped",
     "scan",
     "scan_manifest",
     "split_of",
+    "tell",
     "word_spans",
     "write_manifest",
 ]
@@ -106,27 +112,45 @@ def scan_records(
 
 
 def load_utterances(
+    manifests: str, data_config, *, max_duration: float, skipped_path: str | None = None, **options
+) -> list[Utterance]:
+    """`find_utterances`, told: the utterances."""
+    found = find_utterances(manifests, data_config, max_duration=max_duration, **options)
+    tell(found, skipped_path)
+    return list(found.utterances)
+
+
+def tell(found: Found, skipped_path: str | None) -> None:
+    """Prints how many utterances are left out and appends them to a JSON-lines file, if one is
+    given, beside which the parts of divided audio are listed in segments.jsonl."""
+    for note, problems in found.told:
+        record_skipped(problems, skipped_path, note)
+    if found.segments and skipped_path:
+        path = epath.Path(skipped_path).with_name("segments.jsonl")
+        path.write_text(found.segments)
+        parts = found.segments.count("\n")
+        print(f"divided long audio into {parts} segments: see {path}")
+
+
+def find_utterances(
     manifests: str,
     data_config,
     *,
     max_duration: float,
-    skipped_path: str | None = None,
     require_text: bool = True,
     columns: frozenset[str] = frozenset(),
-) -> list[Utterance]:
+) -> Found:
     """Reads manifests and sets aside what cannot be used.
 
     Args:
       manifests: paths, as `scan` takes them, separated by commas.
       data_config: on_bad_audio ("raise" | "skip"), long_audio ("reject" | "chunk"), data_root.
       max_duration: seconds that the model can take.
-      skipped_path: JSON-lines file to which what is set aside is appended.
       require_text, columns: as for `scan_manifest`.
 
     Returns:
-      Utterances of at most `max_duration`. Longer ones are left out, counted and recorded; with
-      long_audio="chunk" those with word times ("words") are divided between words instead, and the
-      parts listed in segments.jsonl beside `skipped_path`.
+      Utterances of at most `max_duration`. Longer ones are left out; with long_audio="chunk" those
+      with word times ("words") are divided between words instead.
 
     Raises:
       FileNotFoundError: a manifest does not exist.
@@ -134,7 +158,7 @@ def load_utterances(
     """
     root = data_config.data_root
     scans = [scan(p.strip(), root, require_text, columns) for p in manifests.split(",")]
-    handle([p for _, problems in scans for p in problems], data_config.on_bad_audio, skipped_path)
+    problems = may_skip((p for _, found in scans for p in found), data_config.on_bad_audio)
     if data_config.long_audio not in LONG_AUDIO:
         raise ValueError(f"data.long_audio={data_config.long_audio!r}: {' or '.join(LONG_AUDIO)}")
     kept, segments, refused = [], [], []
@@ -152,12 +176,8 @@ def load_utterances(
                 refused.append(problem)
             else:
                 segments.append(part)
-    record_skipped(refused, skipped_path, note="refused")
-    if segments and skipped_path:
-        path = epath.Path(skipped_path).with_name("segments.jsonl")
-        write_manifest(path, segments)
-        print(f"divided long audio into {len(segments)} segments: see {path}")
-    return kept + segments
+    told = [("skipped", problems), ("refused", refused)]
+    return Found(kept + segments, told, manifest.as_text(segments))
 
 
 def chunk(utterance: Utterance, max_duration: float) -> list[Utterance]:

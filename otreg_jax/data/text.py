@@ -114,42 +114,42 @@ def _chat(tokenizer: Tokenizer, turn: str, said: str) -> tuple[str, str]:
     return text, end
 
 
-def used_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
-    """The ids of the tokens that these texts are made of, rising, each once."""
-    return sorted({i for text in texts for i in tokenizer.encode(text)})
+def sample(items: Sequence) -> Sequence:
+    """At most SAMPLE of them, evenly spaced."""
+    return items[:: max(1, -(-len(items) // SAMPLE))]
 
 
 def check_transcripts(
     tokenizer: Tokenizer, texts: Sequence[str], max_unknown: float = 1.0
 ) -> list[str]:
-    """Lines on how the tokenizer writes transcripts, from at most SAMPLE of them, evenly spaced.
+    """Lines on how the tokenizer writes transcripts, from a `sample` of them.
 
     Raises ValueError when more than `max_unknown` of the tokens stand for text it cannot write.
     """
-    sample = texts[:: max(1, -(-len(texts) // SAMPLE))]
-    ids = [tokenizer.encode(text) for text in sample]
+    texts = sample(texts)
+    ids = [tokenizer.encode(text) for text in texts]
     total = sum(map(len, ids))
     if not total:
         return []
     unknown = sum(row.count(tokenizer.unk_id) for row in ids) / total
     lines = [
-        f"tokenizer: {sum(map(len, sample)) / total:.2f} characters a token, {unknown:.1%} of the "
+        f"tokenizer: {sum(map(len, texts)) / total:.2f} characters a token, {unknown:.1%} of the "
         "tokens unknown"
     ]
     if unknown > max_unknown:
-        worst = max(zip(ids, sample, strict=True), key=lambda row: row[0].count(tokenizer.unk_id))
+        worst = max(zip(ids, texts, strict=True), key=lambda row: row[0].count(tokenizer.unk_id))
         raise ValueError(
             f"the tokenizer cannot write {unknown:.1%} of the transcripts' tokens, for instance "
             f"{worst[1][:60]!r}: is it of another language? Take another, or raise "
             f"tokenizer.max_unknown={max_unknown:g}"
         )
-    cased = [text for text in sample if text.lower() != text.upper()]
+    cased = [text for text in texts if text.lower() != text.upper()]
     if cased and sum(text == text.upper() for text in cased) >= 0.9 * len(cased):
-        lower = sum(len(tokenizer.encode(text.lower())) for text in sample)
+        lower = sum(len(tokenizer.encode(text.lower())) for text in texts)
         if total >= 1.2 * lower:
             lines.append(
                 f"tokenizer: upper-case transcripts take {total / lower:.1f} times the tokens of "
-                f"lower case ({total:,} instead of {lower:,} in {len(sample):,} of them)"
+                f"lower case ({total:,} instead of {lower:,} in {len(texts):,} of them)"
             )
     return lines
 

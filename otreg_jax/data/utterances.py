@@ -39,6 +39,18 @@ class Problem(NamedTuple):
     message: str
 
 
+class Found(NamedTuple):
+    """What a data set holds.
+
+    told: (what became of them, problems), of utterances that are left out. segments: as a manifest,
+      the parts of audio that was divided.
+    """
+
+    utterances: Sequence[Utterance]
+    told: list[tuple[str, list[Problem]]]
+    segments: str = ""
+
+
 def too_long(utterance: Utterance, longest: float, why: str = "") -> Problem | None:
     """The problem with an utterance of more than `longest` seconds: audio is refused, never cut.
 
@@ -65,12 +77,17 @@ def handle(
     problems: Iterable[Problem], on_bad_audio: str, skipped_path: str | os.PathLike | None
 ) -> None:
     """Raises a ValueError that lists the problems, or records them, as `on_bad_audio` asks."""
+    record_skipped(may_skip(problems, on_bad_audio), skipped_path)
+
+
+def may_skip(problems: Iterable[Problem], on_bad_audio: str) -> list[Problem]:
+    """The problems, if `on_bad_audio` lets them be skipped; else raises a ValueError of them."""
     if on_bad_audio not in ON_BAD_AUDIO:
         raise ValueError(f"data.on_bad_audio={on_bad_audio!r}: {' or '.join(ON_BAD_AUDIO)}")
+    problems = list(problems)
     if on_bad_audio == "raise":
-        raise_problems(list(problems))
-    else:
-        record_skipped(list(problems), skipped_path)
+        raise_problems(problems)
+    return problems
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
