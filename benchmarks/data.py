@@ -24,7 +24,7 @@ from absl import app, flags
 from benchmarks import startup
 from benchmarks.common import describe_machine
 from otreg_jax import config as config_lib
-from otreg_jax.data import bucketing, features, pipeline, prepare, sources
+from otreg_jax.data import bucketing, features, pipeline, prepare, sources, tokenization
 
 _MANIFEST = flags.DEFINE_list("manifest", [], "Corpus to measure with.")
 _PARTS = flags.DEFINE_multi_enum(
@@ -33,6 +33,7 @@ _PARTS = flags.DEFINE_multi_enum(
     ["speed", "padding", "durations", "memory", "startup"],
     "What to measure.",
 )
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Of transcripts, for padding; by default bytes.")
 _LIMIT = flags.DEFINE_integer("limit", 800, "Utterances to measure speed with.")
 _REPEATS = flags.DEFINE_integer(
     "repeats", 3, "Times that every speed is measured; the median counts."
@@ -42,11 +43,18 @@ _UTTERANCES = flags.DEFINE_integer("utterances", 10**7, "Made-up ones, for start
 _OUT = flags.DEFINE_string("out", "benchmarks/results/data.json", "File of the results.")
 
 
+POSITION_FRAMES = 8  # of an LLM that reads 12.5 positions a second
+
+
 class Bytes:
     """A tokenizer with a token a byte."""
 
     def encode(self, text):
         return list(text.encode())
+
+
+def tokenizer():
+    return tokenization.load_tokenizer(_TOKENIZER.value) if _TOKENIZER.value else Bytes()
 
 
 def data_config(**changes):
@@ -165,7 +173,7 @@ def measure_speed(variants) -> dict:
 
 def measure_padding(utterances, batch_size: int = 16) -> dict:
     """Fractions of all mel frames in an epoch's batches that are padding."""
-    corpus = bucketing.make_corpus(utterances, Bytes())
+    corpus = bucketing.make_corpus(utterances, tokenizer())
     frames = bucketing.frames_of(corpus, np.arange(len(utterances)))
     ratios = {}
     for num_buckets in (1, 2, 4, 8, 16):
@@ -183,11 +191,12 @@ def measure_padding(utterances, batch_size: int = 16) -> dict:
 
 def measure_durations(utterances, batch_size: int = 16) -> dict:
     """Batches of `batch_size` rows beside batches of as many seconds as the longest of those holds,
-    and of a quarter: padding, audio a step, the longest step over the mean."""
-    corpus = bucketing.make_corpus(utterances, Bytes())
+    and of a quarter: padding of frames, of tokens and of the LLM's positions (a token, or
+    POSITION_FRAMES), audio a step, the longest step over the mean."""
+    corpus = bucketing.make_corpus(utterances, tokenizer())
     frames = bucketing.frames_of(corpus, np.arange(len(utterances)))
     order, rows = np.random.default_rng(0).permutation(len(utterances)), []
-    for num_buckets in (4, 8, 16):
+    for num_buckets in (4, 6, 8, 16):
         buckets = bucketing.choose_buckets(frames, corpus.token_length, num_buckets)
         widths = np.array([width for width, _ in buckets]) / features.FRAME_RATE
         most = batch_size * widths[-1]
@@ -195,11 +204,18 @@ def measure_durations(utterances, batch_size: int = 16) -> dict:
             size = bucketing.rows_by_seconds(buckets, seconds, 1) if seconds else batch_size
             plan = bucketing.deal(corpus, order, np.ones(len(order)), buckets, size)
             held = plan.size_S * widths[plan.bucket_S]
+            padding = bucketing.padding(corpus, buckets, plan)
+            positions = np.array([f / POSITION_FRAMES + t for f, t in buckets])[plan.bucket_S]
+            used = frames[plan.rows] / POSITION_FRAMES + corpus.token_length[plan.rows]
             rows.append(
                 {
                     "shapes": num_buckets,
                     "batch_seconds": round(float(seconds), 1),
-                    "padding": round(bucketing.padding(corpus, buckets, plan)[0], 4),
+                    "padding": round(padding[0], 4),
+                    "padding_tokens": round(padding[1], 4),
+                    "padding_positions": round(
+                        float(1 - used.sum() / (positions * plan.size_S).sum()), 4
+                    ),
                     "steps": len(held),
                     "audio_seconds_a_step": round(
                         frames.sum() / features.FRAME_RATE / len(held), 1
@@ -209,7 +225,12 @@ def measure_durations(utterances, batch_size: int = 16) -> dict:
                 }
             )
     hours = float(frames.sum() / features.FRAME_RATE / 3600)
-    return {"batch_size": batch_size, "utterances": len(utterances), "hours": hours, "rows": rows}
+    described = {
+        "utterances": len(utterances),
+        "hours": hours,
+        "tokenizer": Path(_TOKENIZER.value).name,
+    }
+    return {"batch_size": batch_size, **described, "rows": rows}
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -179,6 +179,8 @@ def durations() -> str:
             f"{row['shapes']} shapes, "
             + (f"{row['batch_seconds']:g} s" if row["batch_seconds"] else "16 rows"),
             f"{100 * row['padding']:.1f}",
+            f"{100 * row['padding_tokens']:.1f}",
+            f"{100 * row['padding_positions']:.1f}",
             f"{row['steps']}",
             f"{row['audio_seconds_a_step']:.0f}",
             f"{row['longest_step_seconds']:.0f}",
@@ -188,7 +190,9 @@ def durations() -> str:
     ]
     header = [
         "",
-        "padding, %",
+        "padding: frames, %",
+        "tokens, %",
+        "LLM positions, %",
         "steps an epoch",
         "audio s a step",
         "longest step, s",

@@ -119,14 +119,7 @@ _ROWS = (
     ),
     ("data.dev", "", MANIFEST, "in-domain evaluation", FREE),
     ("data.test", "", NAMED_MANIFESTS, "further evaluation sets", FREE),
-    (
-        "data.cache",
-        "",
-        TEXT,
-        'where synthetic speech and the index of large data sets are kept; "": WORKDIR/data, and '
-        "the user's cache",
-        FREE,
-    ),
+    ("data.cache", "", TEXT, 'synthetic speech ("": WORKDIR/data), indexes ("": ~/.cache)', FREE),
     ("data.max_utterances", 0, COUNT, "use only the first so many for training; 0: all"),
     ("data.num_mels", 80, integer(1, 200), "mel bins; Whisper has 80, from large-v3 on 128"),
     ("data.window", 0.0, WEIGHT, "seconds that silence fills up, as Voxtral has it: 30; 0: none"),

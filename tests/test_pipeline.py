@@ -219,30 +219,6 @@ def test_hosts_in_processes_of_their_own_take_the_same_steps(corpus):
 # ---- shapes --------------------------------------------------------------------------------------
 
 
-def padded_frames(frames, edges):
-    return sum(min(edge for edge in edges if edge >= f) for f in frames)
-
-
-def test_buckets_are_the_best_there_are():
-    rng = np.random.default_rng(0)
-    frames = rng.integers(1, 120, size=60)
-    tokens = rng.integers(0, 9, size=60)
-    widths = sorted({-(-int(f) // 8) * 8 for f in frames})
-    best = min(padded_frames(frames, (a, b, widths[-1])) for a in widths for b in widths if a < b)
-    buckets = pipeline.choose_buckets(frames, tokens, 3)
-    edges = [edge for edge, _ in buckets]
-    assert edges == sorted(edges) and len(buckets) == 3
-    assert padded_frames(frames, edges) == best
-    for edge, width in buckets:
-        assert width == tokens[frames <= edge].max()
-
-
-def test_buckets_of_few_lengths():
-    assert pipeline.choose_buckets(np.array([5, 7]), np.array([0, 0]), 4) == ((8, 1),)
-    buckets = pipeline.choose_buckets(np.array([8, 16, 8]), np.array([3, 2, 1]), 4)
-    assert buckets == ((8, 3), (16, 3))
-
-
 def test_plan_is_printed_with_its_padding(corpus, capsys):
     next(train(corpus, data_config(), 1))
     printed = capsys.readouterr().out

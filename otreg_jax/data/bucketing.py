@@ -11,6 +11,10 @@ from otreg_jax.data import features, index, prompts
 from otreg_jax.data.utterances import Utterance
 
 FRAMES_MULTIPLE = 8  # bucket widths, so that convolution strides and frame stacking divide them
+# What a padded token costs: it is a position of the LLM, as some 8 frames are, which the encoder
+# reads too. By FLOPs 3 frames (Whisper-large-v3 and an LLM of 1.5B) to 5 (base and one of 135M).
+TOKEN_FRAMES = 3
+ROUNDS = 6  # of choosing shapes; real lengths need two or three
 
 
 class Corpus(NamedTuple):
@@ -163,10 +167,12 @@ def frames_of(corpus: Corpus, rows_N: np.ndarray, speed=1.0) -> np.ndarray:
 def choose_buckets(
     frames_N: np.ndarray, tokens_N: np.ndarray, num_buckets: int
 ) -> tuple[tuple[int, int], ...]:
-    """The (frames, tokens) shapes that pad the least when every utterance goes to the narrowest.
+    """The (frames, tokens) shapes that pad the least when every utterance goes to the first one
+    that holds it, a token as dear as TOKEN_FRAMES frames.
 
-    Exact, by dynamic programming over the distinct lengths. A shape's tokens are what its longest
-    transcript needs, and never fewer than those of a narrower shape.
+    Frames and tokens of the shapes are chosen in turn, each time exactly for what the other is
+    (dynamic programming over the distinct lengths), until neither gets better. An utterance that
+    says much for its length goes to a longer shape, and does not widen that of all others.
 
     Args:
       frames_N: int [N], mel frames of each utterance.
@@ -176,24 +182,45 @@ def choose_buckets(
     Returns:
       ((frames, tokens), ...), both rising; frames are multiples of FRAMES_MULTIPLE.
     """
-    rounded_N = -(-frames_N // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
-    widths, counts = np.unique(rounded_N, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)])  # utterances narrower than widths[i]
-    # padded[i, j]: frames of one bucket as wide as widths[j] that takes all from widths[i] on
-    padded = (below[None, 1:] - below[:-1, None]) * widths.astype(float)
-    padded[np.tril_indices(len(widths), -1)] = np.inf
-    cost = np.concatenate([[0.0], np.full(len(widths), np.inf)])  # of the narrowest j widths
-    starts = []
-    for _ in range(min(num_buckets, len(widths))):
-        total = cost[:-1, None] + padded
-        starts.append(total.argmin(axis=0))
-        cost = np.concatenate([[0.0], total.min(axis=0)])
-    edges, end = [], len(widths)
-    for start in reversed(starts):
-        if end:
-            edges.append(int(widths[end - 1]))
-            end = int(start[end - 1])
-    return tuple((edge, max(1, int(tokens_N[frames_N <= edge].max()))) for edge in edges[::-1])
+    frames, f_N = _distinct(-(-frames_N // FRAMES_MULTIPLE) * FRAMES_MULTIPLE)
+    tokens, t_N = _distinct(np.maximum(tokens_N, 1))
+    size = len(frames), len(tokens)
+    counts = np.bincount(f_N * size[1] + t_N, minlength=size[0] * size[1])
+    # held[i, j]: utterances of at most frames[i] and tokens[j]
+    held = counts.reshape(size).cumsum(axis=0).cumsum(axis=1)
+    cost = frames[:, None] + TOKEN_FRAMES * tokens.astype(float)
+    shapes_t = np.full(min(num_buckets, len(frames)), len(tokens) - 1)
+    for _ in range(ROUNDS):
+        shapes_f = _cheapest(held[:, shapes_t], cost[:, shapes_t])
+        shapes_t = _cheapest(held[shapes_f].T, cost[shapes_f].T)
+    chosen = zip(frames[shapes_f].tolist(), tokens[shapes_t].tolist(), strict=True)
+    return tuple(dict.fromkeys(chosen))
+
+
+def _distinct(lengths_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct lengths, rising, and the place of each among them [N]; without sorting all."""
+    distinct = np.flatnonzero(np.bincount(lengths_N))
+    place = np.zeros(distinct[-1] + 1, np.int32)
+    place[distinct] = np.arange(len(distinct))
+    return distinct, place[lengths_N]
+
+
+def _cheapest(held_LK: np.ndarray, cost_LK: np.ndarray) -> np.ndarray:
+    """The rising lengths [K] of K shapes, the last one the longest, that cost the least.
+
+    held: utterances that shape k holds if its length is the l-th. cost: of each of them there.
+    """
+    is_longer = np.tri(len(held_LK), k=-1, dtype=bool)  # [l of the shape before, l]
+    total_L, before = cost_LK[:, 0] * held_LK[:, 0], []
+    for k in range(1, held_LK.shape[1]):
+        new_LL = held_LK[:, k] - held_LK[:, k - 1, None]
+        total_LL = np.where(is_longer, np.inf, total_L[:, None] + cost_LK[:, k] * new_LL)
+        before.append(total_LL.argmin(axis=0))
+        total_L = total_LL.min(axis=0)
+    chosen = [len(held_LK) - 1]
+    for previous_L in reversed(before):
+        chosen.append(int(previous_L[chosen[-1]]))
+    return np.array(chosen[::-1])
 
 
 def own_parts(corpus: Corpus, rows_B, widths_3, prompter, rngs) -> dict[str, np.ndarray]:
