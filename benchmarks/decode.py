@@ -2,13 +2,16 @@
 
     python -m benchmarks.decode
     python -m benchmarks.decode --size=tiny --batch_size=32
+    python -m benchmarks.decode --size=recognizer    # Whisper base, projector, SmolLM2-135M
     taskset -c 0 python -m benchmarks.decode --clock=cpu    # on a machine with other work to do
 
 Needs the `dev` extra (torch, transformers). Random models decode the same prompts of mixed lengths
 greedily to the same number of tokens, in float32 on a CPU with as many threads on both sides, in
-bfloat16 on a GPU; generate also with a static cache. All are timed in turn, round by round, after a
-warm-up that compiles; ratios are medians of the rounds' own ratios, so that other load on the
-machine hits all of them. Prints a table and writes benchmarks/results/decode.json.
+bfloat16 on a GPU; generate also with a static cache. `recognizer` begins with log-mel frames,
+SECONDS of them in the longest utterance; transformers' encoder has its positions cut to that, or it
+would insist on 30 s. All are timed in turn, round by round, after a warm-up that compiles; ratios
+are medians of the rounds' own ratios, so that other load on the machine hits all of them. Prints a
+table and writes benchmarks/results/decode.json.
 """
 
 import functools
@@ -25,9 +28,17 @@ import transformers
 from absl import app, flags
 
 from benchmarks.common import SHAPES, describe_machine
-from otreg_jax import decoding, pretrained
+from otreg_jax import build, decoding, pretrained, sharding
+from otreg_jax import config as config_lib
+from otreg_jax.data import text
 
-SIZES = {"tiny": "qwen2-nano", "135m": "smollm2-135m", "500m": "qwen2.5-0.5b"}
+SIZES = {
+    "tiny": "qwen2-nano",
+    "135m": "smollm2-135m",
+    "500m": "qwen2.5-0.5b",
+    "recognizer": "smollm2-135m",
+}
+ENCODER, STACK, HIDDEN, SECONDS = "whisper-base", 4, 1024, 4.0
 _SIZES = flags.DEFINE_multi_enum("size", list(SIZES), list(SIZES), "Models.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Utterances decoded at once.")
 _TOKENS = flags.DEFINE_integer("tokens", 32, "Tokens of every hypothesis.")
@@ -96,22 +107,92 @@ def generate(model, x_BPD, length_B, num_tokens: int, **options) -> np.ndarray:
 
 def measure(size: str, device: str) -> dict:
     """Utterances a second of each way, by round, and how many hypotheses agree."""
+    if size == "recognizer":
+        return measure_recognizer(device)
     theirs, llm, params = make_models(size, device)
     step_params = decoding.prepare_steps(llm, params)
-    x_BPD, length_B = make_prompts(_BATCH_SIZE.value, llm.config.embed_dim)
-    tokens, alone = _TOKENS.value, _ALONE.value
+    prompts = make_prompts(_BATCH_SIZE.value, llm.config.embed_dim)
+    tokens = _TOKENS.value
     we = functools.partial(ours, llm, params, step_params, num_tokens=tokens)
     they = functools.partial(generate, theirs, num_tokens=tokens)
+    return race(we, they, prompts) | {"parameters": size_of(params)}
+
+
+def size_of(params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def make_recognizer(device: str):
+    """The same random weights as (encoder, projector, LLM) of torch and as (SLM, params)."""
+    frames = round(SECONDS * 100) // (2 * STACK) * 2 * STACK
+    theirs, llm, llm_params = make_models("recognizer", device)
+    described = json.loads((SHAPES / ENCODER / "config.json").read_text())
+    cut = {"max_source_positions": frames // 2, "decoder_layers": 1}
+    whisper = transformers.WhisperModel(transformers.WhisperConfig(**described | cut)).eval()
+    config = config_lib.default()
+    config.compute_dtype = "bfloat16" if device == "cuda" else "float32"
+    config.adapter.stack, config.adapter.hidden_dim = STACK, HIDDEN
+    with tempfile.TemporaryDirectory() as folder:
+        whisper.save_pretrained(folder)
+        config.encoder.path, config.llm.path = folder, str(SHAPES / SIZES["recognizer"])
+        mesh = sharding.make_mesh(config, jax.devices()[:1])
+        # No token ends a hypothesis.
+        slm = build.modules(config, 0, text.Prompt((), (4,), -1), config.llm.path, mesh)
+        _, encoder_params = pretrained.load_speech_encoder(folder, dtype=config.compute_dtype)
+    params = build.init_params(slm, config, {"encoder": encoder_params, "llm": llm_params})
+    projector = torch.nn.Sequential(
+        torch.nn.Linear(STACK * whisper.config.d_model, HIDDEN),
+        torch.nn.GELU(),
+        torch.nn.Linear(HIDDEN, theirs.config.hidden_size),
+    )
+    for name, layer in (("in", projector[0]), ("out", projector[2])):
+        kernel, bias = (x.detach().numpy() for x in (layer.weight.T, layer.bias))
+        params["adapter"][name] = {"kernel": kernel, "bias": bias}
+    params = decoding.for_run(slm, jax.device_put(params))
+    encoder = whisper.encoder.to(device, theirs.dtype)
+    return encoder, projector.to(device, theirs.dtype), theirs, slm, params, frames
+
+
+def measure_recognizer(device: str) -> dict:
+    encoder, projector, theirs, slm, params, frames = make_recognizer(device)
+    rng = np.random.default_rng(0)
+    shape = _BATCH_SIZE.value, frames, encoder.config.num_mel_bins
+    mel_BFM = rng.normal(size=shape).astype(np.float32)
+    length_B = rng.integers(frames // 2, frames + 1, len(mel_BFM)).astype(np.int32)
+    length_B -= length_B % (2 * STACK)  # whole stacks, as the peer's have
+    settings = decoding.Settings(_TOKENS.value)
+
+    def we(mel_BFM, length_B):
+        return np.asarray(decoding.recognize(slm, params, mel_BFM, length_B, settings).tokens)
+
+    def they(mel_BFM, length_B, **options):
+        with torch.inference_mode():
+            mel_BMF = torch.from_numpy(mel_BFM).to(theirs.device, theirs.dtype).transpose(1, 2)
+            encoded_BSE = encoder(mel_BMF).last_hidden_state
+            count, positions, width = encoded_BSE.shape
+            stacked = encoded_BSE.reshape(count, positions // STACK, STACK * width)
+            x_BPD = torch.nn.functional.pad(projector(stacked), (0, 0, 0, 1)).float().cpu().numpy()
+            said = theirs.get_input_embeddings()(torch.tensor(slm.prompt.suffix).to(theirs.device))
+        x_BPD[np.arange(count), length_B // (2 * STACK)] = said.float().cpu().numpy()
+        return generate(theirs, x_BPD, length_B // (2 * STACK) + 1, _TOKENS.value, **options)
+
+    parts = {name: params[name] for name in ("encoder", "adapter", "llm")}
+    return race(we, they, (mel_BFM, length_B)) | {"parameters": size_of(parts)}
+
+
+def race(we, they, inputs) -> dict:
+    """Utterances a second of `we` and `they`, functions of inputs [B, ...], by round."""
+    count, alone = len(inputs[0]), min(_ALONE.value, len(inputs[0]))
     static = functools.partial(they, cache_implementation="static", disable_compile=True)
 
     def one_by_one(decode):
-        return np.concatenate([decode(x_BPD[b : b + 1], length_B[b : b + 1]) for b in range(alone)])
+        return np.concatenate([decode(*(x[b : b + 1] for x in inputs)) for b in range(alone)])
 
     ways = {
-        "otreg_jax, batched": (len(x_BPD), lambda: we(x_BPD, length_B)),
+        "otreg_jax, batched": (count, lambda: we(*inputs)),
         "otreg_jax, one at a time": (alone, lambda: one_by_one(we)),
-        "transformers, batched": (len(x_BPD), lambda: they(x_BPD, length_B)),
-        "transformers, batched, static cache": (len(x_BPD), lambda: static(x_BPD, length_B)),
+        "transformers, batched": (count, lambda: they(*inputs)),
+        "transformers, batched, static cache": (count, lambda: static(*inputs)),
         "transformers, one at a time": (alone, lambda: one_by_one(they)),
     }
     hypotheses = {name: decode() for name, (_, decode) in ways.items()}
@@ -123,12 +204,11 @@ def measure(size: str, device: str) -> dict:
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[_CLOCK.value]
     rates = {name: [] for name in ways}
     for _ in range(_REPEATS.value):
-        for name, (count, decode) in ways.items():
+        for name, (rows, decode) in ways.items():
             start = clock()
             decode()
-            rates[name].append(count / (clock() - start))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return {"parameters": parameters, "utterances_per_sec": rates, "same_tokens_as_batched": agree}
+            rates[name].append(rows / (clock() - start))
+    return {"utterances_per_sec": rates, "same_tokens_as_batched": agree}
 
 
 def print_table(size: str, result: dict) -> None:
