@@ -1,5 +1,6 @@
 """Stages: what each computes and trains, and that a run crosses their boundary exactly."""
 
+import json
 import shutil
 
 import jax
@@ -212,6 +213,9 @@ def test_a_run_crosses_the_boundary_of_its_stages_and_resumes_on_either_side_to_
 
 def test_kept_encoder_outputs_train_as_the_encoder_does_and_are_computed_once(tmp_path):
     manifest = write_tones(tmp_path)
+    lines = manifest.read_text().splitlines()
+    again = json.loads(lines[5]) | {"id": "again", "text": "sol"}  # of the same recording
+    manifest.write_text("\n".join([json.dumps(again), *lines]))
     train.train(staged_config(manifest), tmp_path / "plain")
     config = staged_config(manifest, encoder__keep=True)
     train.train(config, tmp_path / "kept")
@@ -223,6 +227,7 @@ def test_kept_encoder_outputs_train_as_the_encoder_does_and_are_computed_once(tm
     folder = tmp_path / "kept" / "encoded"
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {path.suffix for path in files} == {".npy", ".json"}
+    assert sum(len(json.loads(p.read_text())["frames"]) for p in folder.glob("*.json")) == 12
     shutil.rmtree(tmp_path / "kept" / "checkpoints")
     train.train(config, tmp_path / "kept")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files

@@ -85,6 +85,8 @@ def keep(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    recording_N, first_R = _recordings(utterances)
+    utterances = [utterances[i] for i in first_R]
     rows = _shards(utterances)
     names = [_name([utterances[i] for i in part], data_config, fingerprint) for part in rows]
     missing = [k for k, name in enumerate(names) if not (folder / f"{name}.json").exists()]
@@ -119,7 +121,17 @@ def keep(
         array = np.load(folder / f"{name}.npy", mmap_mode="r")
         bfloat16 = described["dtype"] == "bfloat16"  # of which .npy files know nothing
         shards.append(array.view(ml_dtypes.bfloat16) if bfloat16 else array)
-    return Kept(shards, shard_N, start_N, frames_N, positions)
+    own = lambda of_R: of_R[recording_N]
+    return Kept(shards, own(shard_N), own(start_N), own(frames_N), positions)
+
+
+def _recordings(utterances: Sequence[Utterance]) -> tuple[np.ndarray, np.ndarray]:
+    """Which recording each utterance is, and the first row of each: what serves several tasks is
+    encoded once."""
+    number = {}
+    heard = [(u.audio, u.offset, u.duration) for u in utterances]
+    recording_N = np.array([number.setdefault(key, len(number)) for key in heard])
+    return recording_N, np.unique(recording_N, return_index=True)[1]
 
 
 def _shards(utterances: Sequence[Utterance]) -> list[np.ndarray]:
