@@ -248,7 +248,39 @@ def recognizer_transcripts() -> str:
     return "\n\n".join(parts)
 
 
+def prompted() -> str:
+    """A row a language that is heard, a column a language that is asked for."""
+    result = read("prompted")
+    names = {"en": "English", "de": "German", "fr": "French"}
+    rows = [
+        [names[heard], *(f"{100 * row[asked]:.0f}" for asked in names)]
+        for heard, row in result["by_language"].items()
+    ]
+    bleu = ", ".join(f"{result['bleu'][to]:.1f} into {names[to]}" for to in names)
+    shown = [
+        [row["said"], *(row.get(asked, "–") for asked in names)] for row in result["shown"].values()
+    ]
+    align, steps = result["steps"]
+    machine = result["machine"]
+    return "\n\n".join(
+        [
+            markdown(["heard \\ asked for, % obeyed", *names.values()], rows),
+            f"{100 * result['obeyed']:.1f} % of {result['answers']} answers are in the language "
+            f"asked for; of {100 * result['all_three']:.1f} % of the recordings all three are. "
+            f"{100 * result['exact']:.1f} % are right to the letter; BLEU {bleu}.",
+            "\n".join(
+                "| " + " | ".join(row) + " |"
+                for row in [["said", *names.values()], ["---"] * 4, *shown]
+            ),
+            f"{align} steps of aligning and {steps} through the LLM, {result['batch']} recordings "
+            f"each, one seed; {result['minutes']:.0f} minutes, with other work and pauses, on "
+            f"{machine['cores']} {machine['processor']} cores; {versions(machine['versions'])}.",
+        ]
+    )
+
+
 TABLES = {
+    "prompted": prompted,
     "recognizer": recognizer,
     "recognizer_course": recognizer_course,
     "recognizer_transcripts": recognizer_transcripts,
