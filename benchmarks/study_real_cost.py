@@ -16,7 +16,7 @@ import tqdm
 from benchmarks import common, study_real
 from benchmarks.tables import markdown
 from otreg_jax import aot, build, flops, optim, stages, train_step
-from otreg_jax.models import speech_encoder
+from otreg_jax.models import encoders
 
 PARTS = {
     "135M": ("whisper-base", "smollm2-135m"),
@@ -43,7 +43,7 @@ def step_flops(parts: tuple[str, str], arm: str, name: str) -> int:
     if "ctc" in trained:
         frozen |= {"ctc": {"classes": jax.ShapeDtypeStruct((CLASSES,), jnp.int32)}}
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((ROWS, *shape), dtype)
-    positions = speech_encoder.output_length(slm.encoder.config, FRAMES)
+    positions = encoders.output_length(slm.encoder.config, FRAMES)
     batch = {
         "encoded": array(jnp.bfloat16, positions, slm.encoder.config.embed_dim),
         "tokens": array(jnp.int32, TOKENS),

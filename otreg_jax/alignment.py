@@ -10,8 +10,8 @@ import numpy as np
 import regex
 
 from otreg_jax import languages, otreg
-from otreg_jax.data import sources
-from otreg_jax.data.features import FRAME_RATE
+from otreg_jax.data import features, sources
+from otreg_jax.models import encoders
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.layers import length_mask
 
@@ -58,8 +58,10 @@ class Sample(NamedTuple):
     spoken_T2: np.ndarray  # start and end of each token's word, relative to the length; or NaN
 
 
-def sample_of(utterance: sources.Utterance, tokenizer, batch, compared, b: int) -> Sample:
-    """Row `b` of a batch on the host.
+def sample_of(
+    utterance: sources.Utterance, tokenizer, batch, compared, b: int, frontend: features.Frontend
+) -> Sample:
+    """Row `b` of a batch on the host, of frames that `frontend` made.
 
     compared: speech [B, S, D], its lengths [B] and text [B, T, D], the embeddings that OTReg
     compares.
@@ -70,7 +72,7 @@ def sample_of(utterance: sources.Utterance, tokenizer, batch, compared, b: int) 
     begins_T = np.array(tokenizer.begins(utterance.text), np.int32)
     return Sample(
         utterance,
-        batch["mel"][b, : batch["mel_length"][b]],
+        features.heard(frontend, batch["mel"][b, : batch["mel_length"][b]]),
         speech_BSD[b, : speech_length_B[b]].astype(np.float32),
         text_BTD[b, : len(ids_T)].astype(np.float32),
         ids_T,
@@ -199,7 +201,9 @@ def token_shares(slm, params, batch, layer: int):
     """
     out = slm_lib.forward(slm, params, batch, layer)
     lengths = out.speech_length_B, slm_lib.transcript_of(batch)[1]
-    mel = batch["mel"], batch["mel_length"]
+    frontend = encoders.frontend(slm.encoder.config)
+    mel_BFM = features.heard_jnp(frontend, batch["mel"], batch["mel_length"])
+    mel = mel_BFM, batch["mel_length"]
     return *shares(out.speech_BSD, out.text_BTD, *lengths, *mel), out.speech_length_B
 
 
@@ -378,7 +382,7 @@ def word_times(
         shares_ST[:num_speech, :num_text],
         silence_S[:num_speech],
     )
-    seconds = len(sample.mel_FM) / FRAME_RATE / num_speech
+    seconds = len(sample.mel_FM) / features.FRAME_RATE / num_speech
     timed = [entry for entry, (a, b) in zip(utterance.words, spans, strict=True) if a < b]
     return [
         (word._replace(start=word.start * seconds, end=word.end * seconds), start, end)

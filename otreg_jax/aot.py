@@ -39,7 +39,7 @@ from otreg_jax import (
 )
 from otreg_jax import config as config_lib
 from otreg_jax.data import features, prompts, text, tokenization
-from otreg_jax.models import llm
+from otreg_jax.models import encoders, llm
 from otreg_jax.models import slm as slm_lib
 
 GIB = 2**30
@@ -120,12 +120,12 @@ def modules_of(config, mesh):
 
 
 def abstract_batch(
-    config, mesh, frames: int, tokens: int, on_host: bool = False
+    config, slm, frames: int, tokens: int, on_host: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of `config.batch_size` utterances of so many mel frames and transcript tokens; of mel
     features `on_host`, whatever `data.features` says."""
-    placed = sharding.batch_sharding(mesh)
-    rows = config.batch_size
+    placed, rows = sharding.batch_sharding(slm.mesh), config.batch_size
+    width = encoders.frontend(slm.encoder.config).width
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
     if config.data.features == "step" and not on_host:
         speech = {
@@ -134,7 +134,7 @@ def abstract_batch(
         }
     else:
         speech = {
-            "mel": array(jnp.float32, frames, config.data.num_mels),
+            "mel": array(jnp.float32, frames, width),
             "mel_length": array(jnp.int32),
         }
     lengths = {"token_length": array(jnp.int32), "index": array(jnp.int32)}
@@ -157,7 +157,7 @@ def abstract_step(config, devices, frames: int, tokens: int):
     frozen |= jax.eval_shape(functools.partial(build.text_target, config=config), params)
     optimizer = optim.make_optimizer(config)
     state = train_step.abstract_state(params, optimizer, mesh)
-    arguments = (state, _placed(frozen, mesh), abstract_batch(config, mesh, frames, tokens))
+    arguments = (state, _placed(frozen, mesh), abstract_batch(config, slm, frames, tokens))
     return slm, lambda slm: train_step.make_step(slm, config, optimizer, state), arguments
 
 
@@ -199,7 +199,7 @@ def compile_decode(config, devices, frames: int, tokens: int) -> Report:
     slm = modules_of(config, mesh)
     params = _placed(shapes, mesh)
     trained, frozen = optim.split(params, config.freeze)
-    batch = abstract_batch(config, mesh, frames, tokens, on_host=True)
+    batch = abstract_batch(config, slm, frames, tokens, on_host=True)
     length = _prompt_length(slm, frames) + tokens
     cache = jax.eval_shape(lambda: llm.init_cache(slm.llm.config, config.batch_size, length))
     cache = jax.tree.map(lambda x: _at(x, sharding.cache_sharding(x.shape, mesh)), cache)

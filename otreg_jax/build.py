@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from otreg_jax import checkpoint, losses, optim, pretrained, rundir, sharding, stages, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import prompts, sets, text, tokenization
-from otreg_jax.models import attention, lora, quantize
+from otreg_jax.models import attention, encoders, lora, quantize
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.adapter import AdapterConfig
+from otreg_jax.models.encoders import EncoderConfig
 from otreg_jax.models.llm import LLMConfig
 from otreg_jax.models.slm import SLM
 from otreg_jax.models.speech_encoder import SpeechEncoderConfig
@@ -227,25 +228,7 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
     Raises:
       ValueError: parts that do not belong together.
     """
-    c = config.encoder
-    if c.path:
-        encoder_config = pretrained.speech_encoder_config(c.path, c.revision or None)
-        _check_audio(config, encoder_config)
-    else:
-        encoder_config = SpeechEncoderConfig(
-            num_mels=config.data.num_mels,
-            embed_dim=c.embed_dim,
-            num_layers=c.num_layers,
-            num_heads=c.num_heads,
-            mlp_dim=c.mlp_dim,
-            max_positions=c.max_positions,
-            strides=tuple(c.strides),
-        )
-    encoder_config = dataclasses.replace(
-        encoder_config,
-        pool=max(encoder_config.pool, c.pool),
-        reads_padding=config.data.window_masked,
-    )
+    encoder_config = _encoder_config(config)
     if llm_dir:
         llm_config = pretrained.llm_config(llm_dir, config.llm.revision or None)
         if llm_config.vocab_size < vocab_size:
@@ -263,7 +246,10 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
     encoder_config = dataclasses.replace(
         encoder_config,
         **computing,
-        attention=choose(head_dim=encoder_config.embed_dim // encoder_config.num_heads),
+        attention=choose(
+            head_dim=encoder_config.embed_dim // encoder_config.num_heads,
+            biased=encoders.is_biased(encoder_config),
+        ),
     )
     llm_config = dataclasses.replace(
         llm_config,
@@ -273,25 +259,51 @@ def modules(config, vocab_size: int, prompt: text.Prompt, llm_dir: str = "", mes
     return slm_lib.make(encoder_config, adapter_config, llm_config, prompt, mesh)
 
 
-def _check_audio(config, encoder_config: SpeechEncoderConfig) -> None:
+def _encoder_config(config) -> EncoderConfig:
+    """That of the encoder of `encoder.path`, or else what `config.encoder` describes."""
+    c = config.encoder
+    if c.path:
+        found = pretrained.speech_encoder_config(c.path, c.revision or None)
+        _check_audio(config, found)
+    else:
+        found = SpeechEncoderConfig(
+            num_mels=config.data.num_mels,
+            embed_dim=c.embed_dim,
+            num_layers=c.num_layers,
+            num_heads=c.num_heads,
+            mlp_dim=c.mlp_dim,
+            max_positions=c.max_positions,
+            strides=tuple(c.strides),
+        )
+    if not isinstance(found, SpeechEncoderConfig):
+        return found
+    masked = config.data.window_masked
+    return dataclasses.replace(found, pool=max(found.pool, c.pool), reads_padding=masked)
+
+
+def _check_audio(config, encoder_config: EncoderConfig) -> None:
     """Raises one ValueError that lists what settings of the data a pretrained encoder needs to be
     otherwise."""
-    data, c = config.data, config.encoder
-    needed = {"num_mels": encoder_config.num_mels}
+    values, c = config_lib.flatten(config), config.encoder
+    frontend = encoders.frontend(encoder_config)
+    if isinstance(encoder_config, SpeechEncoderConfig):
+        takes, needed = f"{frontend.width} mel bins", {"data.num_mels": frontend.width}
+    else:
+        takes, needed = "the waveform", {"data.augment.freq_masks": 0}
+        needed |= {"data.window_masked": False, "encoder.pool": 1}
     if window := pretrained.window(c.path, c.revision or None, encoder_config):
-        needed |= {"window": window.seconds, "window_masked": window.masked}
+        needed |= {"data.window": window.seconds, "data.window_masked": window.masked}
+        takes += f" of windows of {window.seconds:g} s" if window.seconds else ""
     wrong = [
-        f"data.{key}={value} (it is {data[key]})"
+        f"{key}={value} (it is {values[key]})"
         for key, value in needed.items()
-        if data[key] != value
+        if values[key] != value
     ]
     if wrong:
-        takes = f"{c.path} takes {encoder_config.num_mels} mel bins"
-        takes += f" of windows of {needed['window']:g} s" if needed.get("window") else ""
-        raise ValueError(f"{takes}: set {', '.join(wrong)}")
+        raise ValueError(f"{c.path} takes {takes}: set {', '.join(wrong)}")
 
 
-def _adapter_config(config, encoder: SpeechEncoderConfig, llm: LLMConfig) -> AdapterConfig:
+def _adapter_config(config, encoder: EncoderConfig, llm: LLMConfig) -> AdapterConfig:
     """The adapter between the two: that of a speech LLM if `adapter.path` names one."""
     c = config.adapter.to_dict()
     path, revision = c.pop("path"), c.pop("revision")
@@ -324,7 +336,7 @@ def init_params(slm: SLM, config, loaded: dict | None = None, ctc_classes=None) 
     params = dict(loaded or {})
     key = jax.random.key(config.seed)
     inputs = {
-        "encoder": (jnp.zeros((1, 16, slm.encoder.config.num_mels)), jnp.array([16])),
+        "encoder": encoders.example(slm.encoder.config),
         "llm": (jnp.zeros((1, 4), jnp.int32),),
         "adapter": (jnp.zeros((1, 8, slm.encoder.config.embed_dim)), jnp.array([8])),
     }

@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 
 from otreg_jax import checkpoint, rundir, sharding
 from otreg_jax.data import encoded
-from otreg_jax.models import speech_encoder
+from otreg_jax.models import encoders
 
 
 def encode_once(config, utterances, tokenizer, slm, frozen, share, folder, skipped_path):
@@ -43,7 +43,8 @@ def encode_once(config, utterances, tokenizer, slm, frozen, share, folder, skipp
         Path(folder),
         encode=encode,
         wait=wait,
-        positions=lambda frames: speech_encoder.output_length(slm.encoder.config, frames),
+        positions=lambda frames: encoders.output_length(slm.encoder.config, frames),
+        frontend=encoders.frontend(slm.encoder.config),
         fingerprint=json.dumps(described, sort_keys=True),
         batch_size=config.batch_size,
         host_index=share[0],

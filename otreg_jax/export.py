@@ -10,8 +10,8 @@ the prompt's tokens. What keeps a model from a layout is said. Any other model, 
 
 DIR2/llm/                 the LLM, LoRA merged, with its tokenizer, chat template and
                           generation_config.json; `transformers` opens it
-DIR2/encoder/             the speech encoder, LoRA merged; transformers' WhisperEncoder opens it if
-                          its strides are Whisper's
+DIR2/encoder/             the speech encoder, LoRA merged; transformers opens it by the class of its
+                          kind, a WhisperEncoder if its strides are Whisper's
 DIR2/adapter.safetensors  the adapter (and the CTC head, if one was trained), by path
 DIR2/config.json          the configuration of the run, the adapter's widths and the prompt's tokens
 

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from otreg_jax import alignment, cluster, decoding, metrics, rundir, sharding
 from otreg_jax.data import features, pipeline, prompts, sets, sources
+from otreg_jax.models import encoders
 from otreg_jax.models import slm as slm_lib
 
 PUBLISH_SECONDS = 60
@@ -99,6 +100,7 @@ def decode_sets(
     samples = {name: {} for name in utterances}
     selected = [everything[i][1] for i in pending]
     params = decoding.for_run(run.slm, run.params)
+    frontend = encoders.frontend(run.slm.encoder.config)
     for batch in batches(run, selected, batch_size, label, skipped_path):
         decoded, compared = recognize_and_embed(run.slm, params, batch, settings, layer)
         tokens_BN, length_B, score_B, finished_B, index_B = sharding.to_host(
@@ -116,7 +118,9 @@ def decode_sets(
                 "unfinished": not finished_B[b],
             }
             if i in sampled:
-                samples[name][i] = alignment.sample_of(utterance, run.tokenizer, batch, compared, b)
+                samples[name][i] = alignment.sample_of(
+                    utterance, run.tokenizer, batch, compared, b, frontend
+                )
         partial.add([rows[i] for _, i in found])
     in_order = {
         name: [found[i] for i in sorted(found) if len(found[i].ids_T)]
@@ -147,6 +151,7 @@ def batches(
         host_count=host_count,
         skipped_path=skipped_path and str(skipped_path),
         prompter=prompts.make(run.config, run.tokenizer, utterances),
+        frontend=encoders.frontend(run.slm.encoder.config),
     )
     total = -(-len(utterances) // batch_size)
     for host_batch in tqdm.tqdm(host_batches, desc=label, total=total, unit="batch"):

@@ -160,7 +160,7 @@ _ROWS = (
         "words of other utterances that training adds to the list in a row's context",
     ),
     ("data.temperature", 1.0, number(0.1), "share of a group ~ size^(1 / temperature)"),
-    ("data.features", "host", one_of(*features.PLACES), "where log-mel is computed"),
+    ("data.features", "host", one_of(*features.PLACES), "where what the encoder reads is made"),
     (
         "data.augment.speeds",
         (1.0,),
@@ -217,7 +217,12 @@ _ROWS = (
     ),
     ("model.path", "", MODEL, "a whole speech LLM: the default of encoder, adapter and llm.path"),
     ("model.revision", "", TEXT, "the commit of a hub id"),
-    ("encoder.path", "", MODEL, 'a Whisper model, or one that holds it; "": from scratch'),
+    (
+        "encoder.path",
+        "",
+        MODEL,
+        'of a kind in docs/pretrained.md, Whisper say, alone or in a model; "": from scratch',
+    ),
     ("encoder.revision", "", TEXT, "the commit of a hub id"),
     (
         "encoder.keep",

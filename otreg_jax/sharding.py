@@ -18,12 +18,19 @@ BATCH = P(("data", "fsdp"))  # the batch dimension is split over both
 RULES = (
     (r"llm/embed/embedding$", P("tensor", "fsdp")),
     (r"llm/head/kernel$", P("fsdp", "tensor")),
+    (r"layers/conv_in/kernel$", P(None, None, "fsdp", "tensor")),
+    (r"layers/conv_out/kernel$", P(None, None, "tensor", "fsdp")),
     (r"layers/((attn|cross)/[qkv]|mlp\d?/(gate|up)|\w+_in)/kernel$", P(None, "fsdp", "tensor")),
     (r"layers/((attn|cross)/o|mlp\d?/down|\w+_out)/kernel$", P(None, "tensor", "fsdp")),
     (r"layers/depthwise/kernel$", P()),
     (r"layers/.*/lora_a$", P(None, "fsdp", None)),
     (r"layers/.*/lora_b$", P(None, None, "fsdp")),
-    (r"encoder/(conv\d+/kernel|positions/embedding)$", P()),  # small beside what they meet
+    # Small beside what they meet.
+    (r"encoder/((conv|depthwise|pointwise)\d+/kernel|positions/(embedding|weight_[gv]))$", P()),
+    (r"encoder/relative/embedding$|layers/relative_gate/(const|linear/kernel)$", P()),
+    (r"layers/(attn/(distance/embedding|\w+_bias)|depthwise_norm/(mean|variance))$", P()),
+    (r"layers/attn/relative/kernel$", P(None, "fsdp", "tensor")),
+    (r"encoder/projection/kernel$", P(None, "fsdp")),
     (r"adapter/(in|conv)/kernel$", P()),
     (r"adapter/out/kernel$", P(None, "fsdp")),
     (r"adapter/queries$", P()),

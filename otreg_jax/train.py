@@ -49,6 +49,7 @@ from otreg_jax import (
 from otreg_jax import config as config_lib
 from otreg_jax import train_step as step_lib
 from otreg_jax.data import bucketing, pipeline, prompts, sets, sources, text, tokenization
+from otreg_jax.models import encoders
 
 
 def train(config, workdir) -> step_lib.TrainState:
@@ -120,7 +121,7 @@ def train(config, workdir) -> step_lib.TrainState:
             stop, dev_metrics = signals.told_to_stop(step), None
             if run.evaluates and not stop and is_due(step + 1, config.eval_every, config):
                 weights = optim.averaged(state.params, state.opt_state)
-                loss = dev_loss(eval_fn, weights, frozen, data, config, mesh, share)
+                loss = dev_loss(eval_fn, weights, frozen, data, config, slm, share)
                 dev_metrics = {"dev_ce": loss}
                 writer.evaluated(step + 1, dev_metrics)
                 watch.lap("evaluation", step + 1)
@@ -263,6 +264,7 @@ def train_batches(
         batch_seconds=config.batch_seconds,
         unit=sharding.batch_shards(slm.mesh.shape) * config.accumulation,
         corpus=data.corpus,
+        frontend=encoders.frontend(slm.encoder.config),
     )
 
     def saving_first():
@@ -358,7 +360,7 @@ def prepare_llm(config, workdir, tokenizer, utterances) -> str:
     return path
 
 
-def dev_loss(eval_fn, params, frozen, data: Data, config, mesh, share) -> float:
+def dev_loss(eval_fn, params, frozen, data: Data, config, slm, share) -> float:
     """Mean cross-entropy a token over the dev set (nats); unreadable audio is left out."""
     data_config = pipeline.for_evaluation(config.data, num_workers=0)
     batches = pipeline.eval_batches(
@@ -369,8 +371,9 @@ def dev_loss(eval_fn, params, frozen, data: Data, config, mesh, share) -> float:
         host_index=share[0],
         host_count=share[1],
         prompter=data.prompter,
+        frontend=encoders.frontend(slm.encoder.config),
     )
-    sums = [eval_fn(params, frozen, sharding.to_global(batch, mesh)) for batch in batches]
+    sums = [eval_fn(params, frozen, sharding.to_global(batch, slm.mesh)) for batch in batches]
     total, num_tokens = np.sum(jax.device_get(sums), axis=0)
     return float(total / num_tokens)
 

@@ -9,6 +9,7 @@ import optax
 
 from otreg_jax import losses, optim, sharding
 from otreg_jax.data import augment, features
+from otreg_jax.models import encoders
 from otreg_jax.models import slm as slm_lib
 
 
@@ -74,12 +75,10 @@ def make_eval_step(slm):
     return jax.jit(functools.partial(eval_step, slm=slm))
 
 
-def prepare(batch, step, config):
-    """Log-mel of a batch that comes as audio (`data.features="step"`), and SpecAugment."""
+def prepare(batch, step, config, frontend: features.Frontend):
+    """Frames of a batch that comes as audio (`data.features="step"`), and SpecAugment."""
     if "audio" in batch:
-        mel, length = features.log_mel_jnp(
-            batch["audio"], batch["audio_length"], config.data.num_mels
-        )
+        mel, length = features.frames_jnp(frontend, batch["audio"], batch["audio_length"])
         batch = batch | {"mel": mel, "mel_length": length}
     masks = config.data.augment
     if masks.time_masks or masks.freq_masks:
@@ -104,7 +103,7 @@ def train_step(
       optimizer state; it still counts as a step, `metrics["bad_steps"]` says how many there were in
       a row.
     """
-    batch = prepare(batch, state.step, config)
+    batch = prepare(batch, state.step, config, encoders.frontend(slm.encoder.config))
     frozen = sharding.gather_vocabulary(frozen, slm.mesh)
     trained, resting = optim.matching(state.params, train)
 

@@ -187,7 +187,7 @@ def test_a_sample_holds_all_of_its_speech_and_all_of_its_text(tmp_path):
     batch |= {"tokens": np.ones((2, 5), np.int32), "token_length": np.array([3, 2])}
     compared = np.zeros((2, 10, 6)), np.array([10, 8]), np.zeros((2, 5, 6))
     utterance = sources.Utterance("a", "a.wav", TEXTS[0], 0.3)
-    sample = alignment.sample_of(utterance, tokenizer, batch, compared, 1)
+    sample = alignment.sample_of(utterance, tokenizer, batch, compared, 1, features.LOG_MEL)
     assert sample.mel_FM.shape == (30, 4) and sample.ids_T.shape == (2,)
     assert sample.speech_SD.shape == (8, 6) and sample.text_TD.shape == (2, 6)
 

@@ -34,21 +34,34 @@ def test_loud_end_sets_the_floor_as_in_whisper():
     np.testing.assert_allclose(mel, whisper.input_features[0].T[: len(mel)], atol=1e-5)
 
 
-@pytest.mark.parametrize("num_mels", [80, 128])
-def test_inside_the_step_equals_the_host_whatever_the_padding_holds(num_mels):
+@pytest.mark.parametrize(
+    "frontend", [features.LOG_MEL, features.Frontend(width=128), features.WAVEFORM]
+)
+def test_inside_the_step_equals_the_host_whatever_the_padding_holds(frontend):
     lengths = np.array([7999, 16000, 1, 12345], np.int32)
     audio_BN = np.full((4, 16000), np.nan, np.float32)
     for i, length in enumerate(lengths):
         audio_BN[i, :length] = speech_like(length, seed=i)
-    mel_BFM, mel_length = jax.jit(features.log_mel_jnp, static_argnums=2)(
-        audio_BN, lengths, num_mels
-    )
-    assert mel_BFM.shape == (4, 100, num_mels) and mel_length.dtype == np.int32
+    in_step = jax.jit(features.frames_jnp, static_argnums=0)
+    frames_BFM, num_frames = in_step(frontend, audio_BN, lengths)
+    assert frames_BFM.shape == (4, 100, frontend.width) and num_frames.dtype == np.int32
     for i, length in enumerate(lengths):
-        mel = features.log_mel(audio_BN[i, :length], num_mels)
-        assert mel_length[i] == len(mel) == features.num_frames(int(length))
-        np.testing.assert_allclose(mel_BFM[i, : len(mel)], mel, atol=1e-4)
-        assert not np.any(mel_BFM[i, len(mel) :])
+        frames = features.frames(frontend, audio_BN[i, :length])
+        assert num_frames[i] == len(frames) == features.num_frames(int(length))
+        np.testing.assert_allclose(frames_BFM[i, : len(frames)], frames, atol=1e-4)
+        assert not np.any(frames_BFM[i, len(frames) :])
+
+
+def test_log_mel_is_heard_in_the_waveform():
+    audio_N, lengths = speech_like(3 * 1600), np.array([30, 17])
+    whole = features.frames(features.WAVEFORM, audio_N)
+    heard = jax.jit(features.heard_jnp, static_argnums=0)
+    frames = np.stack([whole, np.where(np.arange(30)[:, None] < 17, whole, np.nan)])
+    both = heard(features.WAVEFORM, frames, lengths)
+    for length, found in zip(lengths, both, strict=True):
+        mel = features.log_mel(audio_N[: length * features.HOP])
+        np.testing.assert_array_equal(features.heard(features.WAVEFORM, whole[:length]), mel)
+        np.testing.assert_allclose(found[:length], mel, atol=1e-4)
 
 
 def test_silence_is_finite():

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from otreg_jax import build, decoding, evaluate, export, pretrained, train
 from otreg_jax import config as config_lib
 from otreg_jax.data import pipeline, sources, tokenization
-from otreg_jax.models import lora
+from otreg_jax.models import encoders, lora
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.adapter import AdapterConfig
 from otreg_jax.models.llm import LLMConfig
@@ -85,7 +85,8 @@ def test_a_layout_gives_what_its_class_gives_and_comes_back_to_the_bit(kind, rec
     slm, params = build.build(config, tokenizer, config.llm.path)
     utterances = sources.read_manifest(str(recordings))
     data = pipeline.for_evaluation(config.data, num_buckets=1)
-    (batch,) = pipeline.eval_batches(utterances, tokenizer, data, batch_size=4)
+    frontend = encoders.frontend(slm.encoder.config)
+    (batch,) = pipeline.eval_batches(utterances, tokenizer, data, batch_size=4, frontend=frontend)
     reference = speech_llms.open_model(tmp_path / "in")
     agree(layout, reference, slm, params, batch, utterances, speech_llms.AUDIO)
 

@@ -134,7 +134,7 @@ def test_every_epoch_holds_every_utterance(corpus):
 
 
 def test_batch_holds_the_utterances_it_names(corpus):
-    for batch in train(corpus, data_config(num_mels=128), 5):
+    for batch in train(corpus, data_config(), 5, frontend=features.Frontend(width=128)):
         assert {key: value.dtype.name for key, value in batch.items()} == {
             "mel": "float32",
             "mel_length": "int32",

@@ -282,8 +282,8 @@ def test_sources_that_are_not_there(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(FileNotFoundError, match="convert them to safetensors"):
         pretrained.load_llm(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
-    with pytest.raises(ValueError, match="'wav2vec2' is no speech encoder"):
+    (tmp_path / "config.json").write_text('{"model_type": "encodec"}')
+    with pytest.raises(ValueError, match="'encodec' is no speech encoder"):
         pretrained.load_speech_encoder(tmp_path)
 
 

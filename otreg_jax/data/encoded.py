@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 
 from otreg_jax import rundir
-from otreg_jax.data import pipeline
+from otreg_jax.data import features, pipeline
 from otreg_jax.data.sources import Utterance
 
 SHARD_SIZE = 1024  # utterances; more where a manifest would make over MAX_SHARDS: each is compiled
@@ -64,6 +64,7 @@ def keep(
     *,
     encode: Callable,
     positions: Callable,
+    frontend: features.Frontend,
     fingerprint: str,
     batch_size: int,
     host_index: int,
@@ -75,8 +76,8 @@ def keep(
     """Reads the encoder's outputs from `folder`, after computing those that are not there.
 
     Args:
-      utterances, tokenizer, data_config, batch_size, host_index, host_count, skipped_path: as for
-        `pipeline.train_batches`.
+      utterances, tokenizer, data_config, frontend, batch_size, host_index, host_count,
+        skipped_path: as for `pipeline.train_batches`.
       folder: a local one that all processes see; process 0 writes (`is_writer`).
       encode: this host's rows of a batch -> outputs [B, S, E] and "index" [B] of all hosts' rows.
       positions: mel frames -> the encoder's positions, an int or an array of them.
@@ -88,7 +89,8 @@ def keep(
     recording_N, first_R = _recordings(utterances)
     utterances = [utterances[i] for i in first_R]
     rows = _shards(utterances)
-    names = [_name([utterances[i] for i in part], data_config, fingerprint) for part in rows]
+    name_of = lambda part: _name(part, data_config, frontend, fingerprint)
+    names = [name_of([utterances[i] for i in part]) for part in rows]
     missing = [k for k, name in enumerate(names) if not (folder / f"{name}.json").exists()]
     wait()  # all have looked before the first writes
     count = sum(len(rows[k]) for k in missing)
@@ -99,6 +101,7 @@ def keep(
             part,
             tokenizer,
             data_config,
+            frontend,
             encode,
             batch_size,
             host_index,
@@ -148,19 +151,30 @@ def _shards(utterances: Sequence[Utterance]) -> list[np.ndarray]:
     return shards
 
 
-def _name(utterances: Sequence[Utterance], data_config, fingerprint: str) -> str:
+def _name(utterances: Sequence[Utterance], data_config, frontend, fingerprint: str) -> str:
     def file_of(u: Utterance):
         stat = os.stat(u.audio) if os.path.exists(u.audio) else None
         return u.audio, stat and (stat.st_size, stat.st_mtime_ns), u.offset, u.duration
 
-    made_of = [fingerprint, data_config.num_mels, [file_of(u) for u in utterances]]
+    made_of = [fingerprint, frontend.width, [file_of(u) for u in utterances]]
+    if frontend.kind != "log_mel":
+        made_of.append(frontend.kind)
     if data_config.window:
         made_of.append((data_config.window, data_config.window_masked))
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
 
 
 def _encode_shard(
-    part, tokenizer, data_config, encode, batch_size, host_index, host_count, skipped_path, progress
+    part,
+    tokenizer,
+    data_config,
+    frontend,
+    encode,
+    batch_size,
+    host_index,
+    host_count,
+    skipped_path,
+    progress,
 ):
     """[(frames, outputs [S, E] of the bucket's size) or None, ...] in the order of `part`."""
     settings = pipeline.for_evaluation(
@@ -174,6 +188,7 @@ def _encode_shard(
         host_index=host_index,
         host_count=host_count,
         skipped_path=skipped_path,
+        frontend=frontend,
     )
     found = [None] * len(part)
     for batch in batches:

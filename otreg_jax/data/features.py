@@ -1,4 +1,7 @@
-"""Log-mel spectrograms as Whisper computes them, on the host (NumPy) or in the jitted step (jnp).
+"""What speech encoders read: frames of 10 ms, made on the host (NumPy) or in the jitted step (jnp).
+
+A frame is a column of a log-mel spectrogram as Whisper computes it or, for encoders that read the
+waveform, its 160 samples; silence fills up the last one. So all audio is counted in frames.
 
 Whisper pads every recording to 30 s with zeros before its STFT. Neither form here does, and yet
 the frames that hold speech come out the same: the end of the audio is extended with zeros, not by
@@ -8,6 +11,7 @@ Reference: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +21,22 @@ import scipy.sparse
 
 from otreg_jax.data.utterances import SAMPLE_RATE
 
-PLACES = ("host", "step")  # where log-mel is computed: on the host, or inside the jitted step
+PLACES = ("host", "step")  # where frames are made: on the host, or inside the jitted step
 WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
 FRAME_RATE = SAMPLE_RATE // HOP  # frames a second
 # Frames centred on or after the last sample whose window still reaches back into the audio.
 TAIL = -(-(WINDOW // 2) // HOP)
+
+
+class Frontend(NamedTuple):
+    """What an encoder reads, `width` numbers a frame: "log_mel" (bins), or "waveform" (samples)."""
+
+    kind: str = "log_mel"
+    width: int = 80
+
+
+LOG_MEL, WAVEFORM = Frontend(), Frontend("waveform", HOP)
 
 
 def num_frames(num_samples):
@@ -43,9 +57,9 @@ def _mel_to_hz(mel):
 
 
 @functools.cache
-def mel_filters(num_mels: int = 80) -> np.ndarray:
-    """Triangles of equal area on Slaney's mel scale, float32 [WINDOW // 2 + 1, num_mels]."""
-    bins_hz = np.arange(WINDOW // 2 + 1) * SAMPLE_RATE / WINDOW
+def mel_filters(num_mels: int = 80, fft_size: int = WINDOW) -> np.ndarray:
+    """Triangles of equal area on Slaney's mel scale, float32 [fft_size // 2 + 1, num_mels]."""
+    bins_hz = np.arange(fft_size // 2 + 1) * SAMPLE_RATE / fft_size
     edges_hz = _mel_to_hz(np.linspace(0, _hz_to_mel(SAMPLE_RATE / 2), num_mels + 2))
     lower, centre, upper = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
     rising = (bins_hz[:, None] - lower) / (centre - lower)
@@ -121,3 +135,38 @@ def log_mel_jnp(
     log_BFM = (jnp.maximum(log_BFM[:, :frames], peak_B11 - 8) + 4) / 4
     valid_BF1 = (jnp.arange(frames)[None] < mel_length_B[:, None])[..., None]
     return jnp.where(valid_BF1, log_BFM, 0), mel_length_B.astype(jnp.int32)
+
+
+def frames(frontend: Frontend, audio_N: np.ndarray) -> np.ndarray:
+    """The frames of one recording, on the host: float32 [N] to float32 [num_frames(N), width]."""
+    if frontend.kind == "log_mel":
+        return log_mel(audio_N, frontend.width)
+    return np.pad(audio_N, (0, -len(audio_N) % HOP)).reshape(-1, HOP)
+
+
+def frames_jnp(
+    frontend: Frontend, audio_BN: jax.Array, length_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`frames` of a padded batch, inside a jitted function; arguments and result as `log_mel_jnp`,
+    the last axis as wide as the frontend."""
+    if frontend.kind == "log_mel":
+        return log_mel_jnp(audio_BN, length_B, frontend.width)
+    if audio_BN.dtype == jnp.int16:
+        audio_BN = audio_BN.astype(jnp.float32) / 32768
+    rows, samples = audio_BN.shape
+    audio_BN = jnp.where(jnp.arange(samples)[None] < length_B[:, None], audio_BN, 0)
+    audio_BN = jnp.pad(audio_BN, ((0, 0), (0, -samples % HOP)))
+    return audio_BN.reshape(rows, -1, HOP), num_frames(length_B).astype(jnp.int32)
+
+
+def heard(frontend: Frontend, frames_FM: np.ndarray) -> np.ndarray:
+    """Log-mel [F, bins] of one recording's frames of any frontend, on the host: what reports show,
+    and where silence is found."""
+    return frames_FM if frontend.kind == "log_mel" else log_mel(frames_FM.reshape(-1))
+
+
+def heard_jnp(frontend: Frontend, frames_BFM: jax.Array, length_B: jax.Array) -> jax.Array:
+    """`heard` of a padded batch, inside a jitted function: float32 [B, F, bins]."""
+    if frontend.kind == "log_mel":
+        return frames_BFM
+    return log_mel_jnp(frames_BFM.reshape(len(frames_BFM), -1), length_B * HOP)[0]

@@ -56,6 +56,7 @@ def train_batches(
     batch_seconds: float = 0.0,
     unit: int = 1,
     corpus: Corpus | None = None,
+    frontend: features.Frontend = features.LOG_MEL,
 ) -> Iterator[Batch]:
     """Yields this host's rows of the batches of steps start_step … num_steps - 1.
 
@@ -75,14 +76,15 @@ def train_batches(
       batch_seconds: audio of a step over all hosts, padding included, in place of `batch_size`; 0:
         not so. unit: rows of a batch are then a multiple of it.
       corpus: what `make_corpus` gives for these utterances, if it was asked before.
+      frontend: what the encoder reads.
 
     Yields:
-      {"mel": float32 [B, F, M], "mel_length": int32 [B], "tokens": int32 [B, T] (answers only),
-      "token_length": int32 [B], "index": int32 [B], row in `utterances`}; where utterances have
-      prompts of their own, "prefix" and "suffix", and where answers are not transcripts,
-      "transcript", int32 [B, widths of the bucket] with their lengths. With features="step",
-      "audio": float32 [B, N] and "audio_length": int32 [B] stand in for mel and mel_length; with
-      `kept`, "encoded" [B, positions(F), E] in its dtype stands in for mel. A row
+      {"mel": float32 [B, F, M], frames of the frontend, "mel_length": int32 [B], "tokens": int32
+      [B, T] (answers only), "token_length": int32 [B], "index": int32 [B], row in `utterances`};
+      where utterances have prompts of their own, "prefix" and "suffix", and where answers are not
+      transcripts, "transcript", int32 [B, widths of the bucket] with their lengths. With
+      features="step", "audio": float32 [B, N] and "audio_length": int32 [B] stand in for mel and
+      mel_length; with `kept`, "encoded" [B, positions(F), E] in its dtype stands in for mel. A row
       whose audio turned out unusable is a filler: index -1, token_length 0, silence.
 
     Raises:
@@ -144,7 +146,10 @@ def train_batches(
     if kept:
         read = lambda row, speed, rng: _Example(kept.read(row), kept.frames_N[row])
     else:
-        read = _reader(corpus, rows_N, data_config, data_config.augment, skipped_path, host_index)
+        augmentation = data_config.augment
+        read = _reader(
+            corpus, rows_N, data_config, frontend, augmentation, skipped_path, host_index
+        )
 
     def batch(step: int) -> Batch:
         plan, s = plan_step(step)
@@ -155,7 +160,7 @@ def train_batches(
             for i, (row, speed) in enumerate(zip(share.rows, share.speed, strict=True), mine.start)
         ]
         b = share.bucket_S[0]
-        made = _assemble(corpus, share.rows, examples, buckets[b], data_config, kept)
+        made = _assemble(corpus, share.rows, examples, buckets[b], data_config, frontend, kept)
         rngs = (rng_of(PROMPT, seed, step, i) for i in range(mine.start, mine.stop))
         return made | own_parts(corpus, share.rows, widths[b], prompter, rngs)
 
@@ -184,6 +189,7 @@ def eval_batches(
     host_count: int = 1,
     skipped_path: str | None = None,
     prompter: prompts.Prompter | None = None,
+    frontend: features.Frontend = features.LOG_MEL,
 ) -> Iterator[Batch]:
     """Yields every utterance once, short ones first, without augmentation, with its task's first
     prompt.
@@ -200,13 +206,13 @@ def eval_batches(
     widths = own_widths(corpus, rows_N, (1.0,), buckets)
     plan = deal(corpus, rows_N, np.ones(len(rows_N)), buckets, batch_size)
     mine = _share(batch_size, host_index, host_count)
-    read = _reader(corpus, rows_N, data_config, None, skipped_path, host_index)
+    read = _reader(corpus, rows_N, data_config, frontend, None, skipped_path, host_index)
 
     def batch(step: int) -> Batch:
         share = plan.batch(step, mine)
         examples = [read(row, 1.0, None) for row in share.rows]
         b = share.bucket_S[0]
-        made = _assemble(corpus, share.rows, examples, buckets[b], data_config)
+        made = _assemble(corpus, share.rows, examples, buckets[b], data_config, frontend)
         made |= own_parts(corpus, share.rows, widths[b], prompter, [None] * len(share.rows))
         made["index"] = np.where(share.repeated, -1, made["index"]).astype(np.int32)
         made["token_length"] = np.where(share.repeated, 0, made["token_length"]).astype(np.int32)
@@ -250,7 +256,7 @@ def _share(batch_size: int, host_index: int, host_count: int) -> slice:
 
 
 class _Example(NamedTuple):
-    """Speech of one utterance: mel [F, M], audio [N] or what is kept [S, E]; None: unusable audio.
+    """Speech of one utterance: frames [F, M], audio [N] or what is kept [S, E]; None: unusable.
     length: how much of it is valid; of what is kept, mel frames."""
 
     speech: np.ndarray | None
@@ -258,7 +264,7 @@ class _Example(NamedTuple):
 
 
 def _reader(
-    corpus: Corpus, rows_N, data_config, augmentation, skipped_path, host_index
+    corpus: Corpus, rows_N, data_config, frontend, augmentation, skipped_path, host_index
 ) -> Callable:
     """Returns read(row, speed, rng) -> _Example.
 
@@ -283,9 +289,9 @@ def _reader(
         if data_config.features == "step":
             return _Example(samples, len(samples))
         silence = max(corpus.window * features.HOP - len(samples), 0)
-        mel = features.log_mel(np.pad(samples, (0, silence)), data_config.num_mels)
+        frames = features.frames(frontend, np.pad(samples, (0, silence)))
         spoken = features.num_frames(len(samples))
-        return _Example(mel, spoken if data_config.window_masked else len(mel))
+        return _Example(frames, spoken if data_config.window_masked else len(frames))
 
     noises, impulses = (
         sources.read_manifest(path, require_text=False) if path else []
@@ -296,7 +302,7 @@ def _reader(
     kept, handled = {}, set()
     size = corpus.samples[rows_N].sum() * 4
     if fixed and data_config.features == "host":
-        size = frames_of(corpus, rows_N).sum() * data_config.num_mels * 4
+        size = frames_of(corpus, rows_N).sum() * frontend.width * 4
     if size <= MEMORY_BYTES and not data_config.num_workers:  # every worker would keep its own
         kept = dict(zip(rows_N, sources.in_threads(keep, rows_N, "reading audio"), strict=True))
         problems = {row: found for row, found in kept.items() if isinstance(found, Problem)}
@@ -333,13 +339,13 @@ def _reader(
     return read
 
 
-def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config, kept=None) -> Batch:
+def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config, frontend, kept=None) -> Batch:
     (frames, tokens), size = bucket, len(rows_B)
     length, dtype = "mel_length", np.float32
     if kept:
         speech, shape, dtype = "encoded", (kept.positions(frames), kept.width), kept.dtype
     elif data_config.features == "host":
-        speech, shape = "mel", (frames, data_config.num_mels)
+        speech, shape = "mel", (frames, frontend.width)
     else:
         speech, length, shape = "audio", "audio_length", (frames * features.HOP,)
     batch = {

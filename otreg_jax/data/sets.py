@@ -150,7 +150,7 @@ def not_too_long(
 
 def max_seconds(config) -> float:
     """The longest audio the model takes: `data.max_duration`, or what the encoder has positions for
-    (30 s, if it is a pretrained Whisper)."""
+    (30 s, if it is a pretrained one)."""
     encoder = config.encoder
     frames = encoder.max_positions * math.prod(encoder.strides)
     return min(config.data.max_duration, 30.0 if encoder.path else frames / features.FRAME_RATE)

@@ -15,10 +15,17 @@ KERNELS = ("auto", "xla", "cudnn", "splash")
 
 
 def choose_kernel(
-    name: str, mesh: Mesh | None, *, dtype: str, head_dim: int, softcap: float | None = None
+    name: str,
+    mesh: Mesh | None,
+    *,
+    dtype: str,
+    head_dim: int,
+    softcap: float | None = None,
+    biased: bool = False,
 ) -> str:
     """The kernel that `name`, one of `KERNELS`, means on the devices of `mesh` (None: the default
     one): "auto" is the flash attention of the platform where it computes what is asked, else "xla".
+    biased: something is added to the scores.
 
     Raises:
       ValueError: the kernel does not run there, or cannot compute this.
@@ -27,17 +34,22 @@ def choose_kernel(
     is_nvidia = device.device_kind.startswith("NVIDIA")
     capability = float(device.compute_capability) if is_nvidia else 0
     widest = 256 if capability >= 9 else 128
+    unbiased = "adds nothing to attention scores, as this encoder (of relative positions) does"
     limits = {
         "cudnn": [
             (capability >= 8, f"needs an NVIDIA GPU since Ampere, the device is {device}"),
             (dtype == "bfloat16", f"computes in bfloat16 only, compute_dtype is {dtype}"),
             (not softcap, "does not cap attention scores, as this model (Gemma 2) does"),
+            (not biased, unbiased),
             (
                 head_dim % 8 == 0 and head_dim <= widest,
                 f"needs heads of a multiple of 8 up to {widest} dimensions, these have {head_dim}",
             ),
         ],
-        "splash": [(device.platform == "tpu", f"needs a TPU, the device is {device}")],
+        "splash": [
+            (device.platform == "tpu", f"needs a TPU, the device is {device}"),
+            (not biased, unbiased),
+        ],
         "xla": [],
     }
     if name == "auto":
@@ -66,6 +78,7 @@ def attention(
     window: int | None = None,
     length_B: jax.Array | None = None,
     softcap: float | None = None,
+    bias_BHLS: jax.Array | None = None,
     kernel: str = "xla",
     mesh: Mesh | None = None,
 ) -> jax.Array:
@@ -77,6 +90,7 @@ def attention(
       window: with is_causal, to the last so many only, its own included.
       length_B: int32, slots from there on are padding; what padding attends to is undefined.
       softcap: scores become softcap · tanh(scores / softcap) before the mask (Gemma 2, 2408.00118).
+      bias_BHLS: added to the scaled scores; "xla" only, without softcap.
       kernel: one of `KERNELS` but "auto"; see `choose_kernel`.
       mesh: what batch and heads are split over; XLA cannot split a Pallas kernel by itself.
     """
@@ -92,6 +106,7 @@ def attention(
                 q_BLHd,
                 k_BSKd,
                 v_BSKd,
+                bias=bias_BHLS,
                 mask=None if mask_BLS is None else mask_BLS[:, None],
                 scale=scale,
                 is_causal=is_causal,

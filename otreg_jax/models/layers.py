@@ -100,19 +100,24 @@ def layer_norm(name: str, x: jax.Array, dtype: str) -> jax.Array:
 
 
 class EncoderAttention(nn.Module):
-    """Multi-head attention of x over `memory` (x itself when None), Whisper's biases: none on k.
+    """Multi-head attention of x over `memory` (x itself when None); Whisper has no bias on k.
 
-    length_B: valid positions of the memory.
+    length_B: valid positions of the memory. bias_BHLS: as in `attention`.
     """
 
     num_heads: int
     dtype: str = "float32"
     attention: str = "xla"
     mesh: Mesh | None = None
+    key_bias: bool = False
 
     @nn.compact
     def __call__(
-        self, x_BLE: jax.Array, length_B: jax.Array, memory_BSE: jax.Array | None = None
+        self,
+        x_BLE: jax.Array,
+        length_B: jax.Array,
+        memory_BSE: jax.Array | None = None,
+        bias_BHLS: jax.Array | None = None,
     ) -> jax.Array:
         memory_BSE = x_BLE if memory_BSE is None else memory_BSE
         width = x_BLE.shape[-1]
@@ -122,11 +127,18 @@ class EncoderAttention(nn.Module):
             return y.reshape(*y.shape[:2], self.num_heads, -1)
 
         q = heads("q", x_BLE, True)
-        k = heads("k", memory_BSE, False)
+        k = heads("k", memory_BSE, self.key_bias)
         v = heads("v", memory_BSE, True)
         scale = q.shape[-1] ** -0.5
         y = attention(
-            q, k, v, scale=scale, length_B=length_B, kernel=self.attention, mesh=self.mesh
+            q,
+            k,
+            v,
+            scale=scale,
+            length_B=length_B,
+            bias_BHLS=bias_BHLS,
+            kernel=self.attention,
+            mesh=self.mesh,
         )
         return Dense(width, True, dtype=self.dtype, name="o")(y.reshape(x_BLE.shape))
 
@@ -137,12 +149,13 @@ class EncoderMLP(nn.Module):
     mlp_dim: int
     activation: str = "gelu"
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = Dense(self.mlp_dim, True, dtype=self.dtype, name="up")(x)
+        y = Dense(self.mlp_dim, self.use_bias, dtype=self.dtype, name="up")(x)
         y = ACTIVATIONS[self.activation](y)
-        return Dense(x.shape[-1], True, dtype=self.dtype, name="down")(y)
+        return Dense(x.shape[-1], self.use_bias, dtype=self.dtype, name="down")(y)
 
 
 class EncoderBlock(nn.Module):

@@ -10,6 +10,7 @@ gives. Logits are computed at the transcript's positions only, never over the wh
 import functools
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
@@ -17,10 +18,10 @@ from jax.sharding import Mesh
 
 from otreg_jax import sharding
 from otreg_jax.data.text import Prompt
-from otreg_jax.models import adapter, lora, speech_encoder
+from otreg_jax.models import adapter, encoders, lora
 from otreg_jax.models.adapter import Adapter, AdapterConfig
+from otreg_jax.models.encoders import EncoderConfig
 from otreg_jax.models.llm import LLM, LLMConfig, sublayers
-from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 
 # What a batch has where each row has a prompt of its own.
 PROMPT = ("prefix", "prefix_length", "suffix", "suffix_length")
@@ -30,7 +31,7 @@ class SLM(NamedTuple):
     """The modules, the prompt and the mesh to compute on (None: one device); `make` makes it.
     Weights are {"encoder": ..., "adapter": ..., "llm": ...}."""
 
-    encoder: SpeechEncoder
+    encoder: nn.Module  # of `encoders`
     adapter: Adapter
     llm: LLM
     prompt: Prompt
@@ -38,14 +39,14 @@ class SLM(NamedTuple):
 
 
 def make(
-    encoder: SpeechEncoderConfig,
+    encoder: EncoderConfig,
     adapter: AdapterConfig,
     llm: LLMConfig,
     prompt: Prompt,
     mesh: Mesh | None = None,
 ) -> SLM:
     """The SLM of these parts, which all compute on `mesh`."""
-    return SLM(SpeechEncoder(encoder, mesh), Adapter(adapter), LLM(llm, mesh), prompt, mesh)
+    return SLM(encoders.make(encoder, mesh), Adapter(adapter), LLM(llm, mesh), prompt, mesh)
 
 
 class Outputs(NamedTuple):
@@ -72,7 +73,7 @@ class Outputs(NamedTuple):
 def speech_embeddings(
     slm: SLM, params, mel_BFM: jax.Array, mel_length_B: jax.Array, rngs=None
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-mel frames -> adapter outputs [B, S, D] and their lengths [B]."""
+    """The encoder's frames -> adapter outputs [B, S, D] and their lengths [B]."""
     encoded_BSE, length_B = slm.encoder.apply({"params": params["encoder"]}, mel_BFM, mel_length_B)
     return adapt(slm, params, encoded_BSE, length_B, rngs)
 
@@ -87,7 +88,7 @@ def adapt(slm: SLM, params, encoded_BSE: jax.Array, length_B: jax.Array, rngs=No
 
 def speech_length(slm: SLM, mel_length):
     """Speech embeddings that `mel_length` frames become; an int or an array of them."""
-    positions = speech_encoder.output_length(slm.encoder.config, mel_length)
+    positions = encoders.output_length(slm.encoder.config, mel_length)
     return adapter.output_length(slm.adapter.config, positions)
 
 
@@ -187,7 +188,7 @@ def forward(
       further_layers: beside `layer`, for `Outputs.compared`.
     """
     if "encoded" in batch:
-        positions_B = speech_encoder.output_length(slm.encoder.config, batch["mel_length"])
+        positions_B = encoders.output_length(slm.encoder.config, batch["mel_length"])
         adapted_BSD, speech_length_B = adapt(slm, params, batch["encoded"], positions_B, rngs)
     else:
         mel = batch["mel"], batch["mel_length"]

@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "relu": "relu",
 }
+ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 
 def llm_config(raw: dict[str, Any], where: str = "config.json") -> LLMConfig:
@@ -288,7 +289,6 @@ def llm_config_json(config: LLMConfig) -> dict[str, Any]:
 
     Raises ValueError when the family has no way to say what the config holds.
     """
-    activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     raw = {
         "architectures": [ARCHITECTURES[config.family]],
         "model_type": config.family,
@@ -299,13 +299,13 @@ def llm_config_json(config: LLMConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": activation[config.activation],
+        "hidden_act": ACTIVATION_NAMES[config.activation],
         "embedding_multiplier": config.embed_scale,
         "attention_multiplier": config.attn_scale,
         "residual_multiplier": config.residual_scale,
         "logits_scaling": config.logit_divisor,
         "partial_rotary_factor": (config.rotary_dim or config.head_dim) / config.head_dim,
-        "hidden_activation": activation[config.activation],
+        "hidden_activation": ACTIVATION_NAMES[config.activation],
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
         "max_position_embeddings": config.max_positions,

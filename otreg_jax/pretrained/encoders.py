@@ -1,10 +1,11 @@
-"""config.json of speech encoders to and from SpeechEncoderConfig; checks as in `configs`."""
+"""config.json of speech encoders to and from their configurations; checks as in `configs`."""
 
 from typing import Any
 
+from otreg_jax.models.encoders import EncoderConfig
 from otreg_jax.models.speech_encoder import SpeechEncoderConfig
-from otreg_jax.pretrained import checks, layouts
-from otreg_jax.pretrained.configs import ACTIVATIONS
+from otreg_jax.pretrained import checks, layouts, waveform
+from otreg_jax.pretrained.configs import ACTIVATION_NAMES, ACTIVATIONS
 
 _WHISPER = {  # the defaults of its class in transformers
     "d_model": 384,
@@ -35,9 +36,11 @@ _DEFAULTS = {
 _NAMES = {theirs: ours for ours, theirs in layouts.VOXTRAL_KEYS.items()}
 
 
-def speech_encoder_config(raw: dict[str, Any], where: str = "config.json") -> SpeechEncoderConfig:
-    """The SpeechEncoderConfig of a parsed config.json: Whisper's, or of a model that holds such an
-    encoder.
+def speech_encoder_config(
+    raw: dict[str, Any], where: str = "config.json", preprocessor: Any = None
+) -> EncoderConfig:
+    """The configuration of the encoder that a parsed config.json describes, or that is inside what
+    it describes. `preprocessor`: the parsed preprocessor_config.json, if there is one.
 
     Raises ValueError, listing every problem, for any other architecture or a wrong value.
     """
@@ -45,8 +48,12 @@ def speech_encoder_config(raw: dict[str, Any], where: str = "config.json") -> Sp
     if layouts.name(raw):
         raw = layouts.audio_part(raw, where)
     kind = str(raw.get("model_type"))
+    if kind in waveform.KINDS:
+        preprocessor = checks.parsed(preprocessor or {}, "preprocessor_config.json")
+        return waveform.encoder_config(raw, where, preprocessor)
     if kind not in _DEFAULTS:
-        known = ", ".join(kind for kind in (*_DEFAULTS, *layouts.LAYOUTS) if kind != _OWN)
+        kinds = (*_DEFAULTS, *waveform.KINDS, *layouts.LAYOUTS)
+        known = ", ".join(kind for kind in kinds if kind != _OWN)
         raise ValueError(f"{where}: model_type {kind!r} is no speech encoder; supported: {known}")
     names = _NAMES if kind == "voxtral_encoder" else {}
     said = {names.get(key, key): value for key, value in raw.items()}
@@ -73,9 +80,11 @@ def speech_encoder_config(raw: dict[str, Any], where: str = "config.json") -> Sp
     )
 
 
-def speech_encoder_config_json(config: SpeechEncoderConfig) -> dict[str, Any]:
-    """The config.json of a speech encoder: Whisper's, unless its strides are others or it pools."""
-    activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+def speech_encoder_config_json(config: EncoderConfig) -> dict[str, Any]:
+    """The config.json of a speech encoder: that of the class it came from. A Whisper encoder of
+    other strides than Whisper's, or that pools, has one of our own."""
+    if not isinstance(config, SpeechEncoderConfig):
+        return waveform.encoder_config_json(config)
     raw = {
         "architectures": ["WhisperEncoder"],
         "model_type": "whisper",
@@ -85,9 +94,16 @@ def speech_encoder_config_json(config: SpeechEncoderConfig) -> dict[str, Any]:
         "encoder_ffn_dim": config.mlp_dim,
         "num_mel_bins": config.num_mels,
         "max_source_positions": config.max_positions,
-        "activation_function": activation[config.activation],
+        "activation_function": ACTIVATION_NAMES[config.activation],
     }
     if config.strides != _STRIDES or config.pool > 1:
         own = {"architectures": [], "model_type": _OWN, "strides": list(config.strides)}
         raw |= own | ({"pool": config.pool} if config.pool > 1 else {})
     return raw
+
+
+def preprocessor_json(config: EncoderConfig) -> dict[str, Any] | None:
+    """The preprocessor_config.json of an encoder that is read with it, else None."""
+    if isinstance(config, SpeechEncoderConfig):
+        return None
+    return waveform.preprocessor_json(config)

@@ -16,6 +16,7 @@ import math
 from typing import Any, NamedTuple
 
 from otreg_jax.models.adapter import AdapterConfig
+from otreg_jax.models.encoders import EncoderConfig
 from otreg_jax.models.llm import LLMConfig
 from otreg_jax.models.speech_encoder import SpeechEncoderConfig
 from otreg_jax.pretrained import checks
@@ -206,13 +207,15 @@ def _most_frames(encoder: SpeechEncoderConfig) -> int:
 
 def obstacles(
     layout: str,
-    encoder: SpeechEncoderConfig,
+    encoder: EncoderConfig,
     adapter: AdapterConfig,
     llm: LLMConfig,
     window: Window,
 ) -> list[str]:
     """Why a model of these parts cannot become one of `layout`; nothing if it can."""
     kind, problems = LAYOUTS[layout], []
+    if not isinstance(encoder, SpeechEncoderConfig):
+        return [f"its encoder is {encoder.family}, not Whisper's"]
     if adapter.kind != kind.kind:
         problems.append(f"adapter.kind={adapter.kind}, not {kind.kind}")
     if adapter.norm != "none":

@@ -17,16 +17,19 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from otreg_jax.models import encoders as encoder_lib
 from otreg_jax.models.adapter import Adapter, AdapterConfig
+from otreg_jax.models.encoders import EncoderConfig
 from otreg_jax.models.llm import LLM, LLMConfig
-from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from otreg_jax.pretrained import checks, configs, encoders, layouts, remote, tables
 
 INDEX = "model.safetensors.index.json"
@@ -81,14 +84,13 @@ def load_speech_encoder(
     dtypes: Dtypes | None = None,
     shardings: Shardings | None = None,
     read: Read | None = None,
-) -> tuple[SpeechEncoder, dict]:
-    """The encoder of a Whisper model or of a speech LLM (`layouts.LAYOUTS`); arguments, result and
-    errors as for `load_llm`."""
+) -> tuple[nn.Module, dict]:
+    """A speech encoder, alone or inside a larger model (`encoders.DEFAULTS`, `layouts.LAYOUTS`);
+    arguments, result and errors as for `load_llm`."""
     directory = resolve(source, revision)
     config = speech_encoder_config(directory)
-    model = SpeechEncoder(dataclasses.replace(config, dtype=dtype))
-    inputs = jnp.zeros((1, 8, config.num_mels)), jnp.array([8])
-    shapes = _shapes(model, dtypes or (lambda _: dtype), *inputs)
+    model = encoder_lib.make(dataclasses.replace(config, dtype=dtype))
+    shapes = _shapes(model, dtypes or (lambda _: dtype), *encoder_lib.example(config))
     table = tables.speech_encoder_table(config)
     return model, read_params(directory, table, shapes, shardings, read)
 
@@ -115,17 +117,19 @@ def llm_config(source: str | pathlib.Path, revision: str | None = None) -> LLMCo
     return configs.llm_config(*_config_json(resolve(source, revision, ["*.json"])))
 
 
-def speech_encoder_config(
-    source: str | pathlib.Path, revision: str | None = None
-) -> SpeechEncoderConfig:
-    """What config.json says about the encoder of a Whisper model or a speech LLM."""
-    return encoders.speech_encoder_config(*_config_json(resolve(source, revision, ["*.json"])))
+def speech_encoder_config(source: str | pathlib.Path, revision: str | None = None) -> EncoderConfig:
+    """What config.json, and preprocessor_config.json if there is one, say about the speech encoder
+    of a directory or hub id."""
+    directory = resolve(source, revision, ["*.json"])
+    path = directory / "preprocessor_config.json"
+    preprocessor = read_json(path) if path.is_file() else {}
+    return encoders.speech_encoder_config(*_config_json(directory), preprocessor)
 
 
 def adapter_config(
     source: str | pathlib.Path,
     revision: str | None,
-    encoder: SpeechEncoderConfig,
+    encoder: EncoderConfig,
     llm: LLMConfig,
 ) -> AdapterConfig:
     """What config.json of a speech LLM says about the adapter between its encoder and its LLM."""
@@ -135,7 +139,7 @@ def adapter_config(
 
 
 def window(
-    source: str | pathlib.Path, revision: str | None, encoder: SpeechEncoderConfig
+    source: str | pathlib.Path, revision: str | None, encoder: EncoderConfig
 ) -> layouts.Window | None:
     """What a speech LLM pads audio to; None if `source` holds something else."""
     raw, where = _config_json(resolve(source, revision, ["*.json"]))
@@ -317,6 +321,8 @@ def _match(
     patterns = [(tables.name_pattern(table, row), row) for row in table.rows]
     sources: dict[str, dict[int | None, _Tensor]] = {path: {} for path in targets}
     problems = []
+    if heads := sorted(t.name for t in tensors if re.fullmatch(table.named, t.name)):
+        logging.warning("%s: not needed and passed over: %s", directory, ", ".join(heads))
     for tensor in tensors:
         if any(re.fullmatch(pattern, tensor.name) for pattern in table.ignored):
             continue

@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 import safetensors.numpy
 import tokenizers
@@ -13,7 +14,6 @@ from flax import traverse_util
 from otreg_jax.data.tokenization import Tokenizer, save_tokenizer
 from otreg_jax.models.adapter import Adapter
 from otreg_jax.models.llm import LLM
-from otreg_jax.models.speech_encoder import SpeechEncoder
 from otreg_jax.pretrained import configs, encoders, layouts, tables
 from otreg_jax.pretrained.load import INDEX, SINGLE
 
@@ -35,20 +35,24 @@ def save_llm(
         save_tokenizer(directory, tokenizer)
 
 
-def save_speech_encoder(directory: str | pathlib.Path, model: SpeechEncoder, params: dict) -> None:
-    """Writes a speech encoder as transformers' WhisperEncoder reads it.
+def save_speech_encoder(directory: str | pathlib.Path, model: nn.Module, params: dict) -> None:
+    """Writes a speech encoder as transformers' class for its kind reads it.
 
-    With strides other than Whisper's only `pretrained.load_speech_encoder` reads it.
+    A Whisper encoder of strides that Whisper has not is read by `pretrained.load_speech_encoder`
+    alone.
     """
+    directory = pathlib.Path(directory)
     config = encoders.speech_encoder_config_json(model.config)
     table = tables.speech_encoder_table(model.config)
-    _save(pathlib.Path(directory), config, params, table)
+    _save(directory, config, params, table)
+    if preprocessor := encoders.preprocessor_json(model.config):
+        _write_json(directory / "preprocessor_config.json", preprocessor)
 
 
 def save_layout(
     directory: str | pathlib.Path,
     layout: str,
-    modules: tuple[SpeechEncoder, Adapter, LLM],
+    modules: tuple[nn.Module, Adapter, LLM],
     params: dict,
     audio_token: int,
     tokenizer: Tokenizer | None = None,
@@ -77,7 +81,7 @@ def save_layout(
     }
     _save(directory, config, params, tables.whole(parts))
     preprocessor = layouts.preprocessor_json(layout, encoder.config)
-    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    _write_json(directory / "preprocessor_config.json", preprocessor)
     if tokenizer is not None:
         save_tokenizer(directory, tokenizer)
         _add_token(directory / "tokenizer.json", audio_token, layouts.LAYOUTS[layout].token[1])
@@ -148,10 +152,13 @@ def _save(
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
             "weight_map": weight_map,
         }
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(directory / INDEX, index)
     dtype = str(next(iter(flat.values())).dtype)
-    config_json = json.dumps(config | {"torch_dtype": dtype}, indent=2)
-    (directory / "config.json").write_text(config_json + "\n")
+    _write_json(directory / "config.json", config | {"torch_dtype": dtype})
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _tensors(rows: list[tables.Row], flat: dict[str, Any]) -> list[_Tensor]:

@@ -10,12 +10,16 @@ import re
 from typing import NamedTuple
 
 from otreg_jax.models.adapter import AdapterConfig
+from otreg_jax.models.conformer_encoder import ConformerEncoderConfig
+from otreg_jax.models.encoders import EncoderConfig
 from otreg_jax.models.llm import LLMConfig
 from otreg_jax.models.speech_encoder import SpeechEncoderConfig
+from otreg_jax.models.waveform_encoder import WaveformEncoderConfig
 
 KEEP = None
 MATRIX = (1, 0)  # torch stores Linear weights [out, in]
 CONV = (2, 1, 0)  # and Conv1d weights [out, in, width]
+PLANE = (3, 2, 1, 0)  # and Conv2d weights [out, in, height, width]
 
 
 class Part(NamedTuple):
@@ -35,12 +39,14 @@ class Row(NamedTuple):
 
 class Table(NamedTuple):
     """rows: as above. read: (what names begin with as we write them, a regex of what files have in
-    its place), the first that fits. ignored: regexes of tensors that are not ours to load.
+    its place), the first that fits. ignored: regexes of tensors that are not ours to load; named:
+    those among them that one line names.
     """
 
     rows: tuple[Row, ...]
     read: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
+    named: str = ""
 
 
 # The parts of a whole speech LLM, as their tensors begin: published files and transformers' own.
@@ -128,8 +134,16 @@ def _width(config: LLMConfig, name: str) -> int:
 # --- Speech encoder ----------------------------------------------------------
 
 
-def speech_encoder_table(config: SpeechEncoderConfig) -> Table:
-    """The tensors of a Whisper encoder, alone or inside a whole Whisper model."""
+def speech_encoder_table(config: EncoderConfig) -> Table:
+    """The tensors of a speech encoder, alone or inside a larger model."""
+    if isinstance(config, WaveformEncoderConfig):
+        return _waveform_table(config)
+    if isinstance(config, ConformerEncoderConfig):
+        return _conformer_table(config)
+    return _whisper_table(config)
+
+
+def _whisper_table(config: SpeechEncoderConfig) -> Table:
     rows = [Row("embed_positions.weight", "positions/embedding", KEEP)]
     for i in range(1, len(config.strides) + 1):
         rows.append(Row(f"conv{i}.weight", f"conv{i}/kernel", CONV))
@@ -155,6 +169,141 @@ def speech_encoder_table(config: SpeechEncoderConfig) -> Table:
         _LANGUAGE,
     )
     return Table(tuple(rows), (("", _ENCODER),), ignored)
+
+
+# What models that were trained further stand on the encoder, and what only pretraining uses.
+_HEADS = r"(lm_head|classifier|projector|tdnn|objective|quantizer|project_hid|project_q)\..*"
+_HEADS += r"|layer_weights|feature_extractor\.(weight|bias)"
+_HEADS += r"|(ctc_head|decoder|encoder_projector|joint)\..*"  # Parakeet's
+
+
+def _waveform_table(config: WaveformEncoderConfig) -> Table:
+    """The tensors of wav2vec 2.0, HuBERT or WavLM, alone or below a head."""
+    prefix = rf"({config.family}\.)?"
+    weight = "encoder.pos_conv_embed.conv.parametrizations.weight.original"
+    old = r"(parametrizations\.weight\.original{}|weight_{})"  # of PyTorch 1
+    rows = [
+        Row("feature_projection.projection.weight", "projection/kernel", MATRIX),
+        Row("feature_projection.projection.bias", "projection/bias", KEEP),
+        Row(f"{weight}0", "positions/weight_g", CONV),
+        Row(f"{weight}1", "positions/weight_v", CONV),
+        Row("encoder.pos_conv_embed.conv.bias", "positions/bias", KEEP),
+    ]
+    norms = {"norm": "encoder.layer_norm"}
+    if config.projection_norm:
+        norms["projection_norm"] = "feature_projection.layer_norm"
+    for i in range(len(config.conv_widths)):
+        layer = f"feature_extractor.conv_layers.{i}"
+        rows.append(Row(f"{layer}.conv.weight", f"conv{i + 1}/kernel", CONV))
+        if config.conv_bias:
+            rows.append(Row(f"{layer}.conv.bias", f"conv{i + 1}/bias", KEEP))
+        if i == 0 or config.conv_norm == "layer":
+            norms[f"conv{i + 1}_norm"] = f"{layer}.layer_norm"
+    layer = "encoder.layers.{layer}"
+    dense = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+    dense = {f"attn/{ours}": f"attention.{theirs}" for ours, theirs in dense.items()}
+    dense |= {"mlp/up": "feed_forward.intermediate_dense", "mlp/down": "feed_forward.output_dense"}
+    if config.relative:
+        dense["relative_gate/linear"] = "attention.gru_rel_pos_linear"
+        const = "attention.gru_rel_pos_const"
+        rows.append(Row(f"{layer}.{const}", "layers/relative_gate/const", KEEP))
+        table = "encoder.layers.0.attention.rel_attn_embed.weight"  # the first's, for all of them
+        rows.append(Row(table, "relative/embedding", KEEP))
+    for ours, theirs in dense.items():
+        rows.append(Row(f"{layer}.{theirs}.weight", f"layers/{ours}/kernel", MATRIX))
+        rows.append(Row(f"{layer}.{theirs}.bias", f"layers/{ours}/bias", KEEP))
+    norms["layers/attn_norm"] = f"{layer}.layer_norm"
+    norms["layers/mlp_norm"] = f"{layer}.final_layer_norm"
+    for ours, theirs in norms.items():
+        rows.append(Row(f"{theirs}.weight", f"{ours}/scale", KEEP))
+        rows.append(Row(f"{theirs}.bias", f"{ours}/bias", KEEP))
+    read = [
+        (f"{weight}{i}", prefix + r"encoder\.pos_conv_embed\.conv\." + old.format(i, "gv"[i]))
+        for i in (0, 1)
+    ]
+    ignored = (prefix + "masked_spec_embed", _HEADS)
+    return Table(tuple(rows), (*read, ("", prefix)), ignored, named=_HEADS)
+
+
+# What the parts of a conformer block are called in files; a convolution or a dense layer is a
+# kernel, and a bias if the block's convolutions, or its dense layers, have one.
+_BLOCKS = {
+    "wav2vec2-bert": {
+        "mlp1/up": "ffn1.intermediate_dense",
+        "mlp1/down": "ffn1.output_dense",
+        "mlp2/up": "ffn2.intermediate_dense",
+        "mlp2/down": "ffn2.output_dense",
+        **{f"attn/{name}": f"self_attn.linear_{name}" for name in "qkv"},
+        "attn/o": "self_attn.linear_out",
+        "attn/distance/embedding": "self_attn.distance_embedding.weight",
+        "conv_in": "conv_module.pointwise_conv1",
+        "depthwise": "conv_module.depthwise_conv",
+        "conv_out": "conv_module.pointwise_conv2",
+        "mlp1_norm": "ffn1_layer_norm",
+        "attn_norm": "self_attn_layer_norm",
+        "conv_norm": "conv_module.layer_norm",
+        "depthwise_norm": "conv_module.depthwise_layer_norm",
+        "mlp2_norm": "ffn2_layer_norm",
+        "norm": "final_layer_norm",
+    },
+    "parakeet_encoder": {
+        "mlp1/up": "feed_forward1.linear1",
+        "mlp1/down": "feed_forward1.linear2",
+        "mlp2/up": "feed_forward2.linear1",
+        "mlp2/down": "feed_forward2.linear2",
+        **{f"attn/{name}": f"self_attn.{name}_proj" for name in "qkvo"},
+        "attn/relative/kernel": "self_attn.relative_k_proj.weight",
+        "attn/content_bias": "self_attn.bias_u",
+        "attn/position_bias": "self_attn.bias_v",
+        "conv_in": "conv.pointwise_conv1",
+        "depthwise": "conv.depthwise_conv",
+        "conv_out": "conv.pointwise_conv2",
+        "mlp1_norm": "norm_feed_forward1",
+        "attn_norm": "norm_self_att",
+        "conv_norm": "norm_conv",
+        "depthwise_norm": "conv.norm",
+        "depthwise_norm/mean": "conv.norm.running_mean",
+        "depthwise_norm/variance": "conv.norm.running_var",
+        "mlp2_norm": "norm_feed_forward2",
+        "norm": "norm_out",
+    },
+}
+
+
+def _conformer_table(config: ConformerEncoderConfig) -> Table:
+    """The tensors of w2v-BERT 2.0 or Parakeet's encoder, alone or below a head."""
+    rows = []
+
+    def add(theirs: str, ours: str, axes, has_bias: bool = True) -> None:
+        weight = "scale" if ours.endswith("norm") else "kernel"
+        rows.append(Row(f"{theirs}.weight", f"{ours}/{weight}", axes))
+        if has_bias:
+            rows.append(Row(f"{theirs}.bias", f"{ours}/bias", KEEP))
+
+    if config.stack:
+        read, layer = r"(wav2vec2_bert\.)?", "encoder.layers.{layer}"
+        add("feature_projection.layer_norm", "projection_norm", KEEP)
+        add("feature_projection.projection", "projection", MATRIX)
+    else:
+        read, layer = r"(encoder\.)?", "layers.{layer}"
+        add("subsampling.layers.0", "conv1", PLANE)
+        for i in range(2, config.subsampling[0] + 1):
+            at = 3 * i - 4  # a ReLU stands between them
+            add(f"subsampling.layers.{at}", f"depthwise{i}", PLANE)
+            add(f"subsampling.layers.{at + 1}", f"pointwise{i}", PLANE)
+        add("subsampling.linear", "projection", MATRIX)
+    for ours, theirs in _BLOCKS[config.family].items():
+        theirs, ours = f"{layer}.{theirs}", f"layers/{ours}"
+        if ours.endswith(("/kernel", "/embedding", "_bias", "/mean", "/variance")):
+            rows.append(Row(theirs, ours, MATRIX if ours.endswith("/kernel") else KEEP))
+        elif ours.endswith("norm"):
+            add(theirs, ours, KEEP)
+        elif "/conv_" in ours or ours.endswith("/depthwise"):
+            add(theirs, ours, CONV, config.conv_bias)
+        else:
+            add(theirs, ours, MATRIX, config.dense_bias)
+    ignored = (read + "masked_spec_embed", r".*\.num_batches_tracked", _HEADS)
+    return Table(tuple(rows), (("", read),), ignored, named=_HEADS)
 
 
 # --- Adapter -----------------------------------------------------------------
