@@ -127,7 +127,7 @@ def make_recognizer(device: str):
     frames = round(SECONDS * 100) // (2 * STACK) * 2 * STACK
     theirs, llm, llm_params = make_models("recognizer", device)
     described = json.loads((SHAPES / ENCODER / "config.json").read_text())
-    cut = {"max_source_positions": frames // 2, "decoder_layers": 1}
+    cut = {"max_source_positions": frames // 2, "decoder_layers": 1, "decoder_attention_heads": 8}
     whisper = transformers.WhisperModel(transformers.WhisperConfig(**described | cut)).eval()
     config = config_lib.default()
     config.compute_dtype = "bfloat16" if device == "cuda" else "float32"
