@@ -1,17 +1,16 @@
-"""Large data sets, read and checked once, and from then on mapped into memory.
+"""Large data sets, read and checked once; later starts find what the first one found.
 
-What the first start finds is kept in a folder: the utterances as JSON lines, where each ends, and
-what was to be told of the others. Later starts, and other processes, map these: that takes no time,
-and memory only for the utterances that somebody looks at. What is worked out of all utterances, as
-their tokens, is kept beside them (`remember`). An index is of the files that were read, by their
-sizes and times, of the settings that matter and of this code; if any is another, it is made anew.
+It is kept in a folder: the utterances as JSON lines, where each ends, and what was to be told of
+the others. To open it takes no time, and memory only for the utterances that somebody looks at.
+What is worked out of all of them, as their tokens, is kept beside it and mapped into memory
+(`remember`). An index is of the files that were read, by their sizes and times, of the settings
+that matter and of this code; if any is another, it is made anew.
 """
 
 import concurrent.futures
 import hashlib
 import itertools
 import json
-import mmap
 import os
 import posixpath
 import shutil
@@ -38,9 +37,9 @@ class Utterances(Sequence):
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self._end_N = np.load(self.folder / "ends.npy", mmap_mode="r")
-        with open(self.folder / "lines", "rb") as file:
-            self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self._end_N[-1] != len(self._lines):
+        # Not mapped: the system maps far more around a line than is asked for.
+        self._lines = open(self.folder / "lines", "rb", buffering=0)  # noqa: SIM115
+        if self._end_N[-1] != os.path.getsize(self._lines.name):
             raise ValueError(f"{self.folder}: the index is not whole")
 
     def __len__(self) -> int:
@@ -52,8 +51,9 @@ class Utterances(Sequence):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i %= len(self)
-        start = self._end_N[i - 1] if i else 0
-        return Utterance(*map(_tuples, json.loads(self._lines[start : self._end_N[i]])))
+        start, end = int(self._end_N[i - 1]) if i else 0, int(self._end_N[i])
+        line = os.pread(self._lines.fileno(), end - start, start)
+        return Utterance(*map(_tuples, json.loads(line)))
 
     def __reduce__(self):  # a worker process maps it as well
         return Utterances, (self.folder,)
