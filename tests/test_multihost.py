@@ -25,19 +25,31 @@ STALL_SECONDS = 30  # and five times as long until the first step
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A small run on twelve utterances, and a thirteenth that is no audio."""
+    """A small run on twelve utterances, each with its own prompts for two tasks, and a thirteenth
+    that is no audio."""
     manifest = write_tones(tmp_path_factory.mktemp("tones"))
     (manifest.parent / "bad.wav").write_text("not audio")
-    bad = {"audio_filepath": "bad.wav", "text": "do", "duration": 0.3}
-    manifest.write_text(manifest.read_text() + json.dumps(bad) + "\n")
-    return tone_config(
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line |= {"lang": ("de", "en")[i % 2], "context": line["text"].split()[:1]}
+    lines.append({"audio_filepath": "bad.wav", "text": "do", "duration": 0.3, "task": "asr"})
+    lines[-1]["lang"] = "de"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tone_config(
         manifest,
         num_steps=6,
         checkpoint_every=3,
         data__num_buckets=1,
         otreg__num_iters=10,
         data__on_bad_audio="skip",
+        data__distractors=2,
     )
+    with config.unlocked():
+        config.tasks = {
+            "transcribe": {"prompts": ("{language} {context}: {speech}", "{speech} {context}")},
+            "identify": {"prompts": ("which? {speech}",)},
+        }
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +153,11 @@ def test_four_processes_train_as_one_and_one_goes_on(config, alone, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "6")
     assert int(train_lib.train(config, workdir).step) == 6
     assert_same_losses(metrics_of(workdir), four, range(1, 7))
+    # On as many devices as before it goes on to the bit.
+    workdir = shutil.copytree(alone, tmp_path / "alone")
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    train_lib.train(config, workdir)
+    assert metrics_of(workdir) == metrics_of(alone)
 
 
 @pytest.mark.slow
