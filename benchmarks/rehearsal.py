@@ -74,8 +74,7 @@ real:   launch/train_tpu.sh, tpu_worker.sh{setup}; git archive; one home directo
         JAX's detection of the cluster and its coordination service; Gloo between {count} processes;
         a Google Cloud Storage server (fake-gcs-server), spoken to by gcsfs and Orbax;
         training, checkpoints, evaluation and export, all in gs://{bucket}
-played: gcloud, ssh and the names of instances (benchmarks/played/gcloud.py); the metadata
-        server of each TPU VM;
+played: gcloud, ssh, names of instances (benchmarks/played/gcloud.py); their metadata servers;
         the chips: a PCI bus that shows some, and a CPU device in place of each;
         the identity that the storage asks for{venv}"""
 
@@ -142,10 +141,9 @@ def link_venv(venv: Path, into: Path, accelerator: str) -> None:
         f'exec {venv.absolute()}/bin/python "$@"\n'
     )
     python.chmod(0o755)
-    # As setup.sh reads them: the shell decides their order.
-    checksum_of = "cat requirements*.txt pyproject.toml | cksum"
+    of = "cat requirements*.txt pyproject.toml | cksum"  # as in setup.sh: the shell orders them
     with tempfile.TemporaryDirectory() as copy:
-        command = f"git archive HEAD | tar -xC {copy} && cd {copy} && {checksum_of}"
+        command = f"git archive HEAD | tar -xC {copy} && cd {copy} && {of}"
         checksum = subprocess.check_output(command, shell=True, cwd=ROOT, text=True).strip()
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stamp = f"{version} {accelerator} {checksum}\n"
