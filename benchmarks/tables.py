@@ -279,7 +279,26 @@ def prompted() -> str:
     )
 
 
+def startup() -> str:
+    result = read("data")["startup"]
+    names = {"first": "the first start, which makes the index", "from_the_index": "from the index"}
+    rows = []
+    for name, run in ((name, result[name]) for name in names if name in result):
+        parts = run["seconds"].values()
+        figures = run["whole_seconds"], *parts, run["cpu_seconds"]
+        memory = run["peak_mib"], run["own_mib"]
+        rows.append([names[name], *(f"{x:.1f}" for x in figures), *map(str, memory)])
+    header = ["", "whole, s", "data, s", "plan, first batch, s", "CPU, s", "peak MiB", "own MiB"]
+    load = result["from_the_index"]["load_average"]
+    where = f"load average {load:.0f} on {read('data')['machine']['cores']} cores"
+    return (
+        f"{result['utterances']:,} utterances, an index of {result['index_mib']} MiB; {where}.\n\n"
+        + markdown(header, rows)
+    )
+
+
 TABLES = {
+    "startup": startup,
     "prompted": prompted,
     "recognizer": recognizer,
     "recognizer_course": recognizer_course,
