@@ -256,7 +256,7 @@ def prepare_steps(llm: LLM, params: dict) -> dict:
     """The LLM's weights as its one-token steps read them: on a CPU a copy, which saves more time
     than it costs."""
     platform = llm.mesh.devices.flat[0].platform if llm.mesh else jax.default_backend()
-    return jax.jit(for_steps)(params) if platform == "cpu" else params
+    return jax.jit(for_steps, static_argnums=0)(llm.config, params) if platform == "cpu" else params
 
 
 def _prefill(llm: LLM, params, x_BPD, length_B, slots: int) -> tuple[jax.Array, Cache]:
@@ -271,7 +271,9 @@ def _prefill(llm: LLM, params, x_BPD, length_B, slots: int) -> tuple[jax.Array, 
     if llm.mesh:
         placed = lambda x: sharding.cache_sharding(x.shape, llm.mesh)
         cache = jax.lax.with_sharding_constraint(cache, jax.tree.map(placed, cache))
-    hidden_BPD, cache = llm.apply({"params": params}, x_BPD, positions_BP, cache, method="hidden")
+    hidden_BPD, cache = llm.apply(
+        {"params": params}, x_BPD, positions_BP, cache, length_B, method="hidden"
+    )
     last_B1D = jnp.take_along_axis(hidden_BPD, (length_B - 1)[:, None, None], axis=1)
     return llm.apply({"params": params}, last_B1D[:, 0], method="logits"), cache
 

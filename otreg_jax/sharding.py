@@ -20,9 +20,15 @@ RULES = (
     (r"llm/head/kernel$", P("fsdp", "tensor")),
     (r"layers/conv_in/kernel$", P(None, None, "fsdp", "tensor")),
     (r"layers/conv_out/kernel$", P(None, None, "tensor", "fsdp")),
-    (r"layers/((attn|cross)/[qkv]|mlp\d?/(gate|up)|\w+_in)/kernel$", P(None, "fsdp", "tensor")),
-    (r"layers/((attn|cross)/o|mlp\d?/down|\w+_out)/kernel$", P(None, "tensor", "fsdp")),
-    (r"layers/depthwise/kernel$", P()),
+    (
+        r"layers/(\w+/)?((attn|cross)/[qkv]|mlp\d?/(gate|up)|\w+_in)/kernel$",
+        P(None, "fsdp", "tensor"),
+    ),
+    (r"layers/(\w+/)?((attn|cross)/o|mlp\d?/down|\w+_out)/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/\w+/delta/(qkv|gate)/kernel$", P(None, "fsdp", "tensor")),
+    (r"layers/\w+/delta/(beta|decay)/kernel$", P(None, "fsdp", None)),
+    (r"layers/\w+/delta/o/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/(depthwise/kernel|\w+/delta/(conv|rate|rate_bias))$", P()),
     (r"layers/.*/lora_a$", P(None, "fsdp", None)),
     (r"layers/.*/lora_b$", P(None, None, "fsdp")),
     # Small beside what they meet.
@@ -34,7 +40,7 @@ RULES = (
     (r"adapter/(in|conv)/kernel$", P()),
     (r"adapter/out/kernel$", P(None, "fsdp")),
     (r"adapter/queries$", P()),
-    (r"/(bias|scale|kernel_max)$", P()),
+    (r"/(bias|scale|scalar|kernel_max)$", P()),
     (r"ctc/", P()),
 )
 
@@ -170,11 +176,11 @@ def to_weights(x: jax.Array, mesh: Mesh | None, axis: str) -> jax.Array:
 
 
 def cache_sharding(shape, mesh: Mesh) -> NamedSharding:
-    """Of keys or values [layers, B, slots, K, head_dim]: rows as those of a batch, and heads over
-    `tensor`, where these divide."""
+    """Of keys or values [layers, B, slots, K, head_dim], or what linear layers keep: rows as those
+    of a batch, and heads over `tensor`, where these divide."""
     rows = BATCH[0] if shape[1] % batch_shards(mesh.shape) == 0 else None
     heads = "tensor" if shape[3] % mesh.shape["tensor"] == 0 else None
-    return NamedSharding(mesh, P(None, rows, None, heads, None))
+    return NamedSharding(mesh, P(None, rows, None, heads))
 
 
 def gather_vocabulary(params, mesh: Mesh | None):

@@ -3,6 +3,8 @@
 Lists of token ids and names of classes are shortened; nothing else is.
 """
 
+import published_mixed
+
 _LLAMA3 = {
     "factor": 8.0,
     "high_freq_factor": 4.0,
@@ -404,4 +406,4 @@ CONFIGS = {
             "vision_use_head": False,
         },
     },
-}
+} | published_mixed.CONFIGS

@@ -63,6 +63,36 @@ CONFIGS = {
         query_pre_attn_scalar=24,
         final_logit_softcapping=3.0,
     ),
+    # Two repetitions of two layers; the global heads are wider and their values are their keys.
+    "gemma4": transformers.Gemma4TextConfig(
+        **(SHAPE | {"num_hidden_layers": 4}),
+        head_dim=12,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        final_logit_softcapping=3.0,
+    ),
+    # As published: a share of the pairs for each axis of an image, which a text does not have.
+    "qwen3_5": transformers.Qwen3_5TextConfig(
+        **(SHAPE | {"num_hidden_layers": 4}),
+        head_dim=16,
+        full_attention_interval=2,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        rms_norm_eps=1e-3,  # below it the reference's own rounding shows: a norm of nearly nothing
+        linear_value_head_dim=8,
+        rope_parameters=dict(
+            rope_type="default",
+            rope_theta=10_000.0,
+            partial_rotary_factor=0.5,
+            mrope_interleaved=True,
+            mrope_section=[2, 1, 1],
+        ),
+    ),
     "phi3": transformers.Phi3Config(**SHAPE, **IDS, sliding_window=5),
     # As Phi-4-mini: three quarters of a head turn, each pair stretched by its own factor.
     "phi3-longrope": transformers.Phi3Config(
@@ -106,6 +136,9 @@ def family(request, tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():  # far from every initial value, biases and norms too
             parameter += 0.2 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer += 0.2 * torch.randn_like(buffer)
     directory = tmp_path_factory.mktemp(request.param)
     model.eval().save_pretrained(directory)
     tokens = torch.randint(0, VOCAB, (2, 11))

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from otreg_jax import flops
-from otreg_jax.models import layers
+from otreg_jax.models import delta as delta_lib
+from otreg_jax.models.block import WideHeads
+from otreg_jax.models.delta import DeltaHeads
 from otreg_jax.models.llm import LLM, LLMConfig, init_cache, sublayers
 from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig, output_length
 
@@ -24,6 +26,22 @@ WINDOWED = dataclasses.replace(
     attn_softcap=5.0,
     qk_norm=True,
 )
+MIXED = dataclasses.replace(  # layers of two shapes
+    WINDOWED,
+    attn_softcap=None,
+    wide=WideHeads(head_dim=12, num_kv_heads=1, value_is_key=True),
+    value_norm=True,
+    layer_scalar=True,
+)
+LINEAR = dataclasses.replace(
+    WINDOWED,
+    norm_eps=1e-2,  # a state that was forgotten at once is nearly nothing, which a norm blows up
+    attn_softcap=None,
+    sliding_window=None,
+    local_rope_theta=None,
+    gated=True,
+    delta=DeltaHeads(num_key_heads=1, num_value_heads=2, key_dim=4, value_dim=6, conv_width=3),
+)
 TOKENS_BL = jax.random.randint(jax.random.key(1), (2, 9), 0, 40)
 
 
@@ -32,14 +50,20 @@ def _init(config):
     return model, jax.jit(model.init)(jax.random.key(0), TOKENS_BL)["params"]
 
 
-@pytest.fixture(scope="module", params=[PLAIN, WINDOWED], ids=["plain", "windowed"])
+@pytest.fixture(
+    scope="module",
+    params=[PLAIN, WINDOWED, MIXED, LINEAR],
+    ids=["plain", "windowed", "mixed", "linear"],
+)
 def llm(request):
     return _init(request.param)
 
 
-@pytest.fixture(scope="module")
-def windowed():
-    return _init(WINDOWED)
+@pytest.fixture(
+    scope="module", params=[WINDOWED, MIXED, LINEAR], ids=["windowed", "mixed", "linear"]
+)
+def windowed(request):
+    return _init(request.param)
 
 
 def test_llm_is_causal_and_sees_all_that_went_before(llm):
@@ -74,7 +98,7 @@ def test_prefill_and_steps_at_different_positions_match_the_full_forward(llm):
     hidden = jax.jit(lambda *args: model.apply(variables, *args, method="hidden"))
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
     cache = init_cache(model.config, batch=2, length=9)
-    prompt, cache = hidden(x_BLD[:, :5], positions, cache)
+    prompt, cache = hidden(x_BLD[:, :5], positions, cache, lengths)
     for row, length in enumerate(lengths):
         logits = model.apply(variables, prompt[row, :length], method="logits")
         np.testing.assert_allclose(logits, full[row, :length], atol=1e-5)
@@ -113,9 +137,35 @@ def test_sublayers_compose_to_the_whole(windowed):
     np.testing.assert_allclose(x_BLD, whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", layers.REMAT)
-def test_remat_changes_no_gradient(remat):
-    model, params = _init(dataclasses.replace(PLAIN, num_layers=2))
+def test_chunks_of_a_linear_layer_give_what_its_steps_give():
+    """More positions than a chunk has, and not a whole number of chunks."""
+    draw = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(draw.normal(size=(2, 21, 3, n)), jnp.float32) for n in (4, 4, 5))
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    g = -jnp.asarray(draw.exponential(size=(2, 21, 3)), jnp.float32)
+    beta = jnp.asarray(draw.uniform(size=(2, 21, 3)), jnp.float32)
+
+    def one(state, at):
+        out, state = delta_lib.step(*at, state)
+        return state, out
+
+    by_position = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta)]
+    state, out = jax.lax.scan(one, jnp.zeros((2, 4, 3, 5)), by_position)
+    chunked, end = jax.jit(delta_lib.chunked, static_argnames="size")(q, k, v, g, beta, size=8)
+    np.testing.assert_allclose(chunked, jnp.moveaxis(out, 0, 1), atol=1e-5)
+    np.testing.assert_allclose(end, state, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "remat, config",
+    [
+        ("full", dataclasses.replace(PLAIN, num_layers=2)),
+        ("dots", dataclasses.replace(PLAIN, num_layers=2)),
+        ("dots", LINEAR),
+    ],
+)
+def test_remat_changes_no_gradient(remat, config):
+    model, params = _init(config)
     again = LLM(dataclasses.replace(model.config, remat=remat))
 
     def grad(model):

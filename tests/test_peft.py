@@ -1,5 +1,6 @@
 """LoRA between PEFT and here, both ways, on a tiny random Llama."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,9 +10,12 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from otreg_jax import pretrained
 from otreg_jax.models import lora
+from otreg_jax.models.block import LLMConfig, WideHeads
+from otreg_jax.models.llm import LLM
 
 TOKENS = np.arange(12).reshape(2, 6) % 11
 MODULES = ["q_proj", "v_proj", "down_proj"]
@@ -151,3 +155,23 @@ def test_pairs_of_kernels_in_one_tensor_are_one_pair_in_peft(tmp_path):
     )
     back = pretrained.with_pairs(wide["llm"], pairs, "here")
     np.testing.assert_allclose(apply({"params": back}, TOKENS), logits, atol=1e-5, rtol=0)
+
+
+def test_pairs_of_layers_of_several_shapes_keep_the_numbers_of_their_layers(tmp_path):
+    wide = WideHeads(head_dim=8, num_kv_heads=1, value_is_key=True)
+    config = LLMConfig(11, 8, 3, 2, 1, 4, 8, family="gemma4_text", sliding_window=2, wide=wide)
+    llm = LLM(dataclasses.replace(config, local_layers=(True, False, True)))
+    params = jax.eval_shape(llm.init, jax.random.key(0), TOKENS)["params"]
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+    pattern = "llm/layers/(full|sliding)/attn/q/kernel"
+    adapted = moved(lora.add({"llm": params}, pattern, 2, jax.random.key(0))["llm"])
+    pretrained.save_lora(tmp_path, llm.config, adapted)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight"
+    for shape, index, number in (("sliding", 0, 0), ("full", 0, 1), ("sliding", 1, 2)):
+        pair = adapted["layers"][shape]["attn"]["q"]["lora_a"][index]
+        np.testing.assert_array_equal(stored[name.format(number)], pair.T)
+    pairs = pretrained.load_lora(tmp_path, None, llm.config)
+    jax.tree.map(
+        np.testing.assert_array_equal, pretrained.with_pairs(adapted, pairs, "here"), adapted
+    )

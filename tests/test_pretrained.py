@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from otreg_jax import pretrained
 from otreg_jax.models import lora
-from otreg_jax.models.llm import LLM, LLMConfig, RopeScaling
+from otreg_jax.models.llm import LLM, LLMConfig
+from otreg_jax.models.rope import RopeScaling
 from otreg_jax.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from otreg_jax.pretrained import configs, load, save
 

@@ -63,14 +63,19 @@ def test_config_json_is_read_as_transformers_reads_it(name, tmp_path):
         theirs.num_hidden_layers,
         theirs.num_attention_heads,
     )
-    assert ours.num_kv_heads == theirs.num_key_value_heads
-    head_dim = getattr(theirs, "head_dim", None)
+    first = theirs.per_layer_config[0] if ours.wide else theirs
+    assert ours.num_kv_heads == first.num_key_value_heads
+    head_dim = getattr(first, "head_dim", None)
     assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.tied_head == theirs.tie_word_embeddings and ours.norm_eps == theirs.rms_norm_eps
     kinds = getattr(theirs, "layer_types", None)
     if kinds and len(set(kinds)) > 1:
-        assert ours.local_layers == tuple(kind == "sliding_attention" for kind in kinds)
-        assert ours.sliding_window == theirs.sliding_window
+        assert ours.local_layers == tuple(kind != "full_attention" for kind in kinds)
+        assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    if ours.wide:
+        global_layer = theirs.per_layer_config[kinds.index("full_attention")]
+        assert ours.wide.head_dim == global_layer.head_dim
+        assert ours.wide.num_kv_heads == global_layer.num_key_value_heads
 
 
 @pytest.mark.parametrize(
@@ -119,11 +124,21 @@ def test_shrunk_models_compute_the_same(name, tmp_path):
 
 @pytest.mark.parametrize("family", configs.FAMILIES)
 def test_every_key_transformers_computes_with_is_read_or_refused(family):
-    kind = getattr(transformers, configs.ARCHITECTURES[family])
-    source = inspect.getsource(inspect.getmodule(kind))
+    module = inspect.getmodule(getattr(transformers, configs.ARCHITECTURES[family]))
+    classes = {
+        name: kind
+        for name, kind in vars(module).items()
+        if inspect.isclass(kind) and inspect.getmodule(kind) is module
+    }
+    # Of a module that also has images and sounds the classes of text.
+    others = re.compile("Vision|Audio|Multimodal|Clippable|Conditional|Classification|PreTrained")
+    whole = {name.removesuffix("TextModel") for name in classes if name.endswith("TextModel")}
+    others = [n for n in classes if others.search(n) or n.removesuffix("Model") in whole]
+    source = "".join(inspect.getsource(classes[name]) for name in classes.keys() - set(others))
     read = set(re.findall(r"config\.([a-z]\w+)", source))
     module_only = {"get_text_config", "text_config", "vision_config", "image_token_id"}
     module_only |= {"mm_tokens_per_image", "use_cache"}  # of the model of text and images
+    module_only |= {"kv_sharing_modes"}  # which follow from num_kv_shared_layers
     read -= module_only | checks._HARMLESS
     assert read <= set(configs.FAMILIES[family])
     # And a key that another family computes with is never passed over.
@@ -161,6 +176,8 @@ def test_keys_that_change_nothing_are_named_once(caplog):
         ("use_qk_norm", True),
         ("no_rope_layers", [0, 1]),
         ("per_layer_config", {"1": {"head_dim": 8}}),
+        ("linear_num_value_heads", 4),
+        ("attention_k_eq_v", True),
     ],
 )
 def test_keys_that_change_the_computation_are_refused(key, value):
@@ -210,6 +227,28 @@ def test_impossible_sizes_of_a_speech_encoder_are_named(key, bad):
 def test_impossible_values_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         configs.llm_config(published.CONFIGS["Qwen3-0.6B"] | changes)
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("gemma-4-31B-it", {"hidden_size_per_layer_input": 256}, "E2B, E4B.*not computed"),
+        ("gemma-4-31B-it", {"num_kv_shared_layers": 20}, "num_kv_shared_layers=20"),
+        ("gemma-4-31B-it", {"enable_moe_block": True}, "experts .*not computed"),
+        ("gemma-4-31B-it", {"use_bidirectional_attention": "all"}, "only causal"),
+        ("gemma-4-31B-it", {"per_layer_config": {"5": {"head_dim": 512}}}, "not of the same heads"),
+        ("gemma-4-31B-it", {"num_global_key_value_heads": 5}, "does not divide among 5 heads"),
+        ("Qwen3.5-0.8B", {"attn_output_gate": False}, "attn_output_gate"),
+        ("Qwen3.5-0.8B", {"linear_num_key_heads": 5}, "linear_num_value_heads=16 does not divide"),
+        ("Qwen3.5-0.8B", {"layer_types": ["sliding_attention"] * 24}, "'sliding_attention' is not"),
+        ("Qwen3.5-0.8B", {"num_experts": 64}, "unknown key 'num_experts'"),
+    ],
+)
+def test_what_is_not_computed_of_models_of_several_shapes_is_named(name, changes, message):
+    raw = published.CONFIGS[name]
+    raw = raw | {"text_config": raw["text_config"] | changes}
+    with pytest.raises(ValueError, match=f"dir/config.json.*\n.*{message}"):
+        configs.llm_config(raw, "dir/config.json")
 
 
 def test_a_null_inside_rope_parameters_is_as_if_left_out():

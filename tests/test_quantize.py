@@ -1,5 +1,7 @@
 """Frozen int8 kernels: rounding, products, training over any mesh, what is exported."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,9 @@ def test_rounds_the_kernels_of_the_layers_to_half_a_step_and_leaves_the_rest():
 @pytest.mark.parametrize("layout", ["stacked", "for one-token steps"])
 def test_the_product_is_that_of_the_unpacked_kernels(layout):
     slm, params = toy_slm()
-    arrange = llm_lib.for_steps if layout != "stacked" else lambda params: params
+    arrange = lambda params: params
+    if layout != "stacked":
+        arrange = functools.partial(llm_lib.for_steps, slm.llm.config)
     pattern = "llm/layers/attn/[qv]/kernel"
     int8 = lora.add(quantize.to_int8(params), pattern, 2, jax.random.key(0))
     int8 = jax.tree_util.tree_map_with_path(

@@ -1,6 +1,7 @@
 """No array is broadcast to another rank or promoted to another dtype unless the code says so; and a
 step in bfloat16 with everything on."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,8 @@ from toy import toy_batch, toy_config, toy_slm
 from otreg_jax import build, losses, optim, otreg, train_step
 from otreg_jax.models import lora
 from otreg_jax.models.adapter import KINDS, Adapter, AdapterConfig
+from otreg_jax.models.block import WideHeads
+from otreg_jax.models.delta import DeltaHeads
 from otreg_jax.models.llm import LLM, LLMConfig, init_cache
 from otreg_jax.models.rope import RopeScaling
 
@@ -126,8 +129,17 @@ def test_adapters_promote_nothing(kind, dtype, strict):
     assert speech.dtype == dtype
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {},
+        {"wide": WideHeads(4, 1, value_is_key=True)},
+        {"delta": DeltaHeads(1, 2, 4, 6, 3), "sliding_window": None, "local_rope_theta": None},
+    ],
+    ids=["one shape", "wide", "linear"],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_llms_promote_nothing(dtype, strict):
+def test_llms_promote_nothing(dtype, shapes, strict):
     """Everything that a family may have at once, whole sequences and steps over a cache."""
     config = LLMConfig(
         vocab_size=24,
@@ -152,16 +164,22 @@ def test_llms_promote_nothing(dtype, strict):
         rotary_dim=4,
         residual_scale=0.5,
         logit_divisor=2.0,
+        gated=True,
+        value_norm=True,
+        layer_scalar=True,
+        remat="dots",
         dtype=dtype,
     )
+    config = dataclasses.replace(config, **shapes)
     model, tokens = LLM(config), jnp.zeros((2, 5), jnp.int32)
     logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), tokens)
     assert logits.dtype == jnp.float32
 
     def step(variables):
-        x = model.apply(variables, tokens[:, :1], method="embed")
+        x = model.apply(variables, tokens, method="embed")
         cache = init_cache(config, 2, 6)
-        return model.apply(variables, x, jnp.array([[3], [5]]), cache, method="hidden")
+        _, cache = model.apply(variables, x, None, cache, jnp.array([3, 5]), method="hidden")
+        return model.apply(variables, x[:, :1], jnp.array([[3], [5]]), cache, method="hidden")
 
     assert jax.eval_shape(step, variables)[0].dtype == dtype
 

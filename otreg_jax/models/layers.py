@@ -76,6 +76,12 @@ class Dense(nn.Module):
         return y
 
 
+def rms(x: jax.Array, eps: float) -> jax.Array:
+    """x over its root mean square along the last axis, float32 (arXiv 1910.07467)."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467) times (offset + scale); Gemma's offset is 1."""
 
@@ -87,8 +93,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", init, (x.shape[-1],)).astype(jnp.float32)
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        x = rms(x, self.eps)
         return (x * jnp.broadcast_to(self.offset + scale, x.shape)).astype(self.dtype)
 
 

@@ -1,8 +1,7 @@
 """A decoder-only LLM: Llama, Mistral, Qwen, Gemma, Phi, OLMo, Granite and SmolLM, told apart by
 configuration.
 
-All layers are one homogeneous block under a scan. Where layers differ (local and global attention,
-two RoPE bases) the block picks its mask and its rotation by a scanned per-layer index.
+All layers are one block under a scan (`block`), or blocks of several shapes in turn (`mixed`).
 
 Sequences are right-padded and causal, so padding needs no mask; it only has to be finite.
 """
@@ -14,228 +13,30 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
 from otreg_jax import sharding
-from otreg_jax.models import layers
-from otreg_jax.models.attention import attention
-from otreg_jax.models.rope import RopeScaling, rope_frequencies, rotate
+from otreg_jax.models import layers, mixed
+from otreg_jax.models.block import (
+    Block,
+    LLMConfig,
+    layer_kinds,
+    masks,
+    rope_tables,
+    shape_config,
+    shape_names,
+)
 
-Cache = dict[str, jax.Array]  # {"k", "v"}: [num_layers, B, slots, K, head_dim]
-
-
-@dataclasses.dataclass(frozen=True)
-class LLMConfig:
-    """The shape of an LLM; the defaults are Llama's.
-
-    family: the Hugging Face `model_type` the weights are saved as.
-    dtype: what the layers compute in; the weights keep their own.
-    attention: what computes it over whole sequences, see `attention.choose_kernel`; one-token steps
-      are left to XLA.
-    norm_offset: norms multiply by (norm_offset + scale); 1 for Gemma.
-    pre_norms: norm each sublayer's input (all but OLMo 2).
-    post_norms: norm each sublayer's output, before the residual sum (Gemma, OLMo 2).
-    qk_norm: norm queries and keys, each head alone or, with qk_norm_whole, all together (OLMo 2).
-    residual_scale: multiplies what each sublayer adds (Granite).
-    logit_divisor: logits are divided by it (Granite).
-    rotary_dim: dimensions of a head that are rotated, the first ones; all when None.
-    attn_scale: multiplies the attention scores; head_dim**-0.5 when None.
-    sliding_window: local layers attend to this many last positions, their own included.
-    local_layers: for each layer whether it is local; None: all of them when there is a window.
-    local_rope_theta: RoPE base of the local layers, unscaled; None: as the global ones; inf: they
-      are not rotated, and without a window nothing else sets them apart (SmolLM3).
-    """
-
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    tied_head: bool = True
-    activation: str = "silu"
-    norm_eps: float = 1e-6
-    norm_offset: float = 0.0
-    pre_norms: bool = True
-    post_norms: bool = False
-    qk_norm: bool = False
-    qk_norm_whole: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    embed_scale: float = 1.0
-    attn_scale: float | None = None
-    attn_softcap: float | None = None
-    logit_softcap: float | None = None
-    residual_scale: float = 1.0
-    logit_divisor: float = 1.0
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    rotary_dim: int | None = None
-    sliding_window: int | None = None
-    local_layers: tuple[bool, ...] | None = None
-    local_rope_theta: float | None = None
-    max_positions: int = 2048
-    family: str = "llama"
-    dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "xla"
-
-
-def _layer_kinds(config: LLMConfig) -> np.ndarray:
-    """int32 [num_layers]: 0 for a global layer, 1 for a local one."""
-    local = config.local_layers
-    if local is None:
-        local = (config.sliding_window is not None,) * config.num_layers
-    if len(local) != config.num_layers:
-        raise ValueError(f"local_layers has {len(local)} entries for {config.num_layers} layers")
-    return np.asarray(local, np.int32)
-
-
-def _rope_tables(config: LLMConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [kind, B, L, pairs], for global (0) and local (1) layers."""
-    bases = [(config.rope_theta, config.rope_scaling)]
-    if config.local_rope_theta is None:
-        bases *= 2
-    else:
-        bases.append((config.local_rope_theta, None))
-    cos, sin = [], []
-    for theta, scaling in bases:
-        freqs, gain = rope_frequencies(config.rotary_dim or config.head_dim, theta, scaling)
-        angles = positions_BL[..., None].astype(jnp.float32) * freqs[None, None]
-        cos.append(gain * jnp.cos(angles))
-        sin.append(gain * jnp.sin(angles))
-    return jnp.stack(cos), jnp.stack(sin)
-
-
-def _masks(config: LLMConfig, query_BL: jax.Array, slots: int) -> jax.Array:
-    """bool [kind, B, L, slots]: a query sees slots up to its own, local layers the last few."""
-    behind = query_BL[..., None] - jnp.arange(slots)[None, None]
-    causal = behind >= 0
-    window = config.sliding_window
-    return jnp.stack([causal, causal if window is None else causal & (behind < window)])
-
-
-def _by_kind(config: LLMConfig, attend, kind, *qkv):
-    """`attend(*qkv)`, in a local layer (kind 1) with the window where it hides anything."""
-    window = config.sliding_window
-    if window is None or qkv[0].shape[1] <= window:
-        return attend(*qkv)
-    kinds = (attend, functools.partial(attend, window=window))
-    present = set(_layer_kinds(config).tolist())
-    return kinds[present.pop()](*qkv) if len(present) == 1 else jax.lax.switch(kind, kinds, *qkv)
-
-
-class Attention(nn.Module):
-    config: LLMConfig
-    mesh: Mesh | None = None
-
-    @nn.compact
-    def __call__(self, x_BLD, cache, layer, kind, tables, positions_BL):
-        c = self.config
-        cos_BLp, sin_BLp, mask_BLS = jax.tree.map(lambda table: table[kind], tables)
-        is_step = mask_BLS is not None  # of one token
-        place = lambda x, axis: sharding.to_weights(x, self.mesh, axis) if is_step else x
-        x_BLD = place(x_BLD, "fsdp")
-
-        def normed(name: str, x: jax.Array) -> jax.Array:
-            return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=f"{name}_norm")(x)
-
-        def project(name: str, heads: int) -> jax.Array:
-            y = layers.Dense(heads * c.head_dim, c.qkv_bias, dtype=c.dtype, name=name)(x_BLD)
-            y = place(normed(name, y) if c.qk_norm_whole and name != "v" else y, "tensor")
-            return y.reshape(*y.shape[:2], heads, c.head_dim)
-
-        q, k, v = (
-            project(name, heads)
-            for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads))
-        )
-        if c.qk_norm and not c.qk_norm_whole:
-            q, k = normed("q", q), normed("k", k)
-        q, k = rotate(q, cos_BLp, sin_BLp), rotate(k, cos_BLp, sin_BLp)
-        if c.rope_scaling and c.rope_scaling.query_beta:
-            turns_BL = (positions_BL // c.rope_scaling.original_length).astype(jnp.float32)
-            gain_BL = 1 + c.rope_scaling.query_beta * jnp.log1p(turns_BL)
-            q = q * gain_BL[..., None, None].astype(q.dtype)
-        if cache is not None:
-            # Written where it lies: a layer's cache taken out and put back is copied every step.
-            slots = (layer, jnp.arange(x_BLD.shape[0])[:, None], positions_BL)
-            cache = {
-                name: cache[name].at[slots].set(new.astype(cache[name].dtype))
-                for name, new in (("k", k), ("v", v))
-            }
-        scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
-        attend = functools.partial(attention, scale=scale, softcap=c.attn_softcap)
-        if mask_BLS is None:
-            causal = functools.partial(attend, is_causal=True, kernel=c.attention, mesh=self.mesh)
-            y = _by_kind(c, causal, kind, q, k, v)
-        else:
-            k, v = cache["k"][layer], cache["v"][layer]
-            y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BLS)
-        out_init = _residual_init(c)
-        o = layers.Dense(c.embed_dim, c.out_bias, out_init, c.dtype, name="o")
-        y = y.reshape(*y.shape[:2], -1)
-        return o(place(y, "tensor")), cache
-
-
-class MLP(nn.Module):
-    config: LLMConfig
-
-    @nn.compact
-    def __call__(self, x_BLD):
-        c = self.config
-        gate = layers.Dense(c.mlp_dim, c.mlp_bias, dtype=c.dtype, name="gate")(x_BLD)
-        up = layers.Dense(c.mlp_dim, c.mlp_bias, dtype=c.dtype, name="up")(x_BLD)
-        down = layers.Dense(c.embed_dim, c.mlp_bias, _residual_init(c), c.dtype, name="down")
-        return down(layers.ACTIVATIONS[c.activation](gate) * up)
-
-
-def _residual_init(config: LLMConfig) -> nn.initializers.Initializer:
-    # The residual stream sums 2·num_layers outputs: scaling each keeps its variance (GPT-2).
-    return nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
-
-
-class Block(nn.Module):
-    config: LLMConfig
-    mesh: Mesh | None = None
-
-    @nn.compact
-    def __call__(self, carry, layer, kind, is_tap, tables, positions_BL):
-        c = self.config
-        x_BLD, tapped, cache = carry
-
-        def norm(name: str) -> layers.RMSNorm:
-            return layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype, name=name)
-
-        attend, mlp = Attention(c, self.mesh, name="attn"), MLP(c, name="mlp")
-        if tables[2] is None:
-            spread = functools.partial(sharding.over_batch, mesh=self.mesh)
-        else:
-            spread = functools.partial(sharding.to_weights, mesh=self.mesh, axis="fsdp")
-        before = (lambda name, x: norm(name)(x)) if c.pre_norms else (lambda name, x: x)
-        after = (lambda name, x: norm(name)(x)) if c.post_norms else (lambda name, x: x)
-
-        def add(x_BLD, name: str, y_BLD):
-            y_BLD = after(name, y_BLD)
-            if c.residual_scale != 1:
-                y_BLD = y_BLD * jnp.asarray(c.residual_scale, y_BLD.dtype)
-            return spread(x_BLD + y_BLD)
-
-        y, cache = attend(before("attn_norm", x_BLD), cache, layer, kind, tables, positions_BL)
-        x_BLD = add(x_BLD, "attn_post_norm", y)
-        x_BLD = add(x_BLD, "mlp_post_norm", mlp(before("mlp_norm", x_BLD)))
-        tapped = tuple(jnp.where(is_tap[i], x_BLD, kept) for i, kept in enumerate(tapped))
-        return (x_BLD, tapped, cache), None
+Cache = dict[str, Any]  # {"k", "v"}: [num_layers, B, slots, K, head_dim], or that of each shape
 
 
 class LLM(nn.Module):
     """Decoder-only language model. Call it on tokens, or use embed → hidden → logits.
 
-    Params: embed/embedding [V, D], layers/… stacked over the layers, norm/scale [D] and, for an
-    untied head, head/kernel [D, V]. `mesh`: what its activations are spread over.
+    Params: embed/embedding [V, D], layers/… stacked over the layers (of each shape, see `mixed`),
+    norm/scale [D] and, for an untied head, head/kernel [D, V]. `mesh`: what its activations are
+    spread over.
     """
 
     config: LLMConfig
@@ -247,7 +48,9 @@ class LLM(nn.Module):
         self.token_embed = nn.Embed(
             c.vocab_size, c.embed_dim, embedding_init=embed_init, name="embed"
         )
-        if c.num_layers:
+        if c.num_layers and shape_names(c):
+            self.layers = mixed.MixedLayers(c, self.mesh)
+        elif c.num_layers:
             # (layer, kind, is_tap) are per layer; (tables, positions) are the same for all.
             axes = (0, 0, 0, nn.broadcast, nn.broadcast)
             self.layers = layers.scanned(Block, c.num_layers, axes, c.remat)(c, self.mesh)
@@ -272,15 +75,17 @@ class LLM(nn.Module):
         x_BLD: jax.Array,
         positions_BL: jax.Array | None = None,
         cache: Cache | None = None,
+        length_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Through the layers, before the final norm; [B, L, D] and the updated cache.
 
         A position attends to the positions before it in the sequence; `positions` (default 0, 1, …)
         only rotate. With a cache, keys and values are written to its slots `positions`, and where
         the sequence is a single position, it attends to the slots up to its own: prefill (a prompt
-        at positions 0, 1, …), then steps of examples at different positions.
+        at positions 0, 1, …), then steps of examples at different positions. length_B: valid
+        positions of the prefill, all when None; what a linear layer keeps holds no more of it.
         """
-        x_BLD, _, cache = self._run(x_BLD, positions_BL, cache, taps=())
+        x_BLD, _, cache = self._run(x_BLD, positions_BL, cache, (), length_B)
         return x_BLD, cache
 
     def hidden_and_taps(
@@ -296,26 +101,41 @@ class LLM(nn.Module):
                 raise ValueError(f"layer {tap}: the LLM has layers 1 to {self.config.num_layers}")
         return self._run(x_BLD, None, None, taps)[:2]
 
-    def _run(self, x_BLD, positions_BL, cache, taps):
+    def _run(self, x_BLD, positions_BL, cache, taps, length_B=None):
         c = self.config
         x_BLD = x_BLD.astype(c.dtype)
         if not c.num_layers:
             return x_BLD, (), cache
         L = x_BLD.shape[1]
         positions_BL = jnp.arange(L)[None] if positions_BL is None else positions_BL
+        slots = L if cache is None else max(L, _slots(cache))
         scaling = c.rope_scaling
-        slots = L if cache is None else max(L, cache["k"].shape[2])
         if scaling and scaling.kind == "longrope" and slots > scaling.original_length:
             raise ValueError(
                 f"{slots} positions: this LLM rotates otherwise beyond {scaling.original_length} "
                 "(longrope), which is not computed"
             )
         is_step = cache is not None and L == 1
-        masks = _masks(c, positions_BL, cache["k"].shape[2]) if is_step else None
-        tables = (*_rope_tables(c, positions_BL), masks)
+
+        def tables_of(config: LLMConfig):
+            seen = masks(config, positions_BL, _slots(cache)) if is_step else None
+            if config.delta:
+                valid = None if length_B is None else positions_BL < length_B[:, None]
+                return valid, None, seen
+            return (*rope_tables(config, positions_BL), seen)
+
         carry = (x_BLD, tuple(jnp.zeros_like(x_BLD) for _ in taps), cache)
         is_tap = jnp.arange(1, c.num_layers + 1)[:, None] == jnp.array(taps)[None] if taps else None
-        kinds = _layer_kinds(c)
+        if names := shape_names(c):
+            args = (
+                is_tap,
+                {name: tables_of(shape_config(c, name)) for name in set(names)},
+                positions_BL,
+            )
+            if self.is_initializing():
+                return self.layers(carry, *args)
+            return mixed.run(c, self.mesh, self.variables["params"]["layers"], carry, *args)
+        tables, kinds = tables_of(c), layer_kinds(c)
         if self._is_for_steps():
             block = Block(c, self.mesh, parent=None)
             for layer, params in enumerate(self.variables["params"]["layers"]):
@@ -350,11 +170,33 @@ class LLM(nn.Module):
 
 def init_cache(config: LLMConfig, batch: int, length: int, dtype: Any = None) -> Cache:
     """An empty cache of `length` slots (slot = position) in `dtype`, or in the compute dtype."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    return {name: jnp.zeros(shape, dtype or config.dtype) for name in ("k", "v")}
+    names = shape_names(config)
+    if not names:
+        return _empty(config, config.num_layers, batch, length, dtype)
+    return {
+        name: _empty(shape_config(config, name), names.count(name), batch, length, dtype)
+        for name in set(names)
+    }
 
 
-def for_steps(params: dict) -> dict:
+def _empty(config: LLMConfig, count: int, batch: int, length: int, dtype: Any) -> Cache:
+    dtype = dtype or config.dtype
+    if h := config.delta:
+        channels = 2 * h.num_key_heads * h.key_dim + h.num_value_heads * h.value_dim
+        state = (count, batch, h.key_dim, h.num_value_heads, h.value_dim)
+        conv = (count, batch, h.conv_width - 1, channels)
+        return {"conv": jnp.zeros(conv, dtype), "state": jnp.zeros(state, jnp.float32)}
+    shape = (count, batch, length, config.num_kv_heads, config.head_dim)
+    return {name: jnp.zeros(shape, dtype) for name in ("k", "v")}
+
+
+def _slots(cache: Cache) -> int:
+    """The positions there is room for; without attention there is no limit, and no need of one."""
+    kept = [cache, *cache.values()] if "k" not in cache else [cache]
+    return next((one["k"].shape[2] for one in kept if "k" in one), 1)
+
+
+def for_steps(config: LLMConfig, params: dict) -> dict:
     """Params as one-token steps on a CPU read them fastest; `hidden` and `logits` take them too.
 
     The layers become a tuple, since a scan copies each layer's slice of stacked weights at every
@@ -367,9 +209,12 @@ def for_steps(params: dict) -> dict:
             flat[*path[:-1], "kernel_t"] = flat.pop(path).T
         return traverse_util.unflatten_dict(flat)
 
-    num_layers = len(jax.tree.leaves(params["layers"])[0])
-    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["layers"])
-    params = {**params, "layers": tuple(transposed(layer(i)) for i in range(num_layers))}
+    if shape_names(config):
+        layer = functools.partial(mixed.layer_of, config, params["layers"])
+    else:
+        layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["layers"])
+    stack = tuple(transposed(layer(i)) for i in range(config.num_layers))
+    params = {**params, "layers": stack}
     if "head" in params:
         params["head"] = transposed(params["head"])
     return params
@@ -383,5 +228,14 @@ def sublayers(model: LLM, params: dict, start: int, stop: int) -> tuple[LLM, dic
         num_layers=stop - start,
         local_layers=None if local is None else local[start:stop],
     )
-    stacked = jax.tree.map(lambda leaf: leaf[start:stop], params["layers"])
-    return LLM(config, model.mesh), {**params, "layers": stacked}
+    return LLM(config, model.mesh), {
+        **params,
+        "layers": between(model.config, params["layers"], start, stop),
+    }
+
+
+def between(config: LLMConfig, stacked: dict, start: int, stop: int) -> dict:
+    """Of an LLM's params/layers those of layers start … stop-1."""
+    if shape_names(config):
+        return mixed.between(config, stacked, start, stop)
+    return jax.tree.map(lambda leaf: leaf[start:stop], stacked)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-KERNELS = r"(^|/)layers/(attn|mlp)/\w+/kernel$"  # the bulk of a transformer
+# The bulk of a transformer.
+KERNELS = r"(^|/)layers/(\w+/)?((attn|mlp)/\w+|delta/(qkv|gate|o))/kernel$"
 
 
 def to_int8(params: dict) -> dict:

@@ -18,6 +18,7 @@ class RopeScaling:
     `attention_factor`; "longrope" (arXiv 2402.13753) divides each pair's by its own of
     `short_factors`, up to original_length, and scales likewise. `long_factors` beyond it are only
     kept: longer sequences are refused.
+    share: "proportional" turns this share of the pairs, the fast ones, and divides by `factor`.
     query_beta: queries at position p are multiplied by 1 + beta · log(1 + ⌊p / original_length⌋),
       as Ministral 3's are.
     """
@@ -31,6 +32,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    share: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     query_beta: float = 0.0
@@ -47,6 +49,9 @@ def rope_frequencies(
     if scaling is None:
         return freqs, 1.0
     slowed = freqs / np.float32(scaling.factor)
+    if scaling.kind == "proportional":
+        turned = np.arange(head_dim // 2) < int(scaling.share * head_dim // 2)
+        return np.where(turned, slowed, np.float32(0)), 1.0
     if scaling.kind == "linear":
         return slowed, 1.0
     if scaling.kind == "longrope":

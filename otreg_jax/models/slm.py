@@ -21,7 +21,7 @@ from otreg_jax.data.text import Prompt
 from otreg_jax.models import adapter, encoders, lora
 from otreg_jax.models.adapter import Adapter, AdapterConfig
 from otreg_jax.models.encoders import EncoderConfig
-from otreg_jax.models.llm import LLM, LLMConfig, sublayers
+from otreg_jax.models.llm import LLM, LLMConfig, between, sublayers
 
 # What a batch has where each row has a prompt of its own.
 PROMPT = ("prefix", "prefix_length", "suffix", "suffix_length")
@@ -236,9 +236,10 @@ def text_embeddings(slm: SLM, params, tokens_BT: jax.Array, layer: int = 0) -> j
     `params["target"]["llm"]` may hold what they were (`build.text_target`)."""
     base = jax.lax.stop_gradient(lora.strip(params["llm"]))
     below, base = sublayers(slm.llm, base, 0, layer)
-    flat = traverse_util.flatten_dict(base)
-    for path, x in traverse_util.flatten_dict(params.get("target", {}).get("llm", {})).items():
-        flat[path] = x[:layer] if path[0] == "layers" else x
+    target = params.get("target", {}).get("llm", {})
+    if "layers" in target:
+        target = target | {"layers": between(slm.llm.config, target["layers"], 0, layer)}
+    flat = traverse_util.flatten_dict(base) | traverse_util.flatten_dict(target)
     variables = {"params": traverse_util.unflatten_dict(flat)}
     x_BTD = below.apply(variables, tokens_BT, method="embed")
     return below.apply(variables, x_BTD, method="hidden")[0]

@@ -27,6 +27,7 @@ _MATHEMATICAL = re.compile(
     r"rope|rotary|window|alibi|causal|bidirectional|cross_attention|encoder_decoder|layer_types"
     r"|per_layer|chunk_size|parallel_(attn|block|residual)|position_embedding|softcap|multiplier"
     r"|bias$|_scale$|_scaling|scalar|norm|hidden_act|expert|moe|quant|compress|spars|pruned"
+    r"|full_attention|k_eq_v|kv_shared|output_gate|linear_|global_|double_wide"
 )
 _OFF = (None, False, 0, {}, [], "")  # values of an unknown key that cannot change anything
 
@@ -79,7 +80,21 @@ LLM = {
     "attention_bias": FLAG,
     "mlp_bias": FLAG,
     "use_sliding_window": FLAG,
-    "use_bidirectional_attention": or_null(FLAG),
+    "use_bidirectional_attention": Check(
+        lambda v: v is None or type(v) in (bool, str), "true, false, a string, or null"
+    ),
+    "full_attention_interval": whole(2**12),
+    "attn_output_gate": FLAG,
+    "linear_conv_kernel_dim": whole(2**10),
+    "linear_key_head_dim": whole(2**13),
+    "linear_value_head_dim": whole(2**13),
+    "linear_num_key_heads": whole(2**12),
+    "linear_num_value_heads": whole(2**12),
+    "global_head_dim": whole(2**13),
+    "num_global_key_value_heads": or_null(whole(2**12)),
+    "per_layer_config": or_null(OBJECT),
+    "attention_k_eq_v": FLAG,
+    "enable_moe_block": FLAG,
     "sliding_window": or_null(_LENGTH),
     "sliding_window_size": or_null(_LENGTH),
     "sliding_window_pattern": whole(2**12),
@@ -116,6 +131,7 @@ ROPE = {
     "truncate": FLAG,
     "llama_4_scaling_beta": Check(lambda v: v == 0 or NUMBER.holds(v), NUMBER.words),
     "max_position_embeddings": _LENGTH,
+    "partial_rotary_factor": NUMBER,
     "short_factor": _NUMBERS,
     "long_factor": _NUMBERS,
 }

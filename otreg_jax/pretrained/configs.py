@@ -8,8 +8,9 @@ import dataclasses
 import math
 from typing import Any
 
-from otreg_jax.models.llm import LLMConfig, RopeScaling
-from otreg_jax.pretrained import checks, layouts
+from otreg_jax.models.block import LLMConfig, WideHeads
+from otreg_jax.models.delta import DeltaHeads
+from otreg_jax.pretrained import checks, layouts, rotation
 from otreg_jax.pretrained.families import ARCHITECTURES, FAMILIES, INSIDE
 
 ACTIVATIONS = {
@@ -43,7 +44,8 @@ def llm_config(raw: dict[str, Any], where: str = "config.json") -> LLMConfig:
     c["max_position_embeddings"] = raw.get("max_position_embeddings", 2048)
     problems = checks.refused_keys(raw, defaults) + checks.wrong_values(c, checks.LLM)
     checks.raise_all(problems, where)  # what follows computes with the values
-    gemma = family.startswith("gemma")
+    gemma, gemma4 = family.startswith("gemma"), family == "gemma4_text"
+    qwen3_5 = family == "qwen3_5_text"
     heads = c["num_attention_heads"]
     kv_heads = c["num_key_value_heads"] or heads
     problems += checks.indivisible("num_attention_heads", heads, kv_heads)
@@ -55,22 +57,26 @@ def llm_config(raw: dict[str, Any], where: str = "config.json") -> LLMConfig:
     act = c["hidden_activation"] if gemma else c["hidden_act"]
     if act not in ACTIVATIONS:
         problems.append(f"activation {act!r} is not one of {', '.join(ACTIVATIONS)}")
-    if c.get("use_bidirectional_attention"):
+    bidirectional = c.get("use_bidirectional_attention")
+    if bidirectional and not (gemma4 and bidirectional == "vision"):  # text is causal
         problems.append("use_bidirectional_attention: only causal models are supported")
     if family == "gemma3_text" and c["attn_logit_softcapping"] is not None:
         problems.append("attn_logit_softcapping: Gemma 3 has none")
     local_layers = _local_layers(family, c, problems)
-    theta, scaling, local_theta, turned = _rope(family, c, head_dim, problems)
+    wide = _wide(c, heads, local_layers, problems) if gemma4 else None
+    delta = _delta(c, problems) if qwen3_5 else None
+    theta, scaling, local_theta, turned = rotation.read(family, c, head_dim, problems)
     if family == "smollm3" and c["use_sliding_window"] and any(local_layers):
         problems.append("use_sliding_window: layers without rotation have no window here")
-    # SmolLM3's other layers differ in rotation only.
-    windowed = local_layers is None or any(local_layers) and family != "smollm3"
+    # SmolLM3's other layers differ in rotation only, Qwen3.5's are no attention.
+    no_window = family == "smollm3" or qwen3_5
+    windowed = local_layers is None or any(local_layers) and not no_window
     checks.raise_all(problems, where)
     checks.name_passed_over(raw, defaults, where)
     biased = c.get("attention_bias", False)
     attn_scale = c.get("attention_multiplier")  # Granite's
     if gemma:
-        attn_scale = c["query_pre_attn_scalar"] ** -0.5
+        attn_scale = 1.0 if gemma4 else c["query_pre_attn_scalar"] ** -0.5
     config = LLMConfig(
         vocab_size=c["vocab_size"],
         embed_dim=c["hidden_size"],
@@ -82,10 +88,10 @@ def llm_config(raw: dict[str, Any], where: str = "config.json") -> LLMConfig:
         tied_head=c["tie_word_embeddings"],
         activation=ACTIVATIONS[act],
         norm_eps=c["rms_norm_eps"],
-        norm_offset=1.0 if gemma else 0.0,
+        norm_offset=1.0 if (gemma and not gemma4) or qwen3_5 else 0.0,
         post_norms=gemma or family == "olmo2",
         pre_norms=family != "olmo2",
-        qk_norm=family in ("qwen3", "gemma3_text", "olmo2"),
+        qk_norm=family in ("qwen3", "qwen3_5_text", "gemma3_text", "gemma4_text", "olmo2"),
         qk_norm_whole=family == "olmo2",
         qkv_bias=biased or family == "qwen2",
         out_bias=biased,
@@ -100,8 +106,13 @@ def llm_config(raw: dict[str, Any], where: str = "config.json") -> LLMConfig:
         rope_scaling=scaling,
         rotary_dim=None if turned == head_dim else turned,
         sliding_window=c.get("sliding_window") if windowed else None,
-        local_layers=local_layers if windowed or local_theta else None,
+        local_layers=local_layers if windowed or local_theta or qwen3_5 else None,
         local_rope_theta=local_theta,
+        gated=qwen3_5,
+        delta=delta,
+        wide=wide,
+        value_norm=gemma4,
+        layer_scalar=gemma4,
         max_positions=c["max_position_embeddings"],
         family=family,
     )
@@ -117,7 +128,8 @@ def _language_part(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if kind not in INSIDE:
         return raw
     inside = checks.parsed(raw.get("text_config"), f"{where}: text_config")
-    stored = {key: raw[key] for key in ("quantization_config",) if key in raw}  # of all weights
+    # What is said of all weights.
+    stored = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings") if key in raw}
     return {"model_type": INSIDE[kind]} | stored | inside
 
 
@@ -135,153 +147,78 @@ def _local_layers(family: str, c: dict, problems: list[str]) -> tuple[bool, ...]
         if len(rotated) < n or set(kinds or ()) - {"full_attention"}:
             problems.append(f"no_rope_layers, layer_types: not {n} layers of full attention")
         return tuple(not turned for turned in rotated[:n])
+    other = _other_kind(family)
     if kinds is not None:
         if len(kinds) != n:
             problems.append(f"layer_types has {len(kinds)} entries for {n} layers")
-        for kind in sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        for kind in sorted(set(kinds) - {"full_attention", other}):
             problems.append(f"layer_types: {kind!r} is not supported")
-        local = tuple(kind == "sliding_attention" for kind in kinds)
+        local = tuple(kind == other for kind in kinds)
+    elif family == "qwen3_5_text":
+        local = tuple((i + 1) % c["full_attention_interval"] != 0 for i in range(n))
     elif family == "ministral":
         local = (c["sliding_window"] is not None,) * n
     elif family.startswith("qwen"):
         first = c["max_window_layers"] if c["use_sliding_window"] else n
         local = tuple(i >= first for i in range(n))
     else:
-        pattern = c.get("sliding_window_pattern", 2)
+        pattern = c.get("sliding_window_pattern", 6 if family == "gemma4_text" else 2)
         local = tuple((i + 1) % pattern != 0 for i in range(n))
-    if any(local) and c["sliding_window"] is None:
+    if family == "gemma4_text":
+        local = (*local[:-1], False)  # the last layer is always global
+    if any(local) and c.get("sliding_window", 0) is None:
         problems.append("sliding_window is null but layer_types has sliding_attention")
     return local
 
 
-_SCALING_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor", "original_max_position_embeddings"},
-    "longrope": {"short_factor", "long_factor", "original_max_position_embeddings"},
+def _other_kind(family: str) -> str:
+    """What `layer_types` calls the layers that `local_layers` marks."""
+    return "linear_attention" if family == "qwen3_5_text" else "sliding_attention"
+
+
+def _delta(c: dict, problems: list[str]) -> DeltaHeads:
+    """Heads of Qwen3.5's linear layers."""
+    keys, values = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    problems += checks.indivisible("linear_num_value_heads", values, keys)
+    if not c["attn_output_gate"]:
+        problems.append("attn_output_gate: attention without its gate is not computed")
+    sizes = c["linear_key_head_dim"], c["linear_value_head_dim"], c["linear_conv_kernel_dim"]
+    return DeltaHeads(keys, values, *sizes)
+
+
+def _wide(c: dict, heads: int, local_layers, problems: list[str]) -> WideHeads | None:
+    """Heads of Gemma 4's global layers. What else it may have, and this project has not, becomes a
+    problem."""
+    for key, what in _NOT_OF_GEMMA_4.items():
+        if c[key]:
+            problems.append(f"{key}={c[key]!r}: {what} are not computed")
+    head_dim, kv_heads = c["global_head_dim"], c["num_key_value_heads"]
+    if c["attention_k_eq_v"] and c["num_global_key_value_heads"]:
+        kv_heads = c["num_global_key_value_heads"]
+    if said := c["per_layer_config"]:
+        wide = [str(i) for i, local in enumerate(local_layers) if not local]
+        sizes = {key: checks.LLM[key] for key in ("head_dim", "num_key_value_heads")}
+        one = said.get(wide[0])
+        same = all(layer == one for layer in said.values()) and sorted(said) == sorted(wide)
+        if not same or not checks.OBJECT.holds(one) or not set(one) <= set(sizes):
+            problems.append("per_layer_config: not of the same heads in all global layers")
+            return None
+        if wrong := checks.wrong_values(one, sizes):
+            problems += [f"per_layer_config: {problem}" for problem in wrong]
+            return None
+        head_dim, kv_heads = (
+            one.get("head_dim", c["head_dim"]),
+            one.get("num_key_value_heads", kv_heads),
+        )
+    problems += checks.indivisible("num_attention_heads", heads, kv_heads)
+    return WideHeads(head_dim, kv_heads, c["attention_k_eq_v"])
+
+
+_NOT_OF_GEMMA_4 = {
+    "hidden_size_per_layer_input": "embeddings of each layer (Gemma 4 E2B, E4B)",
+    "num_kv_shared_layers": "keys and values that layers share (Gemma 4 E2B, E4B)",
+    "enable_moe_block": "experts (Gemma 4 26B-A4B)",
 }
-_OPTIONS = {
-    "yarn": {
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-        "llama_4_scaling_beta",
-        "max_position_embeddings",
-    },
-    "longrope": {"attention_factor", "factor"},
-}
-
-
-def _rope(
-    family: str, c: dict, head_dim: int, problems: list[str]
-) -> tuple[float, RopeScaling | None, float | None, int]:
-    """(base, scaling, base of the local layers, dimensions of a head that are turned) from the old
-    keys or from `rope_parameters`."""
-    rope = c["rope_parameters"] or {}
-    local_theta = None
-    if family == "gemma3_text":
-        kinds = {kind: rope.get(kind) or {} for kind in ("sliding_attention", "full_attention")}
-        if wrong := checks.wrong_values(kinds, dict.fromkeys(kinds, checks.OBJECT)):
-            problems += [f"rope_parameters: {problem}" for problem in wrong]
-            return c["rope_theta"], None, None, head_dim
-        local_theta, scaled = _scaling(
-            c["rope_local_base_freq"], kinds["sliding_attention"], problems
-        )
-        if scaled is not None:
-            problems.append("rope_parameters: scaled rotation of the local layers is not supported")
-        rope = kinds["full_attention"]
-    if family == "smollm3":
-        local_theta = math.inf  # not rotated at all
-    rope = {**(c["rope_scaling"] or {}), **rope}
-    share = c.get("partial_rotary_factor", 1.0)
-    if family == "phi3":
-        share = rope.pop("partial_rotary_factor", None) or share
-        if not checks.NUMBER.holds(share):
-            problems.append(f"partial_rotary_factor is {share!r}, not {checks.NUMBER.words}")
-            return c["rope_theta"], None, None, head_dim
-        rope = _phi3_rope(rope, c)
-    theta, scaling = _scaling(c["rope_theta"], rope, problems)
-    turned = int(head_dim * share)
-    if not 2 <= turned <= head_dim or turned % 2:
-        problems.append(f"partial_rotary_factor={share}: {turned} of {head_dim} dimensions turn")
-    if scaling and scaling.kind == "longrope" and len(scaling.short_factors) != turned // 2:
-        problems.append(f"rope type 'longrope': short_factor is not of {turned // 2} numbers")
-    return theta, scaling, local_theta, turned
-
-
-def _phi3_rope(rope: dict, c: dict) -> dict:
-    """Phi-3 calls its scaling by older names, and keeps its lengths beside it."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("su", "yarn", "longrope"):
-        return rope
-    original = c["original_max_position_embeddings"]
-    stretched = {"factor": c["max_position_embeddings"] / original}
-    fixed = {"rope_type": "longrope", "original_max_position_embeddings": original}
-    return stretched | rope | fixed
-
-
-def _scaling(theta: float, rope: dict, problems: list[str]) -> tuple[float, RopeScaling | None]:
-    """(base, scaling) of one kind of layers; `theta`: the base where `rope` gives none."""
-    rope = {key: value for key, value in rope.items() if value is not None}
-    if wrong := checks.wrong_values(rope, checks.ROPE):
-        problems += [f"rope: {problem}" for problem in wrong]
-        return theta, None
-    theta = rope.pop("rope_theta", theta)
-    old_kind = rope.pop("type", "default")
-    kind = rope.pop("rope_type", old_kind)
-    for key, nothing in (("partial_rotary_factor", 1), ("llama_4_scaling_beta", 0)):
-        if rope.get(key) == nothing:
-            del rope[key]
-    if kind not in _SCALING_KEYS:
-        problems.append(f"rope type {kind!r} is not one of {', '.join(_SCALING_KEYS)}")
-        return theta, None
-    required, options = _SCALING_KEYS[kind], _OPTIONS.get(kind, set())
-    missing, unknown = required - set(rope), set(rope) - required - options
-    if missing:
-        problems.append(f"rope type {kind!r} lacks {', '.join(sorted(missing))}")
-    if unknown:
-        problems.append(f"rope type {kind!r}: unknown {', '.join(sorted(unknown))}")
-    if kind == "default" or missing or unknown:
-        return theta, None
-    original = rope.get("original_max_position_embeddings", 0)
-    scaling = RopeScaling(kind, rope.get("factor", 1.0), original)
-    if kind == "llama3":
-        scaling = dataclasses.replace(
-            scaling,
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-        )
-    if kind == "yarn":
-        scaling = dataclasses.replace(
-            scaling,
-            beta_fast=rope.get("beta_fast", 32.0),
-            beta_slow=rope.get("beta_slow", 1.0),
-            truncate=rope.get("truncate", True),
-            attention_factor=rope.get("attention_factor", _yarn_gain(rope)),
-            query_beta=rope.get("llama_4_scaling_beta", 0.0),
-        )
-    if kind == "longrope":
-        stretch = math.log(max(scaling.factor, 1.0)) / math.log(max(original, 2))
-        scaling = dataclasses.replace(
-            scaling,
-            short_factors=tuple(rope["short_factor"]),
-            long_factors=tuple(rope["long_factor"]),
-            attention_factor=rope.get("attention_factor", math.sqrt(1 + stretch)),
-        )
-    return theta, scaling
-
-
-def _yarn_gain(rope: dict) -> float:
-    def gain(mscale: float) -> float:
-        return 0.1 * mscale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
-
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return gain(rope["mscale"]) / gain(rope["mscale_all_dim"])
-    return gain(1.0)
 
 
 def llm_config_json(config: LLMConfig) -> dict[str, Any]:
@@ -311,7 +248,7 @@ def llm_config_json(config: LLMConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "pad_token_id": None,  # some classes have one that a small vocabulary does not hold
         "rope_theta": config.rope_theta,
-        "rope_scaling": _scaling_json(config.rope_scaling),
+        "rope_scaling": rotation.scaling_json(config.rope_scaling),
         "rope_local_base_freq": config.local_rope_theta,
         "attention_bias": config.out_bias,
         "mlp_bias": config.mlp_bias,
@@ -320,13 +257,43 @@ def llm_config_json(config: LLMConfig) -> dict[str, Any]:
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
     }
-    if config.attn_scale is not None and config.family != "granite":
+    if config.attn_scale is not None and "query_pre_attn_scalar" in FAMILIES[config.family]:
         # A whole number in every model there is; reading it back must give the same float.
         raw["query_pre_attn_scalar"] = round(config.attn_scale**-2)
     if "layer_types" in FAMILIES[config.family]:
         local = config.local_layers or (config.sliding_window is not None,) * config.num_layers
-        kinds = ("full_attention", "sliding_attention")
+        kinds = ("full_attention", _other_kind(config.family))
         raw["layer_types"] = [kinds[is_local] for is_local in local]
+    if h := config.delta:
+        raw |= {
+            "linear_num_key_heads": h.num_key_heads,
+            "linear_num_value_heads": h.num_value_heads,
+            "linear_key_head_dim": h.key_dim,
+            "linear_value_head_dim": h.value_dim,
+            "linear_conv_kernel_dim": h.conv_width,
+            "rope_parameters": {
+                "rope_theta": raw.pop("rope_theta"),
+                "partial_rotary_factor": raw.pop("partial_rotary_factor"),
+                **(raw.pop("rope_scaling") or {"rope_type": "default"}),
+            },
+        }
+    if config.family == "gemma4_text":
+        raw |= {
+            "hidden_size_per_layer_input": 0,
+            "global_head_dim": config.wide.head_dim,
+            "num_global_key_value_heads": config.wide.num_kv_heads,
+            "attention_k_eq_v": config.wide.value_is_key,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_theta": raw.pop("rope_theta"),
+                    **(raw.pop("rope_scaling") or {"rope_type": "default"}),
+                },
+                "sliding_attention": {
+                    "rope_theta": config.local_rope_theta,
+                    "rope_type": "default",
+                },
+            },
+        }
     if config.family == "ministral3":  # whose class takes no scaling for that of its default
         rope = {
             "rope_theta": config.rope_theta,
@@ -352,26 +319,3 @@ def llm_config_json(config: LLMConfig) -> dict[str, Any]:
     if differing:
         raise ValueError(f"a {config.family} model cannot have {', '.join(differing)}")
     return raw
-
-
-def _scaling_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    raw: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "longrope":
-        return raw | {
-            "short_factor": list(scaling.short_factors),
-            "long_factor": list(scaling.long_factors),
-            "attention_factor": scaling.attention_factor,
-            "original_max_position_embeddings": scaling.original_length,
-        }
-    if scaling.query_beta:
-        raw["llama_4_scaling_beta"] = scaling.query_beta
-    if scaling.kind in ("llama3", "yarn"):
-        raw["original_max_position_embeddings"] = scaling.original_length
-    names = {
-        "linear": (),
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-        "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
-    }
-    return raw | {name: getattr(scaling, name) for name in names[scaling.kind]}

@@ -61,6 +61,34 @@ _MINISTRAL_3_ROPE = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+_GEMMA_4 = _GEMMA | {
+    "vocab_size": 262_144,
+    "num_hidden_layers": 30,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 1_000_000.0,
+            "partial_rotary_factor": 0.25,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+    "sliding_window": 512,
+    "final_logit_softcapping": None,
+    "global_head_dim": 512,
+    "num_global_key_value_heads": None,
+    "per_layer_config": None,  # says both in newer files
+    "attention_k_eq_v": False,
+    # What is refused unless it is off, and what only that reads.
+    "hidden_size_per_layer_input": 256,
+    "num_kv_shared_layers": 0,
+    "enable_moe_block": False,
+    "vocab_size_per_layer_input": 262_144,
+    "use_double_wide_mlp": False,
+    "num_experts": None,
+    "top_k_experts": None,
+    "moe_intermediate_size": None,
+}
+del _GEMMA_4["query_pre_attn_scalar"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _COMMON | {"attention_bias": False, "mlp_bias": False},
     "mistral": _MISTRAL,
@@ -76,6 +104,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128, "attention_bias": False},
+    "qwen3_5_text": _COMMON
+    | {
+        "vocab_size": 248_320,
+        "intermediate_size": 12_288,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "attention_bias": False,
+        "partial_rotary_factor": 0.25,
+        "layer_types": None,
+        "full_attention_interval": 4,
+        "attn_output_gate": True,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+    },
     "gemma2": _GEMMA
     | {
         "attn_logit_softcapping": 50.0,
@@ -91,6 +137,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     },
+    "gemma4_text": _GEMMA_4,
     "phi3": _COMMON
     | {
         "vocab_size": 32_064,
@@ -136,12 +183,19 @@ ARCHITECTURES = {
     "ministral3": "Ministral3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "granite": "GraniteForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
 # Models of text and images: the LLM inside them, which is read alone. Of speech: `layouts`.
-INSIDE = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+INSIDE = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "mistral3": "ministral3",
+    "qwen3_5": "qwen3_5_text",
+}

@@ -328,12 +328,12 @@ def _match(
             continue
         label = f"{tensor.name} {list(tensor.shape)} in {tensor.file.name}"
         found = [(pattern.fullmatch(tensor.name), row) for pattern, row in patterns]
-        found = [(match, row) for match, row in found if match]
+        found = [(_layer(match), row) for match, row in found if match]
+        found = [(n, row) for n, row in found if row.layers is None or n in row.layers]
         if not found:
             problems.append(f"unexpected: {label}")
-        for match, row in found:
-            layer = match.groupdict().get("layer")
-            layer = None if layer is None else int(layer)
+        for layer, row in found:
+            layer = layer if row.layers is None else row.layers.index(layer)
             problem = _misfit(label, tensor, row, layer, sources[row.path], targets[row.path])
             problems += [problem] if problem else []
             sources[row.path].setdefault(layer, tensor)
@@ -342,9 +342,16 @@ def _match(
         layers = range(targets[row.path].shape[0]) if stacked else (None,)
         for layer in layers:
             if layer not in sources[row.path]:
-                problems.append(f"missing: {row.name.format(layer=layer)}")
+                number = row.layers[layer] if row.layers else layer
+                problems.append(f"missing: {row.name.format(layer=number)}")
     _raise(directory, list(dict.fromkeys(problems)))  # a tensor may hold several parameters
     return sources
+
+
+def _layer(match: re.Match) -> int | None:
+    """The number of the layer in a tensor's name, None if it is of none."""
+    layer = match.groupdict().get("layer")
+    return None if layer is None else int(layer)
 
 
 def _misfit(

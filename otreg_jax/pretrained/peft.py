@@ -51,23 +51,19 @@ def save_lora(directory: str | pathlib.Path, config: LLMConfig, params: dict) ->
     qkv_proj) become one pair, of the sum of their ranks. Raises ValueError if there are none.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    held = {
-        name: [row for row in rows if f"{_parent(row)}lora_a" in flat]
-        for name, rows in _tensors(config).items()
-    }
-    held = {name: rows for name, rows in held.items() if rows}
+    held = [[row for row in rows if f"{_parent(row)}lora_a" in flat] for rows in _tensors(config)]
+    held = [rows for rows in held if rows]
     checks.raise_all([] if held else ["there are no low-rank pairs to save"], str(directory))
-    rank = max(
-        sum(flat[f"{_parent(row)}lora_a"].shape[-1] for row in rows) for rows in held.values()
-    )
+    rank = max(sum(flat[f"{_parent(row)}lora_a"].shape[-1] for row in rows) for rows in held)
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {}
-    for name, rows in held.items():
+    for rows in held:
         for pair, theirs in zip(_as_one(rows, flat, rank), "AB", strict=True):
-            for layer, one in enumerate(pair if "{layer}" in name else pair[None]):
-                key = f"{_PREFIX}{name.format(layer=layer)}.lora_{theirs}.weight"
-                arrays[key] = np.ascontiguousarray(one.T)
+            names = _names(rows[0], theirs, config.num_layers)
+            pair = pair if _is_stacked(rows[0]) else pair[None]
+            for name, one in zip(names, pair, strict=True):
+                arrays[name] = np.ascontiguousarray(one.T)
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -77,7 +73,7 @@ def save_lora(directory: str | pathlib.Path, config: LLMConfig, params: dict) ->
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted({name.rpartition(".")[2] for name in held}),
+        "target_modules": sorted({_module(rows[0]).rpartition(".")[2] for rows in held}),
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
@@ -105,17 +101,16 @@ def load_lora(source: str | pathlib.Path, revision: str | None, config: LLMConfi
     factor = alpha / (rank**0.5 if said.get("use_rslora") else rank)
     stored = safetensors.numpy.load_file(directory / WEIGHTS)
     pairs: dict[str, Any] = {}
-    for name, rows in _tensors(config).items():
-        layers = range(config.num_layers) if "{layer}" in name else (0,)
+    for rows in _tensors(config):
         for leaf, theirs in zip(lora.PAIR, "AB", strict=True):
-            keys = [f"{_PREFIX}{name.format(layer=i)}.lora_{theirs}.weight" for i in layers]
+            keys = _names(rows[0], theirs, config.num_layers)
             found = [stored.pop(key).T.astype(np.float32) for key in keys if key in stored]
             if found and len(found) < len(keys):
                 problems.append(
                     f"{_parent(rows[0])}{leaf}: {len(found)} of {len(keys)} layers have it"
                 )
             elif found:
-                whole = np.stack(found) if "{layer}" in name else found[0]
+                whole = np.stack(found) if _is_stacked(rows[0]) else found[0]
                 for row in rows:
                     ours = factor * whole if theirs == "A" else whole[..., _outputs(row)]
                     pairs[f"{_parent(row)}{leaf}"] = jnp.asarray(ours)
@@ -139,13 +134,29 @@ def with_pairs(params: dict, pairs: dict, where: str) -> dict:
     return traverse_util.unflatten_dict(flat | pairs, sep="/")
 
 
-def _tensors(config: LLMConfig) -> dict[str, list[tables.Row]]:
-    """{"model.layers.{layer}.self_attn.q_proj": the rows of the kernels that lie in it}."""
-    tensors: dict[str, list[tables.Row]] = {}
+def _tensors(config: LLMConfig) -> list[list[tables.Row]]:
+    """For each tensor, or its like in other layers, the rows of the kernels that lie in it."""
+    tensors: dict[tuple, list[tables.Row]] = {}
     for row in tables.llm_table(config).rows:
         if row.path.endswith("/kernel"):
-            tensors.setdefault(row.name.removesuffix(".weight"), []).append(row)
-    return tensors
+            tensors.setdefault((row.name, row.layers), []).append(row)
+    return list(tensors.values())
+
+
+def _module(row: tables.Row) -> str:
+    """ "model.layers.{layer}.self_attn.q_proj" """
+    return row.name.removesuffix(".weight")
+
+
+def _is_stacked(row: tables.Row) -> bool:
+    return "{layer}" in row.name
+
+
+def _names(row: tables.Row, which: str, num_layers: int) -> list[str]:
+    """The names of the pairs' halves, "A" or "B", one for each layer that the row is of."""
+    numbers = (row.layers or range(num_layers)) if _is_stacked(row) else (0,)
+    module = f"{_PREFIX}{_module(row)}.lora_{which}.weight"
+    return [module.format(layer=number) for number in numbers]
 
 
 def _parent(row: tables.Row) -> str:

@@ -132,9 +132,9 @@ def _save(
             + ", ".join(unknown)
         )
     directory.mkdir(parents=True, exist_ok=True)
-    by_name: dict[str, list[tables.Row]] = {}
+    by_name: dict[tuple, list[tables.Row]] = {}
     for row in table.rows:
-        by_name.setdefault(row.name, []).append(row)
+        by_name.setdefault((row.name, row.layers), []).append(row)
     tensors = [tensor for rows in by_name.values() for tensor in _tensors(rows, flat)]
     files: list[list[_Tensor]] = [[]]
     for tensor in tensors:
@@ -167,4 +167,5 @@ def _tensors(rows: list[tables.Row], flat: dict[str, Any]) -> list[_Tensor]:
     leaves = tuple(flat[row.path] for row in rows)
     if "{layer}" not in name:
         return [_Tensor(name, leaves, None, axes)]
-    return [_Tensor(name.format(layer=i), leaves, i, axes) for i in range(len(leaves[0]))]
+    numbers = rows[0].layers or range(len(leaves[0]))
+    return [_Tensor(name.format(layer=n), leaves, i, axes) for i, n in enumerate(numbers)]

@@ -10,9 +10,9 @@ import re
 from typing import NamedTuple
 
 from otreg_jax.models.adapter import AdapterConfig
+from otreg_jax.models.block import LLMConfig, shape_config, shape_names
 from otreg_jax.models.conformer_encoder import ConformerEncoderConfig
 from otreg_jax.models.encoders import EncoderConfig
-from otreg_jax.models.llm import LLMConfig
 from otreg_jax.models.speech_encoder import SpeechEncoderConfig
 from otreg_jax.models.waveform_encoder import WaveformEncoderConfig
 
@@ -31,10 +31,13 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
+    """layers: the numbers of the layers that a stacked parameter holds; None: all of them."""
+
     name: str
     path: str
     axes: tuple[int, ...] | None
     part: Part | None = None
+    layers: tuple[int, ...] | None = None
 
 
 class Table(NamedTuple):
@@ -76,19 +79,36 @@ def llm_table(config: LLMConfig) -> Table:
         Row("model.embed_tokens.weight", "embed/embedding", KEEP),
         Row("model.norm.weight", "norm/scale", KEEP),
     ]
-    ignored = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
-    # It may lie inside a model of text and images or speech.
-    ignored.append(r"(model\.)?(vision_tower|audio_tower|multi_modal_projector)\..*")
+    # It may lie inside a model of text and images or speech, beside heads for several tokens.
+    others = "vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector|visual|mtp"
+    ignored = [
+        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+        rf"(model\.)?({others})\..*",
+    ]
     if config.tied_head:
         ignored.append(r"(language_model\.)?lm_head\.weight")
     else:
         rows.append(Row("lm_head.weight", "head/kernel", MATRIX))
-    layer = "model.layers.{layer}"
+    if names := shape_names(config):
+        for shape in sorted(set(names)):
+            numbers = tuple(i for i, name in enumerate(names) if name == shape)
+            rows += _layer_rows(shape_config(config, shape), f"layers/{shape}", numbers)
+    else:
+        rows += _layer_rows(config, "layers", None)
+    read = (("model.", _LLM), ("lm_head.", r"(language_model\.)?lm_head\."))
+    return Table(tuple(rows), read, tuple(ignored))
+
+
+def _layer_rows(config: LLMConfig, at: str, numbers: tuple[int, ...] | None) -> list[Row]:
+    """The tensors of layers of one shape, whose parameters lie below the path `at`."""
+    rows, layer = [], "model.layers.{layer}"
+    if config.delta:
+        rows += [Row(f"{layer}.linear_attn.{t}", f"{at}/delta/{o}", axes) for t, o, axes in _DELTA]
     biased = dict.fromkeys("qkv", config.qkv_bias) | {"o": config.out_bias}
-    for theirs, ours, names in _dense(config.family):
+    for theirs, ours, names in _dense(config):
         sizes = [_width(config, name) for name in names]
         for i, name in enumerate(names):
-            source, target = f"{layer}.{theirs}_proj", f"layers/{ours}/{name}"
+            source, target = f"{layer}.{theirs}_proj", f"{at}/{ours}/{name}"
             part = Part(sum(sizes[:i]), sum(sizes[: i + 1]), sum(sizes)) if names[1:] else None
             rows.append(Row(f"{source}.weight", f"{target}/kernel", MATRIX, part))
             if biased.get(name, config.mlp_bias):
@@ -106,23 +126,38 @@ def llm_table(config: LLMConfig) -> Table:
             "attn_post_norm": "post_attention_layernorm",
             "mlp_post_norm": "post_feedforward_layernorm",
         }
-    if config.qk_norm:
+    if config.qk_norm and not config.delta:
         norms |= {"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"}
     rows += [
-        Row(f"{layer}.{theirs}.weight", f"layers/{ours}/scale", KEEP)
+        Row(f"{layer}.{theirs}.weight", f"{at}/{ours}/scale", KEEP)
         for ours, theirs in norms.items()
     ]
-    read = (("model.", _LLM), ("lm_head.", r"(language_model\.)?lm_head\."))
-    return Table(tuple(rows), read, tuple(ignored))
+    if config.layer_scalar:
+        rows.append(Row(f"{layer}.layer_scalar", f"{at}/scalar", KEEP))
+    return [row._replace(layers=numbers) for row in rows]
 
 
-def _dense(family: str) -> list[tuple[str, str, tuple[str, ...]]]:
+def _dense(config: LLMConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     """(tensor's name, our module, which of its layers the tensor holds), of each in turn."""
-    if family == "phi3":
+    if config.family == "phi3":
         fused = [("self_attn.qkv", "attn", ("q", "k", "v")), ("mlp.gate_up", "mlp", ("gate", "up"))]
         return [*fused, ("self_attn.o", "attn", ("o",)), ("mlp.down", "mlp", ("down",))]
-    attn = [(f"self_attn.{name}", "attn", (name,)) for name in "qkvo"]
+    heads = "" if config.delta else "qko" if config.value_is_key else "qkvo"
+    attn = [(f"self_attn.{name}", "attn", (name,)) for name in heads]
     return attn + [(f"mlp.{name}", "mlp", (name,)) for name in ("gate", "up", "down")]
+
+
+_DELTA = (
+    ("in_proj_qkv.weight", "qkv/kernel", MATRIX),
+    ("in_proj_z.weight", "gate/kernel", MATRIX),
+    ("in_proj_b.weight", "beta/kernel", MATRIX),
+    ("in_proj_a.weight", "decay/kernel", MATRIX),
+    ("out_proj.weight", "o/kernel", MATRIX),
+    ("conv1d.weight", "conv", CONV),
+    ("A_log", "rate", KEEP),
+    ("dt_bias", "rate_bias", KEEP),
+    ("norm.weight", "norm/scale", KEEP),
+)
 
 
 def _width(config: LLMConfig, name: str) -> int:
