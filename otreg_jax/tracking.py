@@ -210,9 +210,9 @@ class Profiler:
 def log_may_be_lost():
     """What is printed inside is lost where it cannot be written (a full disk, a closed terminal);
     nothing ends because of it."""
-    with contextlib.redirect_stdout(_Lossy(sys.stdout)):
-        with contextlib.redirect_stderr(_Lossy(sys.stderr)):
-            yield
+    out, err = _Lossy(sys.stdout), _Lossy(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 class _Lossy:

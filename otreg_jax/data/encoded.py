@@ -6,6 +6,7 @@ goes in: the encoder's weights, the audio files and how they are cut. What is th
 also by another run; what an interrupted pass has finished, stays.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -93,22 +94,24 @@ def keep(
     names = [name_of([utterances[i] for i in part]) for part in rows]
     missing = [k for k, name in enumerate(names) if not (folder / f"{name}.json").exists()]
     wait()  # all have looked before the first writes
+    settings = pipeline.for_evaluation(
+        data_config, on_bad_audio=data_config.on_bad_audio, num_buckets=1, num_workers=0
+    )
+    batches_of = functools.partial(
+        pipeline.eval_batches,
+        tokenizer=tokenizer,
+        data_config=settings,
+        batch_size=batch_size,
+        host_index=host_index,
+        host_count=host_count,
+        skipped_path=skipped_path,
+        frontend=frontend,
+    )
     count = sum(len(rows[k]) for k in missing)
     progress = tqdm.tqdm(total=count, desc="encoding speech once", unit="utt", disable=not count)
     for k in missing:
         part = [utterances[i] for i in rows[k]]
-        found = _encode_shard(
-            part,
-            tokenizer,
-            data_config,
-            frontend,
-            encode,
-            batch_size,
-            host_index,
-            host_count,
-            skipped_path,
-            progress,
-        )
+        found = _encode_shard(len(part), batches_of(part), encode, progress)
         if is_writer:
             _write_shard(folder / names[k], found, positions)
     progress.close()
@@ -164,33 +167,10 @@ def _name(utterances: Sequence[Utterance], data_config, frontend, fingerprint: s
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
 
 
-def _encode_shard(
-    part,
-    tokenizer,
-    data_config,
-    frontend,
-    encode,
-    batch_size,
-    host_index,
-    host_count,
-    skipped_path,
-    progress,
-):
-    """[(frames, outputs [S, E] of the bucket's size) or None, ...] in the order of `part`."""
-    settings = pipeline.for_evaluation(
-        data_config, on_bad_audio=data_config.on_bad_audio, num_buckets=1, num_workers=0
-    )
-    batches = pipeline.eval_batches(
-        part,
-        tokenizer,
-        settings,
-        batch_size=batch_size,
-        host_index=host_index,
-        host_count=host_count,
-        skipped_path=skipped_path,
-        frontend=frontend,
-    )
-    found = [None] * len(part)
+def _encode_shard(count: int, batches, encode: Callable, progress) -> list:
+    """[(frames, outputs [S, E] of the bucket's size) or None, ...] of `count` utterances, in the
+    order in which `batches` counts them."""
+    found = [None] * count
     for batch in batches:
         encoded_BSE, frames_B, index_B = encode(batch)
         for encoded_SE, frames, i in zip(encoded_BSE, frames_B, index_B, strict=True):

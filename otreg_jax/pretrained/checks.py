@@ -139,13 +139,15 @@ _SIZES = Check(
     lambda v: type(v) is list and v and all(type(s) is int and 1 <= s <= 2**13 for s in v),
     "a list of whole numbers, 1 to 8,192",
 )
-WAVEFORM_ENCODER = {
+_BLOCKS = {  # of every encoder that reads the waveform
     "hidden_size": whole(2**13),
     "num_hidden_layers": whole(2**12),
     "num_attention_heads": whole(2**12),
     "intermediate_size": whole(2**18),
     "hidden_act": TEXT,
     "layer_norm_eps": NUMBER,
+}
+WAVEFORM_ENCODER = _BLOCKS | {
     "feat_extract_norm": TEXT,
     "feat_extract_activation": TEXT,
     "feat_proj_layer_norm": FLAG,
@@ -159,13 +161,7 @@ WAVEFORM_ENCODER = {
     "num_buckets": whole(2**14),
     "max_bucket_distance": whole(2**14),
 }
-CONFORMER_ENCODER = {
-    "hidden_size": whole(2**13),
-    "num_hidden_layers": whole(2**12),
-    "num_attention_heads": whole(2**12),
-    "intermediate_size": whole(2**18),
-    "hidden_act": TEXT,
-    "layer_norm_eps": NUMBER,
+CONFORMER_ENCODER = _BLOCKS | {
     "feature_projection_input_dim": whole(2**13),
     "left_max_position_embeddings": whole(2**14),
     "right_max_position_embeddings": whole(2**14),
