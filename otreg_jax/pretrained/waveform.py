@@ -110,6 +110,24 @@ def encoder_config(
     return read(raw, where, preprocessor)
 
 
+def _given(raw: dict[str, Any], defaults: dict[str, Any], known: dict[str, checks.Check]):
+    """The values of the keys in `defaults`, and a problem for each key or value that is refused."""
+    c = defaults | {key: value for key, value in raw.items() if key in defaults}
+    problems = checks.refused_keys(raw, {*defaults, *_UNUSED})
+    return c, problems + checks.wrong_values(c, known)
+
+
+def _blocks(c: dict[str, Any]) -> dict[str, Any]:
+    """What both configurations call alike."""
+    return dict(
+        embed_dim=c["hidden_size"],
+        num_layers=c["num_hidden_layers"],
+        num_heads=c["num_attention_heads"],
+        mlp_dim=c["intermediate_size"],
+        activation=ACTIVATIONS[c["hidden_act"]],
+    )
+
+
 def _waveform_config(
     raw: dict[str, Any], where: str, preprocessor: dict[str, Any]
 ) -> WaveformEncoderConfig:
@@ -117,9 +135,7 @@ def _waveform_config(
     family = raw["model_type"]
     where = f"{where} ({family})"
     defaults = _WAVEFORM[family]
-    c = defaults | {key: value for key, value in raw.items() if key in defaults}
-    problems = checks.refused_keys(raw, {*defaults, *_UNUSED})
-    problems += checks.wrong_values(c, checks.WAVEFORM_ENCODER)
+    c, problems = _given(raw, defaults, checks.WAVEFORM_ENCODER)
     checks.raise_all(problems, where)  # what follows computes with the values
     heads, groups = c["num_attention_heads"], c["num_conv_pos_embedding_groups"]
     problems += checks.indivisible("hidden_size", c["hidden_size"], heads)
@@ -158,10 +174,7 @@ def _waveform_config(
     checks.name_passed_over(raw, {*defaults, *_UNUSED}, where)
     return WaveformEncoderConfig(
         family=family,
-        embed_dim=c["hidden_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=heads,
-        mlp_dim=c["intermediate_size"],
+        **_blocks(c),
         conv_widths=tuple(c["conv_dim"]),
         conv_kernels=tuple(c["conv_kernel"]),
         conv_strides=tuple(c["conv_stride"]),
@@ -174,7 +187,6 @@ def _waveform_config(
         pre_norm=c["do_stable_layer_norm"],
         relative=(c["num_buckets"], c["max_bucket_distance"]) if family == "wavlm" else None,
         normalize=read["do_normalize"],
-        activation=ACTIVATIONS[c["hidden_act"]],
     )
 
 
@@ -185,9 +197,7 @@ def _conformer_config(
     family = raw["model_type"]
     where = f"{where} ({family})"
     defaults = _CONFORMER[family]
-    c = defaults | {key: value for key, value in raw.items() if key in defaults}
-    problems = checks.refused_keys(raw, {*defaults, *_UNUSED})
-    problems += checks.wrong_values(c, checks.CONFORMER_ENCODER)
+    c, problems = _given(raw, defaults, checks.CONFORMER_ENCODER)
     stack = 0
     if family == "wav2vec2-bert":
         stack = preprocessor.get("stride", 2)
@@ -238,11 +248,7 @@ def _conformer_config(
     checks.name_passed_over(raw, {*defaults, *_UNUSED}, where)
     return ConformerEncoderConfig(
         family=family,
-        embed_dim=c["hidden_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        mlp_dim=c["intermediate_size"],
-        activation=ACTIVATIONS[c["hidden_act"]],
+        **_blocks(c),
         **how,
     )
 
@@ -253,15 +259,21 @@ def encoder_config_json(config: WaveformEncoderConfig | ConformerEncoderConfig) 
     return _conformer_json(config) if is_conformer else _waveform_json(config)
 
 
-def _waveform_json(config: WaveformEncoderConfig) -> dict[str, Any]:
-    names = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel"}
-    buckets, distance = config.relative or (None, None)
-    raw = {
+def _blocks_json(config: WaveformEncoderConfig | ConformerEncoderConfig) -> dict[str, Any]:
+    return {
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "intermediate_size": config.mlp_dim,
         "hidden_act": ACTIVATION_NAMES[config.activation],
+    }
+
+
+def _waveform_json(config: WaveformEncoderConfig) -> dict[str, Any]:
+    names = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel"}
+    buckets, distance = config.relative or (None, None)
+    raw = {
+        **_blocks_json(config),
         "feat_extract_norm": config.conv_norm,
         "feat_extract_activation": ACTIVATION_NAMES[config.conv_activation],
         "conv_dim": list(config.conv_widths),
@@ -288,11 +300,7 @@ def _conformer_json(config: ConformerEncoderConfig) -> dict[str, Any]:
     before, after = config.distances or (None, None)
     number, channels = config.subsampling
     raw = _CONFORMER[config.family] | {
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.mlp_dim,
-        "hidden_act": ACTIVATION_NAMES[config.activation],
+        **_blocks_json(config),
         "attention_bias": config.dense_bias,
         "convolution_bias": config.conv_bias,
         "conv_kernel_size": config.conv_kernel,
