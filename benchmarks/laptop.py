@@ -8,6 +8,8 @@ all together, then evaluates every run on the test set of every corpus. A corpus
 train.jsonl, dev.jsonl and test.jsonl. The runs lie in --out and resume there; each finished one is
 a line of benchmarks/results/laptop.jsonl. --reference adds what the Whisper model in --encoder
 writes with its own decoder (needs torch and transformers). The table is printed.
+
+With several languages, --lang=en,de,nl, a corpus is a training and a test set for each: "read-de".
 """
 
 import json
@@ -25,7 +27,7 @@ from otreg_jax.data import audio, manifest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = tables.RECOGNIZER
-SPOKEN, ALL = "spoken", tables.ALL
+SPOKEN, ALL, ITSELF = "spoken", tables.ALL, "Whisper itself"
 COURSE_STEPS = 50
 
 
@@ -46,17 +48,20 @@ def of_language(manifest: Path, lang: str, out: Path) -> Path:
     return out
 
 
-def manifests(folders: dict[str, Path], lang: str, out: Path) -> dict[str, dict[str, Path]]:
-    """{corpus: {"train": manifest, "dev": ..., "test": ...}}"""
-    return {
-        name: {
-            split: of_language(
-                folder / f"{split}.jsonl", lang, out / "manifests" / f"{name}-{split}.jsonl"
-            )
-            for split in ("train", "dev", "test")
-        }
-        for name, folder in folders.items()
-    }
+def manifests(folders: dict[str, Path], langs: list[str], out: Path) -> dict[str, dict[str, Path]]:
+    """{corpus: {"train": manifest, "dev": ..., "test": ...}}; of several languages
+    {corpus-language: ...}, without those that a corpus has nothing of."""
+    found = {}
+    for name, folder in folders.items():
+        for lang in langs:
+            key = name if len(langs) == 1 else f"{name}-{lang}"
+            found[key] = {
+                split: of_language(
+                    folder / f"{split}.jsonl", lang, out / "manifests" / f"{key}-{split}.jsonl"
+                )
+                for split in ("train", "dev", "test")
+            }
+    return {key: split for key, split in found.items() if split["train"].stat().st_size}
 
 
 def data_flags(condition: str, sets, values) -> list[str]:
@@ -74,7 +79,8 @@ def data_flags(condition: str, sets, values) -> list[str]:
 
 def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
     """One run: a line of the results."""
-    workdir = out / f"{condition}-{values.arm}-{values.seed}"
+    langs = values.lang if len(values.lang) > 1 else []
+    workdir = out / "-".join([condition, *langs, values.arm, str(values.seed)])
     tests = ",".join(f"{name}={split['test']}" for name, split in sets.items())
     record = workdir / "minutes.json"
     start = time.perf_counter()
@@ -105,6 +111,7 @@ def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
     ]
     subprocess.run(evaluate, cwd=ROOT, check=True)
     results = json.loads((workdir / "eval" / "results.json").read_text())
+    config = json.loads((workdir / "config.json").read_text())
     lines = (workdir / "eval" / "hypotheses.jsonl").read_text().splitlines()
     hypotheses = [json.loads(line) for line in lines]
     return {
@@ -112,7 +119,8 @@ def train_and_evaluate(condition: str, sets, values, out: Path) -> dict:
         "arm": values.arm,
         "seed": values.seed,
         "steps": results["step"],
-        "batch": json.loads((workdir / "config.json").read_text())["batch_size"],
+        "batch": config["batch_size"],
+        "dtype": config["compute_dtype"],
         "minutes": json.loads(record.read_text()),
         "sets": {name: _scores(row) for name, row in results["sets"].items()},
         "first_ten": {
@@ -155,12 +163,12 @@ def whisper_itself(sets, values) -> dict:
         values.encoder, dtype=torch.float32
     ).eval()
     processor = transformers.WhisperProcessor.from_pretrained(values.encoder)
-    # Named outright: a directory's generation_config.json need not know the languages' tokens.
-    said = ("startoftranscript", values.lang, "transcribe", "notimestamps")
-    start_ids = processor.tokenizer.convert_tokens_to_ids([f"<|{token}|>" for token in said])
     scores = {}
     for name, split in sets.items():
         utterances = manifest.read_manifest(split["test"])
+        # Named outright: a directory's generation_config.json need not know the languages' tokens.
+        said = ("startoftranscript", utterances[0].lang, "transcribe", "notimestamps")
+        start_ids = processor.tokenizer.convert_tokens_to_ids([f"<|{token}|>" for token in said])
         hypotheses = []
         for start in tqdm.trange(0, len(utterances), 16, desc=f"Whisper itself on {name}"):
             waves = [audio.load_audio(u) for u in utterances[start : start + 16]]
@@ -175,7 +183,7 @@ def whisper_itself(sets, values) -> dict:
             hypotheses += processor.batch_decode(ids, skip_special_tokens=True)
         references = [u.text for u in utterances]
         scores[name] = _scores(metrics.score(references, hypotheses, [u.lang for u in utterances]))
-    return {"trained_on": "Whisper itself", "arm": "", "seed": 0, "sets": scores}
+    return {"trained_on": ITSELF, "arm": "", "seed": 0, "sets": scores}
 
 
 def main(argv):
@@ -184,7 +192,7 @@ def main(argv):
     out = Path(values.out)
     sets = manifests(corpora(values.corpora), values.lang, out)
     done = tables.read_lines(RESULTS)
-    key = lambda line: (line["trained_on"], line["arm"], line["seed"])
+    key = lambda line: (line["trained_on"], line["arm"], line["seed"], tuple(line["sets"]))
     known = {key(line) for line in done}
     conditions = [*sets, *([SPOKEN] if values.sentences else []), ALL]
     jobs = {
@@ -194,14 +202,14 @@ def main(argv):
         for name in values.conditions or conditions
     }
     if values.reference:
-        jobs[("Whisper itself", "", 0)] = lambda: whisper_itself(sets, values)
+        jobs[(ITSELF, "", 0)] = lambda: whisper_itself(sets, values)
     for wanted, job in jobs.items():
-        if wanted not in known:
+        if (*wanted, tuple(sets)) not in known:
             line = job()
             done.append(line)
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(tables.error_rates(done))
+    print(tables.error_rates([line for line in done if set(line["sets"]) == set(sets)]))
 
 
 if __name__ == "__main__":
@@ -210,7 +218,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("corpora", None, "name=folder,... with train.jsonl, dev.jsonl, test.jsonl.")
     flags.DEFINE_string("sentences", "", "Text to be spoken, a sentence a line.")
     flags.DEFINE_integer("num_spoken", 4000, "Spoken utterances to train on.")
-    flags.DEFINE_string("lang", "en", "Take only the lines of this language; empty: all.")
+    flags.DEFINE_list("lang", ["en"], "Take only the lines of these languages.")
     flags.DEFINE_string("arm", "otreg", "Of configs/laptop.py.")
     flags.DEFINE_integer("seed", 0, "Of the run.")
     flags.DEFINE_list("conditions", [], "Train on these alone: corpora, spoken, all.")

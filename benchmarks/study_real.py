@@ -268,7 +268,7 @@ def main() -> None:
 def make_runs(args) -> None:
     """Makes the runs that are asked for and have no line yet."""
     began = time.monotonic()
-    found = laptop.manifests(laptop.corpora(args.corpora), args.lang, args.folder)
+    found = laptop.manifests(laptop.corpora(args.corpora), [args.lang], args.folder)
     named = lambda split: ",".join(f"{name}={paths[split]}" for name, paths in found.items())
     tests = ",".join(filter(None, [named("test"), args.tests]))
     asked = args.runs or [name for q in QUESTIONS for name in q.runs(args.size)]

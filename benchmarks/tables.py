@@ -204,6 +204,15 @@ def durations() -> str:
     )
 
 
+def recognizers(languages: bool = False) -> list[dict]:
+    """The runs tested in one language, or those tested in several: their sets are named so."""
+    return [
+        line
+        for line in read_lines(RECOGNIZER)
+        if languages == any("-" in name for name in line["sets"])
+    ]
+
+
 def error_rates(lines: list[dict]) -> str:
     """WER of recognizers with its 95 % interval: a row a run, a column a test set."""
     names = list(dict.fromkeys(name for line in lines for name in line["sets"]))
@@ -220,16 +229,22 @@ def error_rates(lines: list[dict]) -> str:
     return markdown(["trained on", "arm", "steps × utterances", "minutes", *names], rows)
 
 
-def recognizer() -> str:
-    lines = read_lines(RECOGNIZER)
-    first = lines[0]["machine"]
-    made_by = f"{first['cores']} {first['processor']} cores; {versions(first['versions'])}"
-    return f"{error_rates(lines)}\n\nMeasured on {made_by}."
+def recognizer(languages: bool = False) -> str:
+    lines = recognizers(languages)
+    made_by = {}
+    for line in lines:
+        if "machine" in line:
+            of = line["machine"]
+            means = f"{of['cores']} {of['processor']} cores, {line['dtype']}; "
+            means += versions(of["versions"])
+            made_by.setdefault(means, []).append(line["trained_on"])
+    measured = [f"{means} ({', '.join(runs)})" for means, runs in made_by.items()]
+    return f"{error_rates(lines)}\n\nMeasured on " + "; on ".join(measured) + "."
 
 
 def recognizer_course() -> str:
     rows = {}
-    runs = [line for line in read_lines(RECOGNIZER) if "course" in line]
+    runs = [line for line in recognizers() if "course" in line]
     for i, line in enumerate(runs):
         for at in line["course"]:
             if at["step"] % 100 == 0:
@@ -240,7 +255,7 @@ def recognizer_course() -> str:
 
 
 def recognizer_transcripts() -> str:
-    line = next(line for line in read_lines(RECOGNIZER) if line["trained_on"] == ALL)
+    line = next(line for line in recognizers() if line["trained_on"] == ALL)
     parts = []
     for name, pairs in line["first_ten"].items():
         rows = "\n".join(f"| {said} | {heard} |" for said, heard in pairs)
