@@ -263,6 +263,31 @@ def recognizer_transcripts() -> str:
     return "\n\n".join(parts)
 
 
+def real_table() -> str:
+    """A row a question to a loss, a column a model's embedding table."""
+    result = read("real_table")
+    models = result["models"]
+    nats, share = "{:.2f}".format, "{:.0%}".format
+    questions = [
+        ("rows, of which the sentences use", lambda m: f"{m['rows']}, {m['rows_in_use']}"),
+        ("mean cosine between rows in use", lambda m: nats(m["mean_cosine"])),
+        ("CTC at the token's own row, all rows", lambda m: nats(m["ctc_nats"]["all"])),
+        ("– all rows, centred", lambda m: nats(m["ctc_nats"]["all_centred"])),
+        ("– rows in use", lambda m: nats(m["ctc_nats"]["in_use"])),
+        ("OTReg's plan on the right token", lambda m: share(m["plan_share_raw"])),
+        ("– centred", lambda m: share(m["plan_share_centred"])),
+        ("nearest row in use is the right one", lambda m: share(m["nearest_raw"])),
+        ("– centred", lambda m: share(m["nearest_centred"])),
+        ("InfoNCE where speech is the text", lambda m: nats(m["infonce_at_text_raw"])),
+        ("– at its lowest", lambda m: nats(m["infonce_lowest_raw"])),
+        ("– cosine to the text there", lambda m: nats(m["infonce_cosine_raw"])),
+        ("InfoNCE where speech is the text, centred", lambda m: nats(m["infonce_at_text_centred"])),
+        ("– cosine to the text at its lowest", lambda m: nats(m["infonce_cosine_centred"])),
+    ]
+    rows = [[name, *(of(model) for model in models.values())] for name, of in questions]
+    return markdown(["", *models], rows)
+
+
 def prompted() -> str:
     """A row a language that is heard, a column a language that is asked for."""
     result = read("prompted")
@@ -315,6 +340,7 @@ def startup() -> str:
 TABLES = {
     "startup": startup,
     "prompted": prompted,
+    "real_table": real_table,
     "recognizer": recognizer,
     "recognizer_course": recognizer_course,
     "recognizer_transcripts": recognizer_transcripts,

@@ -316,7 +316,7 @@ _ROWS = (
         "otreg.center",
         OT["center"],
         one_of(*otreg.CHOICES["center"]),
-        "what is removed from the embeddings: the mean; pcs, also principal directions",
+        "what OTReg and InfoNCE remove: the mean text vector; pcs, also principal directions",
     ),
     ("otreg.cost", OT["cost"], one_of(*otreg.CHOICES["cost"]), "of a speech-text pair"),
     ("otreg.position_weight", OT["position_weight"], WEIGHT, "gamma, from start_step on"),

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import study, study_questions, study_report
 from otreg_jax import config as config_lib
-from otreg_jax import losses, optim
+from otreg_jax import losses, optim, otreg
 from otreg_jax.data import sets
 from otreg_jax.models.adapter import Adapter, AdapterConfig
 
@@ -154,6 +154,24 @@ def test_infonce_is_the_mean_of_both_directions_over_real_rows():
     rows = [m[i] - m[i, i] for m in (s @ t.T * 2, t @ s.T * 2) for i in (0, 1)]
     expected = np.mean([np.log(np.exp(row).sum()) for row in rows])
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_centred_infonce_is_lowest_where_speech_is_the_text():
+    # The texts of a batch share a vector three times as long as what tells them apart, as rows of
+    # published tables do. Uncentred, speech that is the very text is far above the lowest loss.
+    rng = np.random.default_rng(0)
+    text = (rng.normal(size=(8, 5, 16)) + 3 * rng.normal(size=16)).astype(np.float32)
+    mask = np.arange(5)[None] < rng.integers(2, 6, 8)[:, None]
+    text[~mask] = np.nan
+    speech = np.where(mask[..., None], text, 0)
+    center = otreg.text_centering(text, mask, "mean")
+    loss = lambda speech, center: losses.infonce_loss(speech, mask, text, mask, 0.1, center)
+    raw, centred = (jax.value_and_grad(loss)(speech, c) for c in (None, center))
+    assert raw[0] > 1.0 and centred[0] < 0.1, (raw[0], centred[0])
+    assert np.isfinite(centred[1]).all()
+    # Away from what all texts share, as the uncentred gradient asks, is away from the text.
+    moved = speech - np.where(mask[..., None], 0.9 * np.asarray(center.mean_D), 0)
+    assert loss(moved, None) < raw[0] and loss(moved, center) > centred[0]
 
 
 def test_dropout_acts_in_training_alone():

@@ -174,7 +174,12 @@ def loss_fn(
         metrics |= {"ctc": ctc, "ctc_infeasible": infeasible}
     if config.infonce.weight:
         infonce = infonce_loss(
-            out.speech_BSD, speech_mask_BS, out.text_BTD, text_mask_BT, config.infonce.temperature
+            out.speech_BSD,
+            speech_mask_BS,
+            out.text_BTD,
+            text_mask_BT,
+            config.infonce.temperature,
+            otreg.text_centering(out.text_BTD, text_mask_BT, config.otreg.center),
         )
         loss = loss + config.infonce.weight * infonce
         metrics["infonce"] = infonce
