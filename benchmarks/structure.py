@@ -58,6 +58,7 @@ LAYERS = {
         "sharding",
         "otreg",
         "priors",
+        "fused",
         "sinkhorn/",
         "metrics",
         "task_scores",

@@ -66,6 +66,7 @@ LOSSES = {
     },
     "collapsed0": {"otreg": {"weight": 1.0, "after_ctc": True, **FADING}},
     "window0": {"otreg": {"weight": 1.0, "window": 0.2, **FADING}},
+    "structure0": {"otreg": {"weight": 1.0, "structure": 0.5, **FADING}},
     "gaussian0": {
         "otreg": {
             "weight": 1.0,

@@ -25,7 +25,16 @@ PARTS = {
 }
 ROWS, FRAMES, TOKENS = 8, 500, 24  # utterances a step, five seconds each
 CLASSES = 3600  # tokens in use, of CTC
-ALIGN = ("ctc", "otreg0", "otreg1", "ctc+otreg0", "ctc+collapsed0", "ctc+window0", "ctc+layers01")
+ALIGN = (
+    "ctc",
+    "otreg0",
+    "otreg1",
+    "ctc+otreg0",
+    "ctc+collapsed0",
+    "ctc+window0",
+    "ctc+structure0",
+    "ctc+layers01",
+)
 SFT = ("ce+otreg0", "ce+otreg1", "ce+ctc", "ce+kl")
 
 

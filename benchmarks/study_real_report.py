@@ -53,6 +53,7 @@ FORMS = (
     "ctc+collapsed0/ce",
     "ctc+window0/ce",
     "ctc+gaussian0/ce",
+    "ctc+structure0/ce",
     "ctc+otreg0/ce+otreg1",
     "ctc/ce+ctc",
     "none/ce+otreg1",

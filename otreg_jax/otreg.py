@@ -23,6 +23,7 @@ The paper publishes neither epsilon, gamma, the marginals nor the layer: all are
 import functools
 import importlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ def regularizer(
     speech_mass_BS: jax.Array | None = None,
     position_weight: float | jax.Array = 0.0,
     prior_BST: jax.Array | None = None,
+    refine: Callable[..., jax.Array] | None = None,
     epsilon: float | jax.Array = 0.05,
     num_iters: int = 50,
     speech_tau: float = 1.0,
@@ -87,6 +89,8 @@ def regularizer(
         example; below MIN_MASS of the largest, nothing. By default all give the same.
       position_weight: gamma of (1); enters the plan only. May be traced (a schedule).
       prior_BST: a further cost that enters the plan only, such as those of `priors`.
+      refine: the costs of a second and final plan, a function of the first plan's costs, that
+        plan, speech_BSD and text_BTD (centred, 0 at padding), see `fused`. Not for "position".
       epsilon: absolute entropic regularization, in units of the cost. May be traced.
       num_iters: Sinkhorn iterations, always all of them. Watch `marginal_error`.
       speech_tau: rho in (0, 1]: 1 keeps the speech marginal; below 1 speech positions (silence,
@@ -142,25 +146,24 @@ def regularizer(
         plan_cost_BST = plan_cost_BST + feature_cost_BST
     if prior_BST is not None:
         plan_cost_BST = plan_cost_BST + prior_BST
-    plan_BST = transport_plan(
-        plan_cost_BST,
-        a_BS,
-        b_BT,
+    solve = functools.partial(
+        transport_plan,
+        a_BS=a_BS,
+        b_BT=b_BT,
         epsilon=epsilon,
         num_iters=num_iters,
         speech_tau=speech_tau,
         backend=backend,
         batch_sharding=batch_sharding,
     )
+    plan_BST = solve(plan_cost_BST)
+    if refine is not None:
+        plan_BST = solve(refine(plan_cost_BST, plan_BST, speech_BSD, text_BTD))
 
     if num_examples is None:
         num_examples = nonempty_B.sum()
-
     count = jnp.maximum(num_examples, 1).astype(jnp.float32)
-
-    def mean(x_B):
-        return jnp.sum(x_B) / count
-
+    mean = lambda x_B: jnp.sum(x_B) / count
     loss = mean(jnp.sum(plan_BST * feature_cost_BST, axis=(1, 2)))
     metrics = jax.lax.stop_gradient(
         {
@@ -293,8 +296,7 @@ def transport_plan(
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"otreg: backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
     nonempty_B = (a_BS.sum(axis=1) > 0) & (b_BT.sum(axis=1) > 0)
-    a_BS = jnp.where(nonempty_B[:, None], a_BS, 0.0)
-    b_BT = jnp.where(nonempty_B[:, None], b_BT, 0.0)
+    a_BS, b_BT = (jnp.where(nonempty_B[:, None], x, 0.0) for x in (a_BS, b_BT))
     valid_BST = (a_BS[:, :, None] > 0) & (b_BT[:, None] > 0)
     # Solvers see costs in units of epsilon, which leaves them an epsilon of 1.
     cost_BST = jnp.where(valid_BST, cost_BST.astype(jnp.float32) / epsilon, 0.0)

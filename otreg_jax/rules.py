@@ -111,6 +111,13 @@ def _position_plan(plan, weight, final):
     return ""
 
 
+@rule("otreg.structure", "otreg.plan")
+def _structure(structure, plan):
+    if structure and plan == "position":
+        return "otreg.plan=position is the control that never looks at the embeddings: set it to 0"
+    return ""
+
+
 @rule("otreg.layer_weights", "otreg.layer", "llm.num_layers", "llm.path")
 def _layer_weights(weights, layer, num_layers, path):
     if weights and (len(weights) <= layer or not weights[layer]):

@@ -320,12 +320,7 @@ _ROWS = (
     ),
     ("otreg.cost", OT["cost"], one_of(*otreg.CHOICES["cost"]), "of a speech-text pair"),
     ("otreg.position_weight", OT["position_weight"], WEIGHT, "gamma, from start_step on"),
-    (
-        "otreg.position_weight_final",
-        -1.0,
-        number(0, also=(-1,)),
-        "gamma at the last step (linear); -1: constant",
-    ),
+    ("otreg.position_weight_final", -1.0, number(0, also=(-1,)), "gamma at the end; -1: constant"),
     (
         "otreg.position",
         "square",
@@ -338,6 +333,7 @@ _ROWS = (
         number(above=0, high=1),
         "pairs further from the diagonal, relative to the lengths, carry nothing; 1: no window",
     ),
+    ("otreg.structure", 0.0, number(0, below=1), "alpha of fused Gromov-Wasserstein; 0: off"),
     (
         "otreg.after_ctc",
         False,

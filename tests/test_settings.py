@@ -139,6 +139,8 @@ IMPOSSIBLE = [
     {"otreg.layer_weights": (0.5, 0.0, 0.5)},
     {"otreg.window": 0.0},
     {"otreg.after_ctc": True, "otreg.weight": 1.0},
+    {"otreg.structure": 1.0},
+    {"otreg.structure": 0.5, "otreg.plan": "position", "otreg.position_weight": 1.0},
     {"adapter.kind": "conformer", "adapter.hidden_dim": 100},
     {"optim.restart_step": 990},  # leaves less than the warm-up
     {"otreg.plan": "position"},

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from otreg_jax import config as config_lib
-from otreg_jax import otreg, priors, sharding
+from otreg_jax import fused, otreg, priors, sharding
 from otreg_jax.losses.cross_entropy import cross_entropy
 from otreg_jax.losses.ctc import ctc_collapse, ctc_feasible, ctc_loss, ctc_reading
 from otreg_jax.losses.infonce import infonce_loss
@@ -204,7 +204,9 @@ def otreg_metrics(slm: slm_lib.SLM, params, batch, out, text_mask_BT, gamma, con
             mask_BS = otreg.gives_mass(mass_BS, mask_BS)
         if totals.center is not None:
             options["center"] = totals.center[layer]
-        prior = priors.arguments(c.position, gamma, c.window, c.epsilon, mask_BS, text_mask_BT)
+        # What structure leaves of the other costs still has to keep a window shut.
+        epsilon = c.epsilon / (1 - c.structure)
+        prior = priors.arguments(c.position, gamma, c.window, epsilon, mask_BS, text_mask_BT)
         ot = otreg.regularizer(
             speech_BSD,
             text_BTD,
@@ -213,6 +215,7 @@ def otreg_metrics(slm: slm_lib.SLM, params, batch, out, text_mask_BT, gamma, con
             token_ids_BT=slm_lib.transcript_of(batch)[0],
             speech_mass_BS=mass_BS,
             num_examples=totals.num_examples,
+            refine=fused.refinement(c.structure, c.speech_tau),
             batch_sharding=None if slm.mesh is None else sharding.batch_sharding(slm.mesh),
             **prior,
             **options,
