@@ -9,9 +9,9 @@ Needs the `dev` extra (torch, transformers). Random models decode the same promp
 greedily to the same number of tokens, in float32 on a CPU with as many threads on both sides, in
 bfloat16 on a GPU; generate also with a static cache. `recognizer` begins with log-mel frames,
 SECONDS of them in every utterance, as transformers' encoder knows no padding; it has its positions
-cut to that, or it would insist on 30 s. All are timed in turn, round by round, after a warm-up that compiles; ratios
-are medians of the rounds' own ratios, so that other load on the machine hits all of them. Prints a
-table and writes benchmarks/results/decode.json.
+cut to that, or it would insist on 30 s. All are timed in turn, round by round, after a warm-up that
+compiles; ratios are medians of the rounds' own ratios, so that other load on the machine hits all
+of them. Prints a table and writes benchmarks/results/decode.json.
 """
 
 import functools
