@@ -32,7 +32,7 @@ from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
 
 from benchmarks.common import describe_machine
-from otreg_jax import flops, otreg
+from otreg_jax import flops, fused, otreg
 
 _SIZES = flags.DEFINE_multi_string(
     "size", ["B64xS150xT32", "B16xS375xT64", "B16xS1500xT128"], "Problem sizes."
@@ -41,9 +41,9 @@ _REPEATS = flags.DEFINE_integer("repeats", 11, "Rounds of timing.")
 _CLOCK = flags.DEFINE_enum(
     "clock", "wall", ["wall", "cpu"], "Wall-clock time, or CPU time of all threads."
 )
+_WIDTH = flags.DEFINE_integer("width", 1024, "Of the embeddings.")
 _OUT = flags.DEFINE_string("out", "benchmarks/results/sinkhorn.json", "File of the results.")
 
-WIDTH = 1024
 EPSILON = 0.05
 NUM_ITERS = 50
 CHECKED = 2  # examples of a batch whose plans are compared with the exact ones
@@ -53,9 +53,9 @@ def make_embeddings(size, seed=0):
     """Speech [B, S, D] that follows text [B, T, D] in order, at a cosine of about 0.4."""
     batch, speech, text = size
     rng = np.random.default_rng(seed)
-    text_BTD = rng.normal(size=(batch, text, WIDTH)).astype(np.float32)
+    text_BTD = rng.normal(size=(batch, text, _WIDTH.value)).astype(np.float32)
     spoken_BSD = text_BTD[:, np.arange(speech) * text // speech]
-    noise_BSD = rng.normal(size=(batch, speech, WIDTH)).astype(np.float32)
+    noise_BSD = rng.normal(size=(batch, speech, _WIDTH.value)).astype(np.float32)
     return 0.4 * spoken_BSD + np.sqrt(1 - 0.4**2, dtype=np.float32) * noise_BSD, text_BTD
 
 
@@ -127,17 +127,18 @@ def regularizers(speech_BSD, text_BTD):
     def cost_alone(speech_BSD, text_BTD, *_):
         return weight * jnp.sum(otreg.pairwise_cost(speech_BSD, text_BTD)[1])
 
-    def whole(backend, speech_BSD, text_BTD, *masks):
-        out = otreg.regularizer(
-            speech_BSD, text_BTD, *masks, epsilon=EPSILON, num_iters=NUM_ITERS, backend=backend
-        )
+    def whole(backend, alpha, speech_BSD, text_BTD, *masks):
+        options = dict(epsilon=EPSILON, num_iters=NUM_ITERS, backend=backend)
+        refine = fused.refinement(alpha)
+        out = otreg.regularizer(speech_BSD, text_BTD, *masks, refine=refine, **options)
         return out.loss, out.metrics
 
     args = jax.device_put((speech_BSD, text_BTD, *masks))
     programs = {"cost alone": jax.value_and_grad(cost_alone)}
-    for backend in "xla", "ott":
-        programs[f"OTReg, {backend}"] = jax.value_and_grad(
-            functools.partial(whole, backend), has_aux=True
+    forms = {"xla": ("xla", 0.0), "ott": ("ott", 0.0), "xla, structure": ("xla", 0.5)}
+    for name, form in forms.items():
+        programs[f"OTReg, {name}"] = jax.value_and_grad(
+            functools.partial(whole, *form), has_aux=True
         )
     return {name: compile_jax(program, *args) for name, program in programs.items()}, args
 
@@ -237,7 +238,7 @@ def main(_):
         "settings": {
             "epsilon": EPSILON,
             "num_iters": NUM_ITERS,
-            "width": WIDTH,
+            "width": _WIDTH.value,
             "repeats": _REPEATS.value,
             "clock": _CLOCK.value,
         },
