@@ -24,6 +24,7 @@ from absl import app, flags
 from benchmarks import startup
 from benchmarks.common import describe_machine
 from otreg_jax import config as config_lib
+from otreg_jax import packing
 from otreg_jax.data import bucketing, features, pipeline, prepare, sources, tokenization
 
 _MANIFEST = flags.DEFINE_list("manifest", [], "Corpus to measure with.")
@@ -192,7 +193,7 @@ def measure_padding(utterances, batch_size: int = 16) -> dict:
 def measure_durations(utterances, batch_size: int = 16) -> dict:
     """Batches of `batch_size` rows beside batches of as many seconds as the longest of those holds,
     and of a quarter: padding of frames, of tokens and of the LLM's positions (a token, or
-    POSITION_FRAMES), audio a step, the longest step over the mean."""
+    POSITION_FRAMES), unpacked and packed, audio a step, the longest step over the mean."""
     corpus = bucketing.make_corpus(utterances, tokenizer())
     frames = bucketing.frames_of(corpus, np.arange(len(utterances)))
     order, rows = np.random.default_rng(0).permutation(len(utterances)), []
@@ -207,6 +208,7 @@ def measure_durations(utterances, batch_size: int = 16) -> dict:
             padding = bucketing.padding(corpus, buckets, plan)
             positions = np.array([f / POSITION_FRAMES + t for f, t in buckets])[plan.bucket_S]
             used = frames[plan.rows] / POSITION_FRAMES + corpus.token_length[plan.rows]
+            packed = packing.pack(plan, np.ceil(used).astype(int), 1)
             rows.append(
                 {
                     "shapes": num_buckets,
@@ -216,6 +218,7 @@ def measure_durations(utterances, batch_size: int = 16) -> dict:
                     "padding_positions": round(
                         float(1 - used.sum() / (positions * plan.size_S).sum()), 4
                     ),
+                    "padding_packed": round(float(1 - used.sum() / packed.slots_S.sum()), 4),
                     "steps": len(held),
                     "audio_seconds_a_step": round(
                         frames.sum() / features.FRAME_RATE / len(held), 1

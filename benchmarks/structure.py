@@ -56,6 +56,7 @@ LAYERS = {
         "flops",
         "compiler",
         "sharding",
+        "packing",
         "otreg",
         "priors",
         "fused",

@@ -133,12 +133,14 @@ def abstract_batch(
             "audio_length": array(jnp.int32),
         }
     else:
-        speech = {
-            "mel": array(jnp.float32, frames, width),
-            "mel_length": array(jnp.int32),
-        }
+        speech = {"mel": array(jnp.float32, frames, width), "mel_length": array(jnp.int32)}
+    packed = {}
+    if config.packing and not on_host:  # nothing to gain where all are as long: the most it takes
+        units = sharding.batch_shards(slm.mesh.shape) * config.accumulation
+        shape = units, rows // units * (_prompt_length(slm, frames) + tokens)
+        packed["segments"] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed)
     lengths = {"token_length": array(jnp.int32), "index": array(jnp.int32)}
-    return speech | {"tokens": array(jnp.int32, tokens)} | lengths
+    return speech | {"tokens": array(jnp.int32, tokens)} | lengths | packed
 
 
 def abstract_step(config, devices, frames: int, tokens: int):
@@ -387,13 +389,9 @@ def main(values, _):
     preflight.check_model(config)
     devices = devices_of(values.topology, values.slices)
     seconds = config.data.window or values.seconds or config.data.max_duration
-    frames = round(seconds * features.SAMPLE_RATE)
-    frames //= features.HOP
-    tokens = (
-        values.tokens
-        or config.data.max_tokens
-        or round(frames * TOKENS_PER_SECOND / features.FRAME_RATE)
-    )
+    frames = round(seconds * features.SAMPLE_RATE) // features.HOP
+    spoken = round(frames * TOKENS_PER_SECOND / features.FRAME_RATE)
+    tokens = values.tokens or config.data.max_tokens or spoken
 
     compile_program = {"train": compile_step, "decode": compile_decode}[values.program]
 

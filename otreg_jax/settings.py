@@ -80,6 +80,7 @@ _ROWS = (
         "audio of a step, padding included: each batch shape has as many rows as make it, and all "
         "steps cost about the same; 0: batch_size rows in every shape",
     ),
+    ("packing", False, FLAG, "no padding between the utterances of a batch in most of the LLM"),
     ("accumulation", 1, SIZE, "micro-batches a step, one after the other: less memory", FREE),
     ("log_every", 10, SIZE, "steps between lines of metrics.jsonl", FREE),
     ("log_to", "tensorboard", WRITERS, "where metrics go beside metrics.jsonl", FREE),
@@ -90,12 +91,7 @@ _ROWS = (
     ("stall_seconds", 900, COUNT, "a run where nothing happens so long ends; 0: never", FREE),
     ("profile", "", TEXT, "START:STOP, steps to trace into WORKDIR/profile", FREE),
     ("max_bad_steps", 10, SIZE, "non-finite steps in a row before training stops", FREE),
-    (
-        "compute_dtype",
-        "float32",
-        one_of("float32", "bfloat16"),
-        "of activations and frozen weights",
-    ),
+    ("compute_dtype", "float32", one_of("float32", "bfloat16"), "of activations, frozen weights"),
     ("frozen_int8", False, FLAG, "frozen kernels in int8: half the memory of bfloat16"),
     ("attention", "auto", one_of(*attention.KERNELS), "cudnn: GPU; splash: TPU", FREE),
     (

@@ -50,6 +50,7 @@ from otreg_jax import config as config_lib
 from otreg_jax import train_step as step_lib
 from otreg_jax.data import bucketing, pipeline, prompts, sets, sources, text, tokenization
 from otreg_jax.models import encoders
+from otreg_jax.models import slm as slm_lib
 
 
 def train(config, workdir) -> step_lib.TrainState:
@@ -265,6 +266,9 @@ def train_batches(
         unit=sharding.batch_shards(slm.mesh.shape) * config.accumulation,
         corpus=data.corpus,
         frontend=encoders.frontend(slm.encoder.config),
+        positions_of=slm_lib.positions_of(slm, data.corpus.prompt_N2 is None),
+        packed=config.packing,
+        accumulation=config.accumulation,
     )
 
     def saving_first():

@@ -54,6 +54,7 @@ class Plan(NamedTuple):
     bucket_S: np.ndarray  # int [steps], the shape of each batch
     start_S: np.ndarray  # int [steps], where each batch begins among the draws
     size_S: np.ndarray  # int [steps], its draws
+    slots_S: np.ndarray | None = None  # int [steps], slots of a packed row, see `packing`
 
     def batch(self, step: int, part: slice = slice(None)) -> "Plan":
         """The plan of one batch, or of a part of it."""
@@ -62,11 +63,13 @@ class Plan(NamedTuple):
         draws = slice(start + mine.start, start + mine.stop)
         bucket_S, size_S = self.bucket_S[[step]], np.array([mine.stop - mine.start])
         of_draws = self.rows[draws], self.speed[draws], self.repeated[draws]
-        return Plan(*of_draws, bucket_S, np.zeros(1, int), size_S)
+        slots_S = None if self.slots_S is None else self.slots_S[[step]]
+        return Plan(*of_draws, bucket_S, np.zeros(1, int), size_S, slots_S)
 
     def in_order(self, order_S: np.ndarray) -> "Plan":
         """The same batches in another order; the draws stay where they are."""
-        of_steps = (x[order_S] for x in (self.bucket_S, self.start_S, self.size_S))
+        of_steps = (self.bucket_S, self.start_S, self.size_S, self.slots_S)
+        of_steps = (None if x is None else x[order_S] for x in of_steps)
         return Plan(self.rows, self.speed, self.repeated, *of_steps)
 
 
@@ -223,14 +226,17 @@ def _cheapest(held_LK: np.ndarray, cost_LK: np.ndarray) -> np.ndarray:
     return np.array(chosen[::-1])
 
 
-def own_parts(corpus: Corpus, rows_B, widths_3, prompter, rngs) -> dict[str, np.ndarray]:
+def own_parts(
+    corpus: Corpus, rows_B, widths_3, prompter, rngs, is_packed: bool = False
+) -> dict[str, np.ndarray]:
     """What the rows of a batch have of their own: prompts, drawn by `rngs`, and transcripts that
-    are not the answers; int32 [B, width] of each, and its "..._length" [B]."""
+    are not the answers; int32 [B, width] of each, and its "..._length" [B]. is_packed: prompts are
+    no longer than the corpus says, where there is room for them."""
     ids = {}
     if corpus.prompt_N2 is not None:
         rows = zip(rows_B, rngs, strict=True)
-        sizes = tuple(widths_3[:2])
-        made = [prompts.prompt(prompter, corpus.utterances[r], rng, sizes) for r, rng in rows]
+        sizes = lambda row: tuple(corpus.prompt_N2[row] if is_packed else widths_3[:2])
+        made = [prompts.prompt(prompter, corpus.utterances[r], rng, sizes(r)) for r, rng in rows]
         ids |= {"prefix": [p.prefix for p in made], "suffix": [p.suffix for p in made]}
     if corpus.heard_N2 is not None:
         ids["transcript"] = [corpus.transcript(row) for row in rows_B]
@@ -327,6 +333,17 @@ def describe_buckets(corpus: Corpus, buckets, plan: Plan) -> list[str]:
             f"{filled / (len(draws) * frames):.0%} of frames filled"
         )
     return lines
+
+
+def llm_positions(corpus: Corpus, rows_N, speed, positions_of, masked: bool = False) -> np.ndarray:
+    """int [N], positions that utterances take in the LLM, at most, with prompt and answer.
+
+    positions_of: of mel frames, with the prompt where all have one. masked: silence that fills
+    audio up takes none.
+    """
+    heard = corpus._replace(window=0) if masked else corpus
+    own = 0 if corpus.prompt_N2 is None else corpus.prompt_N2[rows_N].sum(axis=1)
+    return positions_of(frames_of(heard, rows_N, speed)) + own + corpus.token_length[rows_N]
 
 
 def print_plan(corpus: Corpus, buckets, plan: Plan, groups) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from otreg_jax import packing
 from otreg_jax.data import audio, augment, features, mixture, prompts, sources
 from otreg_jax.data.bucketing import (
     Corpus,
@@ -24,6 +25,7 @@ from otreg_jax.data.bucketing import (
     choose_buckets,
     deal,
     frames_of,
+    llm_positions,
     make_corpus,
     own_parts,
     own_widths,
@@ -57,6 +59,9 @@ def train_batches(
     unit: int = 1,
     corpus: Corpus | None = None,
     frontend: features.Frontend = features.LOG_MEL,
+    positions_of: Callable | None = None,
+    packed: bool = False,
+    accumulation: int = 1,
 ) -> Iterator[Batch]:
     """Yields this host's rows of the batches of steps start_step … num_steps - 1.
 
@@ -77,6 +82,10 @@ def train_batches(
         not so. unit: rows of a batch are then a multiple of it.
       corpus: what `make_corpus` gives for these utterances, if it was asked before.
       frontend: what the encoder reads.
+      positions_of: the LLM's positions, tokens left out, that so many mel frames become, an array
+        of them too; with the prompt if all rows have one. None: padding there is not spoken of.
+      packed: deal the rows of a batch to `unit` packed rows, see `packing`. accumulation:
+        micro-batches that these are cut into.
 
     Yields:
       {"mel": float32 [B, F, M], frames of the frontend, "mel_length": int32 [B], "tokens": int32
@@ -84,8 +93,9 @@ def train_batches(
       where utterances have prompts of their own, "prefix" and "suffix", and where answers are not
       transcripts, "transcript", int32 [B, widths of the bucket] with their lengths. With
       features="step", "audio": float32 [B, N] and "audio_length": int32 [B] stand in for mel and
-      mel_length; with `kept`, "encoded" [B, positions(F), E] in its dtype stands in for mel. A row
-      whose audio turned out unusable is a filler: index -1, token_length 0, silence.
+      mel_length; with `kept`, "encoded" [B, positions(F), E] in its dtype stands in for mel. With
+      `packed` also "segments", int32 [packed rows, slots], see `packing.segments`. A row whose
+      audio turned out unusable is a filler: index -1, token_length 0, silence.
 
     Raises:
       ValueError: no usable utterance, a batch size that the hosts cannot share, or unusable
@@ -114,7 +124,13 @@ def train_batches(
         draws_N = rng.permutation(draws_N)
         speed_N = rng.choice(speeds, size=len(draws_N))
         plan = deal(corpus, draws_N, speed_N, buckets, size)
+        if packed:
+            plan = packing.pack(plan, positions_in(plan), unit, accumulation)
         return plan.in_order(rng.permutation(len(plan.bucket_S)))
+
+    def positions_in(plan: Plan) -> np.ndarray:
+        masked = data_config.window_masked
+        return llm_positions(corpus, plan.rows, plan.speed, positions_of, masked)
 
     plans, first_steps = {}, {0: 0}  # plans of the epoch in use and of the next, read ahead
     # Epochs are as long as one another where nothing that is drawn changes a length.
@@ -142,6 +158,13 @@ def train_batches(
 
     if host_index == 0:
         print_plan(corpus, buckets, plan_of(0), [(g.name, rows_N[g.rows]) for g in groups])
+        if positions_of:
+            frames_b, tokens_b = np.array(buckets).T
+            full_b = positions_of(frames_b) + widths[:, :2].sum(axis=1) + tokens_b
+            plan = plan_of(0)
+            if not packed:
+                plan = packing.pack(plan, positions_in(plan), unit, accumulation)
+            print(f"data: {packing.describe(plan, positions_in(plan), full_b, unit, packed)}")
 
     if kept:
         read = lambda row, speed, rng: _Example(kept.read(row), kept.frames_N[row])
@@ -162,7 +185,11 @@ def train_batches(
         b = share.bucket_S[0]
         made = _assemble(corpus, share.rows, examples, buckets[b], data_config, frontend, kept)
         rngs = (rng_of(PROMPT, seed, step, i) for i in range(mine.start, mine.stop))
-        return made | own_parts(corpus, share.rows, widths[b], prompter, rngs)
+        made |= own_parts(corpus, share.rows, widths[b], prompter, rngs, packed)
+        if packed:
+            length_B, slots = _llm_length(made, positions_of), share.slots_S[0]
+            made["segments"] = packing.segments(length_B, unit // host_count, slots, accumulation)
+        return made
 
     # What is kept is read from a mapped file: workers would only copy it.
     num_workers = 0 if kept else data_config.num_workers
@@ -364,6 +391,17 @@ def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config, frontend, k
             batch["token_length"][i] = len(answer)
             batch["index"][i] = row
     return batch
+
+
+def _llm_length(batch: Batch, positions_of) -> np.ndarray:
+    """int [B], positions that the rows of a batch take in the LLM, fillers none."""
+    if "audio_length" in batch:
+        frames_B = features.num_frames(batch["audio_length"])
+    else:
+        frames_B = batch["mel_length"]
+    own = sum(batch.get(f"{name}_length", 0) for name in ("prefix", "suffix"))
+    length_B = positions_of(frames_B) + own + batch["token_length"]
+    return np.where(batch["index"] >= 0, length_B, 0)
 
 
 def _iterate(batch: Callable[[int], Batch], start: int, stop: int, num_workers: int):

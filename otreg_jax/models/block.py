@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from otreg_jax import sharding
+from otreg_jax import packing, sharding
 from otreg_jax.models import layers
 from otreg_jax.models.attention import attention
 from otreg_jax.models.delta import DeltaHeads, DeltaNet
@@ -172,7 +172,7 @@ class Attention(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x_BLD, cache, layer, kind, tables, positions_BL):
+    def __call__(self, x_BLD, cache, layer, kind, tables, positions_BL, packed):
         c = self.config
         cos_BLp, sin_BLp, mask_BLS = jax.tree.map(lambda table: table[kind], tables)
         is_step = mask_BLS is not None  # of one token
@@ -212,7 +212,7 @@ class Attention(nn.Module):
         attend = functools.partial(attention, scale=scale, softcap=c.attn_softcap)
         if mask_BLS is None:
             causal = functools.partial(attend, is_causal=True, kernel=c.attention, mesh=self.mesh)
-            y = _by_kind(c, causal, kind, q, k, v)
+            y = packing.apart(functools.partial(_by_kind, c, causal, kind), packed)(q, k, v)
         else:
             k, v = cache["k"][layer], cache["v"][layer]
             y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BLS)
@@ -244,13 +244,14 @@ def _residual_init(config: LLMConfig) -> nn.initializers.Initializer:
 class Block(nn.Module):
     """One layer. tables: (cos, sin, mask), as `rope_tables` and `masks` make them, the mask None
     but for one-token steps; of a DeltaNet (which positions hold something, None, as before).
+    packed: how x and positions are packed, None: they are not.
     """
 
     config: LLMConfig
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, carry, layer, kind, is_tap, tables, positions_BL):
+    def __call__(self, carry, layer, kind, is_tap, tables, positions_BL, packed):
         c = self.config
         x_BLD, tapped, cache = carry
 
@@ -274,10 +275,13 @@ class Block(nn.Module):
         normed = before("attn_norm", x_BLD)
         if c.delta:
             delta = DeltaNet(c.delta, c.norm_eps, c.dtype, _residual_init(c), name="delta")
-            y, cache = delta(normed, tables[0], cache, layer)
+            if packed is None:
+                y, cache = delta(normed, tables[0], cache, layer)
+            else:
+                y = packing.apart(lambda x_BLD: delta(x_BLD, None, None, layer)[0], packed)(normed)
         else:
             attend = Attention(c, self.mesh, name="attn")
-            y, cache = attend(normed, cache, layer, kind, tables, positions_BL)
+            y, cache = attend(normed, cache, layer, kind, tables, positions_BL, packed)
         x_BLD = add(x_BLD, "attn_post_norm", y)
         x_BLD = add(x_BLD, "mlp_post_norm", mlp(before("mlp_norm", x_BLD)))
         if c.layer_scalar:

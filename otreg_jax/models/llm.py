@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from otreg_jax import sharding
+from otreg_jax import packing, sharding
 from otreg_jax.models import layers, mixed
 from otreg_jax.models.block import (
     Block,
@@ -51,8 +51,8 @@ class LLM(nn.Module):
         if c.num_layers and shape_names(c):
             self.layers = mixed.MixedLayers(c, self.mesh)
         elif c.num_layers:
-            # (layer, kind, is_tap) are per layer; (tables, positions) are the same for all.
-            axes = (0, 0, 0, nn.broadcast, nn.broadcast)
+            # (layer, kind, is_tap) are per layer; (tables, positions, packed) the same for all.
+            axes = (0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
             self.layers = layers.scanned(Block, c.num_layers, axes, c.remat)(c, self.mesh)
         self.norm = layers.RMSNorm(c.norm_eps, c.norm_offset, c.dtype)
         if not c.tied_head:
@@ -89,24 +89,25 @@ class LLM(nn.Module):
         return x_BLD, cache
 
     def hidden_and_taps(
-        self, x_BLD: jax.Array, taps: tuple[int, ...]
+        self, x_BLD: jax.Array, taps: tuple[int, ...], packed: packing.Packed | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """`hidden` without a cache, and the hidden states after the first `tap` ≥ 1 layers, for
-        each of `taps`.
+        each of `taps`; with `packed`, x and all of them are packed rows [R, W, D].
 
         The layers stay one scan: running them as two `sublayers` would copy their weights.
         """
         for tap in taps:
             if not 1 <= tap <= self.config.num_layers:
                 raise ValueError(f"layer {tap}: the LLM has layers 1 to {self.config.num_layers}")
-        return self._run(x_BLD, None, None, taps)[:2]
+        positions_RW = None if packed is None else packed.position_RW
+        return self._run(x_BLD, positions_RW, None, taps, packed=packed)[:2]
 
-    def _run(self, x_BLD, positions_BL, cache, taps, length_B=None):
+    def _run(self, x_BLD, positions_BL, cache, taps, length_B=None, packed=None):
         c = self.config
         x_BLD = x_BLD.astype(c.dtype)
         if not c.num_layers:
             return x_BLD, (), cache
-        L = x_BLD.shape[1]
+        L = x_BLD.shape[1] if packed is None else packed.slot_RkL.shape[2]
         positions_BL = jnp.arange(L)[None] if positions_BL is None else positions_BL
         slots = L if cache is None else max(L, _slots(cache))
         scaling = c.rope_scaling
@@ -131,6 +132,7 @@ class LLM(nn.Module):
                 is_tap,
                 {name: tables_of(shape_config(c, name)) for name in set(names)},
                 positions_BL,
+                packed,
             )
             if self.is_initializing():
                 return self.layers(carry, *args)
@@ -139,11 +141,12 @@ class LLM(nn.Module):
         if self._is_for_steps():
             block = Block(c, self.mesh, parent=None)
             for layer, params in enumerate(self.variables["params"]["layers"]):
-                args = carry, layer, kinds[layer], None, tables, positions_BL
+                args = carry, layer, kinds[layer], None, tables, positions_BL, packed
                 carry, _ = block.apply({"params": params}, *args)
             return carry
         index = jnp.arange(c.num_layers)
-        return self.layers(carry, index, jnp.asarray(kinds), is_tap, tables, positions_BL)[0]
+        args = jnp.asarray(kinds), is_tap, tables, positions_BL, packed
+        return self.layers(carry, index, *args)[0]
 
     def _is_for_steps(self) -> bool:
         params = self.variables.get("params", {})

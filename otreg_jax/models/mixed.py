@@ -24,23 +24,24 @@ class MixedLayers(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, carry, is_tap, tables, positions_BL):
-        axes = (0, 0, 0, nn.broadcast, nn.broadcast)
+    def __call__(self, carry, is_tap, tables, positions_BL, packed):
+        axes = (0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
         for shape, count in collections.Counter(shape_names(self.config)).items():
             config, (x_BLD, tapped, _) = shape_config(self.config, shape), carry
             index = jnp.arange(count)
             block = layers.scanned(Block, count, axes, "none")(config, self.mesh, name=shape)
             shared = None if is_tap is None else is_tap[:count]
             kinds = jnp.asarray(layer_kinds(config)[:count])
-            block((x_BLD, tapped, None), index, kinds, shared, tables[shape], positions_BL)
+            args = kinds, shared, tables[shape], positions_BL, packed
+            block((x_BLD, tapped, None), index, *args)
         return carry
 
 
-def run(config: LLMConfig, mesh: Mesh | None, params, carry, is_tap, tables, positions_BL):
+def run(config: LLMConfig, mesh: Mesh | None, params, carry, is_tap, tables, positions_BL, packed):
     """The carry of `Block`, (x, tapped, cache), after all layers.
 
     params: as above, or a tuple of the layers' (`llm.for_steps`). is_tap: [num_layers, taps] or
-    None. tables: what `Block` takes by that name, of each shape.
+    None. tables: what `Block` takes by that name, of each shape. packed: as it takes it.
     """
     names = shape_names(config)
     blocks = {shape: Block(shape_config(config, shape), mesh, parent=None) for shape in set(names)}
@@ -48,7 +49,7 @@ def run(config: LLMConfig, mesh: Mesh | None, params, carry, is_tap, tables, pos
 
     def apply(shape: str, params, index, is_tap, carry):
         x_BLD, tapped, cache = carry
-        args = index, kinds[shape], is_tap, tables[shape], positions_BL
+        args = index, kinds[shape], is_tap, tables[shape], positions_BL, packed
         own = None if cache is None else cache[shape]
         (x_BLD, tapped, own), _ = blocks[shape].apply(
             {"params": params}, (x_BLD, tapped, own), *args

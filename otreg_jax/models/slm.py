@@ -8,6 +8,7 @@ gives. Logits are computed at the transcript's positions only, never over the wh
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from otreg_jax import sharding
+from otreg_jax import packing, sharding
 from otreg_jax.data.text import Prompt
 from otreg_jax.models import adapter, encoders, lora
 from otreg_jax.models.adapter import Adapter, AdapterConfig
@@ -90,6 +91,14 @@ def speech_length(slm: SLM, mel_length):
     """Speech embeddings that `mel_length` frames become; an int or an array of them."""
     positions = encoders.output_length(slm.encoder.config, mel_length)
     return adapter.output_length(slm.adapter.config, positions)
+
+
+def positions_of(slm: SLM, prompted: bool) -> Callable:
+    """A function of mel frames, an int or an array: the LLM's positions that they become, with the
+    SLM's prompt if `prompted`. Loader processes may have it, it holds no device."""
+    slm = make(slm.encoder.config, slm.adapter.config, slm.llm.config, slm.prompt)
+    around = len(slm.prompt.prefix) + len(slm.prompt.suffix) if prompted else 0
+    return lambda frames: around + speech_length(slm, frames)
 
 
 def embed(slm: SLM, params, tokens: jax.Array) -> jax.Array:
@@ -180,7 +189,7 @@ def forward(
     Args:
       batch: {"mel" [B, F, M], "mel_length" [B], "tokens" [B, T], "token_length" [B]}, and what
         `prompt_of` and `transcript_of` look for; the encoder's kept outputs "encoded" [B, S, E] may
-        stand in for "mel".
+        stand in for "mel". With "segments" [R, W] (see `packing`) the LLM runs on packed rows.
       layer: where OTReg compares speech and text; see `Outputs`.
       rngs: {"dropout": key} in training with dropout.
       predict: whether the transcript's hidden states are wanted. Without them no more of the LLM
@@ -204,8 +213,12 @@ def forward(
         model, model_params = slm.llm, params["llm"]
         if not predict:
             model, model_params = sublayers(model, model_params, 0, taps[-1])
-        variables = {"params": model_params}
-        hidden_BLD, tapped = model.apply(variables, x_BLD, taps, method="hidden_and_taps")
+        packed = None
+        if predict and "segments" in batch:
+            packed = packing.packed(batch["segments"], *x_BLD.shape[:2])
+        x_RWD, variables = packing.pack_rows(x_BLD, packed), {"params": model_params}
+        out = model.apply(variables, x_RWD, taps, packed, method="hidden_and_taps")
+        hidden_BLD, tapped = jax.tree.map(lambda x: packing.unpack_rows(x, packed), out)
         first, size = len(slm.prompt.prefix), adapted_BSD.shape[1]
         cut = lambda tapped_BLD: tapped_BLD[:, first : first + size]
         if prompt:

@@ -1,0 +1,190 @@
+"""Packing: the LLM reads the utterances of a batch one behind the other, with no padding between.
+
+    unpacked [B, L]        packed [R, W]
+    a a a a . .            a a a a b b c c c c c c d d d .
+    b b . . . .
+    c c c c c c
+    d d d . . .
+
+All of the LLM that looks at one position alone (norms, projections, MLPs: nearly all of its FLOPs)
+runs on packed rows. Attention, and what else looks at several positions, gets each utterance in a
+row of its own again: so nothing is seen across utterances without any mask, positions count from
+each utterance's start, attention costs no more than before, and every kernel, window and linear
+layer computes as it did. This is the padding removal of ByteTransformer (Zhai et al. 2023, arXiv
+2210.03052), with shapes that XLA can compile: a row has as many slots as the fullest one of its
+bucket in an epoch, and utterances are dealt to rows so that all are about as full.
+
+The batch's "segments" say what lies where. There is a packed row for each part that the batch is
+cut into: for each device that has rows of it, and each micro-batch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SHAPES = 32  # row sizes between a power of two and the next: few shapes, whatever an epoch deals
+
+# ------------------------------------------------------------------------------------------------
+# On the host: which utterances share a row, and how long rows are
+# ------------------------------------------------------------------------------------------------
+
+
+def pack(plan, length_N: np.ndarray, rows: int, accumulation: int = 1):
+    """The plan with the draws of each bucket dealt anew: to batches of about as many positions, and
+    those of a batch to its packed rows.
+
+    Batches keep their sizes, buckets their draws; which of about the same length stay together is
+    as random as their order is. The number of rows decides on the order in a batch alone. The
+    plan's `slots_S` says how long the rows of each batch are.
+
+    Args:
+      plan: a `data.bucketing.Plan`, all batches of a bucket of one size, a multiple of `rows`.
+      length_N: int [draws], the LLM's positions of each draw, at most.
+      rows: packed rows of a batch. accumulation: micro-batches that these rows are cut into.
+    """
+    order, slots_S = np.arange(len(plan.rows)), np.zeros_like(plan.bucket_S)
+    for bucket in np.unique(plan.bucket_S):
+        steps = np.flatnonzero(plan.bucket_S == bucket)
+        size = plan.size_S[steps[0]]
+        draws = (plan.start_S[steps, None] + np.arange(size)).ravel()
+        draws_SB = draws[even_groups(length_N[draws][None], size)[0]]
+        rows_SRk = even_groups(length_N[draws_SB], size // rows)
+        draws_SRk = np.take_along_axis(draws_SB, rows_SRk.reshape(draws_SB.shape), axis=1)
+        draws_SRk = draws_SRk.reshape(rows_SRk.shape)
+        slots_S[steps] = _round_up(length_N[draws_SRk].sum(axis=2).max())
+        # As `train_step.sum_over_micro_batches` cuts a batch: every so manieth utterance.
+        cut = draws_SRk.reshape(-1, accumulation, size // rows).swapaxes(1, 2)
+        order[draws] = cut.ravel()
+    of_draws = (x[order] for x in (plan.rows, plan.speed, plan.repeated))
+    return plan._replace(slots_S=slots_S, **dict(zip(plan._fields, of_draws, strict=False)))
+
+
+def even_groups(length_SN: np.ndarray, count: int) -> np.ndarray:
+    """For each set of lengths, groups of `count` of them that add up to about the same: their
+    places, int [S, groups, count].
+
+    The longest go one to a group, then the next ones, longest to shortest group, and so on.
+    """
+    parts = np.argsort(-length_SN, axis=1, kind="stable").reshape(len(length_SN), count, -1)
+    parts[:, 0].sort(axis=1)  # else the first batches would be those of the longest
+    total_SG, dealt = 0, []
+    for part_SG in parts.swapaxes(0, 1):
+        mine_SG = part_SG
+        if dealt:
+            mine_SG = np.empty_like(part_SG)
+            np.put_along_axis(mine_SG, np.argsort(total_SG, axis=1, kind="stable"), part_SG, axis=1)
+        total_SG = total_SG + np.take_along_axis(length_SN, mine_SG, axis=1)
+        dealt.append(mine_SG)
+    return np.stack(dealt, axis=2)
+
+
+def _round_up(length: int) -> int:
+    step = max(2 ** (int(length).bit_length() - 1) // SHAPES, 1)
+    return -(-int(length) // step) * step
+
+
+def segments(length_B: np.ndarray, rows: int, slots: int, accumulation: int = 1) -> np.ndarray:
+    """What lies in each slot of packed rows: int32 [rows, slots], which of its row's utterances, as
+    `Packed` counts them; behind them their number. length_B: of the utterances, as `pack` orders
+    them; 0 leaves one out."""
+    length_Rk = length_B.reshape(-1, len(length_B) // rows, accumulation).swapaxes(1, 2)
+    length_Rk = length_Rk.reshape(rows, -1)
+    number_k = np.arange(length_Rk.shape[1])
+    made = np.full((rows, slots), len(number_k), np.int32)
+    for row, length_k in zip(made, length_Rk, strict=True):
+        row[: length_k.sum()] = np.repeat(number_k, length_k)
+    return made
+
+
+def describe(plan, length_N: np.ndarray, full_b: np.ndarray, rows: int, is_packed: bool) -> str:
+    """How much of the LLM's positions in an epoch is padding, packed and unpacked.
+
+    Args:
+      plan: what `pack` makes of it, whatever is done. length_N: as there, in this plan's order.
+      full_b: positions of an unpacked row of each bucket.
+    """
+    used = length_N.sum()
+    unpacked = 1 - used / (full_b[plan.bucket_S] * plan.size_S).sum()
+    packed = 1 - used / (rows * plan.slots_S).sum()
+    now, other = (packed, unpacked) if is_packed else (unpacked, packed)
+    return f"padding {now:.1%} of the LLM's positions ({other:.1%} with packing={not is_packed})"
+
+
+# ------------------------------------------------------------------------------------------------
+# On the device: there and back
+# ------------------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Where B = R·k utterances of up to L positions lie in R rows of W slots; all int32.
+
+    slot_RkL: the slot of each position; W: it is padding. Utterance s of row r is row r·k + s of
+      the batch.
+    source_RW: the inverse, s·L + l; k·L: nothing lies there.
+    position_RW: l, for rotations.
+    """
+
+    slot_RkL: jax.Array
+    source_RW: jax.Array
+    position_RW: jax.Array
+
+
+def packed(segments_RW: jax.Array, batch: int, length: int) -> Packed:
+    """Where the utterances of a batch lie, of up to `length` positions; `segments` as above."""
+    W, k = segments_RW.shape[1], batch // len(segments_RW)
+    end_Rk = jnp.sum(segments_RW[:, None] <= jnp.arange(k)[None, :, None], axis=-1)
+    start_Rk = jnp.pad(end_Rk, ((0, 0), (1, 0)))  # and, as that of number k, of what is empty
+    position_RW = jnp.arange(W)[None] - jnp.take_along_axis(start_Rk, segments_RW, axis=1)
+    is_used_RW = (segments_RW < k) & (position_RW < length)
+    source_RW = jnp.where(is_used_RW, segments_RW * length + position_RW, k * length)
+    slot_RkL = start_Rk[:, :k, None] + jnp.arange(length)[None, None]
+    slot_RkL = jnp.where(slot_RkL < end_Rk[..., None], slot_RkL, W)
+    return Packed(slot_RkL, source_RW, position_RW)
+
+
+def pack_rows(x_BL: jax.Array, packed: Packed | None) -> jax.Array:
+    """[B, L, ...] -> [R, W, ...], zeros where nothing lies; as it is where `packed` is None."""
+    if packed is None:
+        return x_BL
+    R, k, L = packed.slot_RkL.shape
+    x_RN = x_BL.reshape(R, k * L, *x_BL.shape[2:])
+    return _move(x_RN, packed.source_RW, packed.slot_RkL.reshape(R, k * L))
+
+
+def unpack_rows(x_RW: jax.Array, packed: Packed | None) -> jax.Array:
+    """[R, W, ...] -> [B, L, ...], zeros at padding; as it is where `packed` is None."""
+    if packed is None:
+        return x_RW
+    R, k, L = packed.slot_RkL.shape
+    x_RN = _move(x_RW, packed.slot_RkL.reshape(R, k * L), packed.source_RW)
+    return x_RN.reshape(R * k, L, *x_RW.shape[2:])
+
+
+def apart(fn: Callable, packed: Packed | None) -> Callable:
+    """`fn` of arrays [B, L, ...] as a function of packed ones: each utterance in its own row."""
+    if packed is None:
+        return fn
+    return lambda *xs: pack_rows(fn(*(unpack_rows(x, packed) for x in xs)), packed)
+
+
+@jax.custom_vjp
+def _move(x_RN: jax.Array, to_RM: jax.Array, back_RN: jax.Array) -> jax.Array:
+    """x at `to` [R, M, ...], 0 where that is beyond x. `back` is the inverse of `to`: the gradient,
+    by default a slow scatter, is the way back."""
+    take = lambda x_N, to_M: x_N.at[to_M].get(mode="fill", fill_value=0)
+    return jax.vmap(take)(x_RN, to_RM)
+
+
+def _move_fwd(x_RN, to_RM, back_RN):
+    return _move(x_RN, to_RM, back_RN), (to_RM, back_RN)
+
+
+def _move_bwd(kept, gradient_RM):
+    to_RM, back_RN = kept
+    return _move(gradient_RM, back_RN, to_RM), None, None
+
+
+_move.defvjp(_move_fwd, _move_bwd)
