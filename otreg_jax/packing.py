@@ -100,13 +100,15 @@ def segments(length_B: np.ndarray, rows: int, slots: int, accumulation: int = 1)
 
 
 def describe(plan, length_N: np.ndarray, full_b: np.ndarray, rows: int, is_packed: bool) -> str:
-    """How much of the LLM's positions in an epoch is padding, packed and unpacked.
+    """How much of the LLM's positions in an epoch, or in some steps, is padding, packed and not.
 
     Args:
-      plan: what `pack` makes of it, whatever is done. length_N: as there, in this plan's order.
+      plan: what `pack` makes of it, whatever is done. length_N: as `pack` took it, or in this
+        plan's order: its batches hold as much.
       full_b: positions of an unpacked row of each bucket.
     """
-    used = length_N.sum()
+    before_N = np.concatenate([[0], np.cumsum(length_N)])
+    used = (before_N[plan.start_S + plan.size_S] - before_N[plan.start_S]).sum()
     unpacked = 1 - used / (full_b[plan.bucket_S] * plan.size_S).sum()
     packed = 1 - used / (rows * plan.slots_S).sum()
     now, other = (packed, unpacked) if is_packed else (unpacked, packed)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import pytest
 from toy import toy_batch, toy_config, toy_slm
 from toy_run import metrics_of, tone_config
 
+from otreg_jax import config as config_lib
 from otreg_jax import losses, packing, sharding, train, train_step
+from otreg_jax.data import pipeline, sources
 from otreg_jax.data.bucketing import Plan
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.delta import DeltaHeads
@@ -135,9 +138,34 @@ def test_every_utterance_lies_in_one_place(plan):
     np.testing.assert_array_equal(back_BL, x_BL * (np.arange(110)[None] < of_part[:, None]))
 
 
+def test_any_hosts_and_restarts_see_the_same(manifest):
+    """And any number of packed rows the same utterances at each step."""
+    utterances = sources.read_manifest(manifest)
+    tokenizer = types.SimpleNamespace(encode=lambda text: [1] * len(text.split()))
+    frames_to_positions = lambda frames: 3 + -(-frames // 8)
+
+    def batches(unit=4, accumulation=2, **changes):
+        options = dict(batch_size=8, seed=3, num_steps=6, packed=True, unit=unit, **changes)
+        options |= dict(accumulation=accumulation, positions_of=frames_to_positions)
+        return list(
+            pipeline.train_batches(utterances, tokenizer, config_lib.default().data, **options)
+        )
+
+    whole = batches()
+    shares = [batches(host_index=host, host_count=2) for host in range(2)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], np.concatenate([p[key] for p in parts]))
+    for batch, again in zip(whole[4:], batches(start_step=4), strict=True):
+        assert all(np.array_equal(batch[key], again[key]) for key in batch)
+    for batch, other in zip(whole, batches(unit=1, accumulation=1), strict=True):
+        assert sorted(batch["index"]) == sorted(other["index"])
+        assert len(batch["segments"]) == 4 and len(other["segments"]) == 1
+
+
 def test_a_packed_run_goes_on_as_if_nothing_had_been(manifest, tmp_path, capsys):
     """Twelve utterances, 16 a step: 8 packed rows of two, for 8 devices."""
-    changes = dict(num_steps=4, checkpoint_every=2, batch_size=16, otreg__layer=1, packing=True)
+    changes = dict(num_steps=4, checkpoint_every=2, batch_size=16, otreg__weight=0.0, packing=True)
     config = tone_config(manifest, **changes)
     train.train(config, tmp_path)
     wanted = metrics_of(tmp_path)

@@ -36,6 +36,7 @@ from otreg_jax.data.mixture import AUGMENT, ORDER, PROMPT, rng_of
 from otreg_jax.data.utterances import BadAudio, Problem, Utterance
 
 MEMORY_BYTES = 2**30  # audio or features up to this size are kept in memory between epochs
+NUM_PACKED = 4096  # steps whose padding with packing is computed where it is off
 NUM_HEARD = 256  # utterances looked at for the data report where not all are read at the start
 
 Batch = dict[str, np.ndarray]
@@ -161,10 +162,11 @@ def train_batches(
         if positions_of:
             frames_b, tokens_b = np.array(buckets).T
             full_b = positions_of(frames_b) + widths[:, :2].sum(axis=1) + tokens_b
-            plan = plan_of(0)
+            plan, length_N = plan_of(0), positions_in(plan_of(0))
             if not packed:
-                plan = packing.pack(plan, positions_in(plan), unit, accumulation)
-            print(f"data: {packing.describe(plan, positions_in(plan), full_b, unit, packed)}")
+                some = plan.in_order(np.arange(min(len(plan.bucket_S), NUM_PACKED)))
+                plan = packing.pack(some, length_N, unit, accumulation)
+            print(f"data: {packing.describe(plan, length_N, full_b, unit, packed)}")
 
     if kept:
         read = lambda row, speed, rng: _Example(kept.read(row), kept.frames_N[row])
