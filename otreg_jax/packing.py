@@ -11,8 +11,8 @@ runs on packed rows. Attention, and what else looks at several positions, gets e
 row of its own again: so nothing is seen across utterances without any mask, positions count from
 each utterance's start, attention costs no more than before, and every kernel, window and linear
 layer computes as it did. This is the padding removal of ByteTransformer (Zhai et al. 2023, arXiv
-2210.03052), with shapes that XLA can compile: a row has as many slots as the fullest one of its
-bucket in an epoch, and utterances are dealt to rows so that all are about as full.
+2210.03052), with shapes that XLA can compile: utterances are dealt to rows so that all are about
+as full, and a row of a bucket has as many slots as the fullest one of the first epoch, and a few.
 
 The batch's "segments" say what lies where. There is a packed row for each part that the batch is
 cut into: for each device that has rows of it, and each micro-batch.
@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SHAPES = 32  # row sizes between a power of two and the next: few shapes, whatever an epoch deals
+SHAPES = 64  # sizes of rows between a power of two and the next
+FURTHER_SHAPES = 8  # likewise, of rows that turn out too short: each is compiled in mid-run
 
 # ------------------------------------------------------------------------------------------------
 # On the host: which utterances share a row, and how long rows are
 # ------------------------------------------------------------------------------------------------
 
 
-def pack(plan, length_N: np.ndarray, rows: int, accumulation: int = 1):
+def pack(plan, length_N: np.ndarray, rows: int, accumulation: int = 1, first: dict | None = None):
     """The plan with the draws of each bucket dealt anew: to batches of about as many positions, and
     those of a batch to its packed rows.
 
@@ -44,6 +45,7 @@ def pack(plan, length_N: np.ndarray, rows: int, accumulation: int = 1):
       plan: a `data.bucketing.Plan`, all batches of a bucket of one size, a multiple of `rows`.
       length_N: int [draws], the LLM's positions of each draw, at most.
       rows: packed rows of a batch. accumulation: micro-batches that these rows are cut into.
+      first: {bucket: slots} of the first epoch, which others keep where they can.
     """
     order, slots_S = np.arange(len(plan.rows)), np.zeros_like(plan.bucket_S)
     for bucket in np.unique(plan.bucket_S):
@@ -54,7 +56,8 @@ def pack(plan, length_N: np.ndarray, rows: int, accumulation: int = 1):
         rows_SRk = even_groups(length_N[draws_SB], size // rows)
         draws_SRk = np.take_along_axis(draws_SB, rows_SRk.reshape(draws_SB.shape), axis=1)
         draws_SRk = draws_SRk.reshape(rows_SRk.shape)
-        slots_S[steps] = _round_up(length_N[draws_SRk].sum(axis=2).max())
+        longest = int(length_N[draws_SRk].sum(axis=2).max())
+        slots_S[steps] = _slots(longest, (first or {}).get(bucket))
         # As `train_step.sum_over_micro_batches` cuts a batch: every so manieth utterance.
         cut = draws_SRk.reshape(-1, accumulation, size // rows).swapaxes(1, 2)
         order[draws] = cut.ravel()
@@ -81,9 +84,14 @@ def even_groups(length_SN: np.ndarray, count: int) -> np.ndarray:
     return np.stack(dealt, axis=2)
 
 
-def _round_up(length: int) -> int:
-    step = max(2 ** (int(length).bit_length() - 1) // SHAPES, 1)
-    return -(-int(length) // step) * step
+def _slots(longest: int, first: int | None) -> int:
+    """Slots for rows of up to `longest` positions: `first`, if that will do; a little room for
+    later epochs, if there is none yet."""
+    if first and longest <= first:
+        return first
+    power = 2 ** (longest.bit_length() - 1)
+    step = max(power // (FURTHER_SHAPES if first else SHAPES), 1)
+    return (-(-longest // step) + (not first)) * step
 
 
 def segments(length_B: np.ndarray, rows: int, slots: int, accumulation: int = 1) -> np.ndarray:

@@ -126,7 +126,7 @@ def train_batches(
         speed_N = rng.choice(speeds, size=len(draws_N))
         plan = deal(corpus, draws_N, speed_N, buckets, size)
         if packed:
-            plan = packing.pack(plan, positions_in(plan), unit, accumulation)
+            plan = packing.pack(plan, positions_in(plan), unit, accumulation, first_slots)
         return plan.in_order(rng.permutation(len(plan.bucket_S)))
 
     def positions_in(plan: Plan) -> np.ndarray:
@@ -134,6 +134,7 @@ def train_batches(
         return llm_positions(corpus, plan.rows, plan.speed, positions_of, masked)
 
     plans, first_steps = {}, {0: 0}  # plans of the epoch in use and of the next, read ahead
+    first_slots = {}  # of packed rows, by bucket
     # Epochs are as long as one another where nothing that is drawn changes a length.
     is_regular = not batch_seconds or (len(speeds) == 1 and len(groups) == 1)
 
@@ -157,6 +158,9 @@ def train_batches(
             epoch += 1
         return plan_of(epoch), step - first_step(epoch)
 
+    if packed:
+        bucket_S, slots_S = plan_of(0).bucket_S.tolist(), plan_of(0).slots_S.tolist()
+        first_slots = dict(zip(bucket_S, slots_S, strict=True))
     if host_index == 0:
         print_plan(corpus, buckets, plan_of(0), [(g.name, rows_N[g.rows]) for g in groups])
         if positions_of:
