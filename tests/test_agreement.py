@@ -108,7 +108,7 @@ def test_all_processes_restore_the_same_checkpoint_or_none(fails, step, tmp_path
 
 def test_a_run_resumes_on_other_data_only_when_told(tmp_path):
     manifest = write_tones(tmp_path)
-    changes = dict(num_steps=2, checkpoint_every=2, otreg__start_step=0)
+    changes = dict(num_steps=2, checkpoint_every=2, otreg__start_step=0, data__num_buckets=1)
     train_lib.train(tone_config(manifest, **changes), tmp_path / "run")
     lines = manifest.read_text().splitlines(keepends=True)
     manifest.write_text("".join(lines[:-1]))

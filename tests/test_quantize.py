@@ -64,6 +64,7 @@ def test_trains_on_any_mesh_and_is_exported_as_it_was_evaluated(tmp_path):
         freeze=r"^(encoder|llm)/(?!.*/lora_[ab]$)",
         lora__pattern="llm/layers/attn/[qv]/kernel",
         num_steps=4,
+        data__num_buckets=1,
         frozen_int8=True,
     )
     train_lib.train(tone_config(manifest, **changes), tmp_path / "int8")

@@ -182,6 +182,7 @@ def staged_config(manifest, **changes):
         manifest,
         freeze="^(encoder|llm)/",
         data__augment__freq_masks=0,
+        data__num_buckets=1,
         ctc__classes="used",
         adapter__norm="table",
         keep_checkpoints=3,
@@ -232,6 +233,7 @@ def test_kept_encoder_outputs_train_as_the_encoder_does_and_are_computed_once(tm
     train.train(config, tmp_path / "kept")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
     config.encoder.mlp_dim = 48  # another encoder: what is kept is not its
+    config.num_steps, config.stages = 3, {"align": ALIGN}
     train.train(config, tmp_path / "other")
     assert metrics_of(tmp_path / "other")[1]["ctc"] != kept[1]["ctc"]
 

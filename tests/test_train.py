@@ -132,6 +132,7 @@ def test_the_best_checkpoint_outlives_newer_ones_and_restarts(manifest, tmp_path
     bad.with_name("dev.txt").write_text("not audio")
     bad.write_text(manifest.read_text() + json.dumps(unreadable) + "\n")
     changes = dict(data__dev=str(bad), eval_every=2, checkpoint_every=2, keep_checkpoints=1)
+    changes |= dict(data__num_buckets=1)
     measured, losses = [], iter([3.0, 1.0, 2.0])
 
     def dev_loss(*args):
@@ -166,7 +167,8 @@ def test_evaluation_takes_the_average_of_the_weights(manifest, tmp_path, monkeyp
 
     monkeypatch.setattr(train_lib, "dev_loss", dev_loss)
     changes = dict(optim__ema_decay=0.9, data__dev=str(manifest), eval_every=4, num_steps=4)
-    state = train_lib.train(tone_config(manifest, checkpoint_every=4, **changes), tmp_path)
+    changes |= dict(checkpoint_every=4, data__num_buckets=1)
+    state = train_lib.train(tone_config(manifest, **changes), tmp_path)
     run = build.load_run(tmp_path)
     loaded = run.params
     assert run.longest_seconds == 0.75  # five tones
@@ -267,7 +269,7 @@ def test_a_workdir_of_another_configuration_is_refused(manifest, tmp_path, finis
 
 def test_weights_that_are_not_the_checkpoints_are_named(manifest, tmp_path):
     """A frozen LLM whose files have changed, and a tokenizer likewise."""
-    changes = dict(freeze="^llm/", llm__pretrain__num_steps=2, num_steps=4)
+    changes = dict(freeze="^llm/", llm__pretrain__num_steps=2, num_steps=4, data__num_buckets=1)
     config = tone_config(manifest, **changes)
     train_lib.train(config, tmp_path)
     weights = tmp_path / "llm" / "model.safetensors"
