@@ -10,7 +10,7 @@ import run
     [
         ("manifests", 200),
         ("audio_files", 150),
-        ("model_directories", 20),
+        ("model_directories", 12),
         ("configurations", 8),
         pytest.param("run_directories", 12, marks=pytest.mark.slow),
     ],
