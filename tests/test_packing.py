@@ -12,7 +12,7 @@ from toy import toy_batch, toy_config, toy_slm
 from toy_run import metrics_of, tone_config
 
 from otreg_jax import config as config_lib
-from otreg_jax import losses, packing, sharding, train, train_step
+from otreg_jax import flops, losses, packing, sharding, train, train_step
 from otreg_jax.data import pipeline, sources
 from otreg_jax.data.bucketing import Plan
 from otreg_jax.models import slm as slm_lib
@@ -94,7 +94,9 @@ def test_linear_layers_are_packed_too():
     slm, params = with_llm(*toy_slm(), **changes)
     run = jax.jit(lambda batch: slm_lib.forward(slm, params, batch).hidden_BTD)
     batch = toy_batch(ROWS)
-    wanted, found = run(batch), run(with_segments(slm, batch, rows=2))
+    packed = with_segments(slm, batch, rows=2)
+    assert flops.count(run, packed) < flops.count(run, batch)
+    wanted, found = run(batch), run(packed)
     valid_BT = np.arange(wanted.shape[1])[None] <= batch["token_length"][:, None]
     np.testing.assert_allclose(found[valid_BT], wanted[valid_BT], atol=1e-5)
 
