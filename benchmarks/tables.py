@@ -244,6 +244,26 @@ def recognizer(languages: bool = False) -> str:
     return f"{error_rates(lines)}\n\nMeasured on " + "; on ".join(measured) + "."
 
 
+def recognizer_languages() -> str:
+    lines = recognizers(languages=True)
+    names = lines[0]["sets"]
+    figures = ["wer", "cer"]
+    rows = [
+        [f"{line['trained_on']}, {figure.upper()}"]
+        + [f"{100 * line['sets'][name][figure]:.1f}" for name in names]
+        for line in lines
+        for figure in figures
+    ]
+    shown = [
+        [name, *pair] for line in lines for name in names for pair in line["first_ten"][name][:3]
+    ]
+    said = "\n".join(
+        "| " + " | ".join(row) + " |"
+        for row in [["set", "said", "recognized"], ["---"] * 3, *shown]
+    )
+    return f"{recognizer(languages=True)}\n\n{markdown(['', *names], rows)}\n\n{said}"
+
+
 def recognizer_course() -> str:
     rows = {}
     runs = [line for line in recognizers() if "course" in line]
@@ -345,6 +365,7 @@ TABLES = {
     "real_table": real_table,
     "recognizer": recognizer,
     "recognizer_course": recognizer_course,
+    "recognizer_languages": recognizer_languages,
     "recognizer_transcripts": recognizer_transcripts,
     "durations": durations,
     "data": data,
