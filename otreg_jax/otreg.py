@@ -187,21 +187,17 @@ def pairwise_cost(
     speech_sq_BS = jnp.sum(jnp.square(speech_BSD.astype(jnp.float32)), axis=-1)
     text_sq_BT = jnp.sum(jnp.square(text_BTD.astype(jnp.float32)), axis=-1)
     # HIGHEST: accelerators would otherwise run float32 products in bfloat16 or TF32.
-    dot_BST = jnp.einsum(
-        "bsd,btd->bst",
-        speech_BSD,
-        text_BTD,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    speech_scale_BS, text_scale_BT = _inverse_root(speech_sq_BS), _inverse_root(text_sq_BT)
+    exact = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    dot_BST = jnp.einsum("bsd,btd->bst", speech_BSD, text_BTD, **exact)
+    speech_scale_BS, text_scale_BT = inverse_root(speech_sq_BS), inverse_root(text_sq_BT)
     cosine_BST = dot_BST * speech_scale_BS[:, :, None] * text_scale_BT[:, None]
     if cost == "cosine":
         return cosine_BST, 1.0 - cosine_BST
     return cosine_BST, speech_sq_BS[:, :, None] + text_sq_BT[:, None] - 2.0 * dot_BST
 
 
-def _inverse_root(square: jax.Array) -> jax.Array:
+def inverse_root(square: jax.Array) -> jax.Array:
+    """1 / sqrt(square), 0 with gradient 0 at 0."""
     return jnp.where(square > 1e-12, jax.lax.rsqrt(jnp.maximum(square, 1e-12)), 0.0)
 
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from otreg_jax import otreg
+
 # Logits of an utterance that exist at a time. With a large vocabulary all of them, in float32 and
 # with their gradients, would be the largest arrays of the step.
 LOGITS_AT_A_TIME = 2**21
@@ -21,8 +23,7 @@ def pieces(x_BT, size: int):
 
 def inverse_norm(x: jax.Array) -> jax.Array:
     """1 / |x| of vectors [..., D], float32 [...]; of a zero vector 0, with gradient 0."""
-    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
-    return jnp.where(square > 1e-12, jax.lax.rsqrt(jnp.maximum(square, 1e-12)), 0.0)
+    return otreg.inverse_root(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
 
 
 def unit(x: jax.Array) -> jax.Array:
