@@ -19,29 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tokenizers
 import tqdm
-from safetensors import safe_open
 
 from benchmarks import common, tables
-from otreg_jax import otreg
+from otreg_jax import otreg, pretrained
+from otreg_jax.data import tokenization
 from otreg_jax.losses.common import unit
 from otreg_jax.losses.infonce import infonce_loss
 
-NAMES = ("model.embed_tokens.weight", "transformer.wte.weight")
 REPEATS = 3  # speech positions a token
 SCALE, TEMPERATURE = 10.0, 0.1  # of the configuration: ctc.scale, infonce.temperature
 BATCHES, BATCH, WIDTH = 8, 16, 64  # WIDTH: tokens of a transcript at most
-
-
-def embedding_table(folder: Path) -> np.ndarray:
-    """The rows [V, D] that a Hugging Face directory embeds tokens by, float32."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "flax") as file:
-            for name in NAMES:
-                if name in file.keys():
-                    return np.asarray(file.get_tensor(name).astype(jnp.float32))
-    raise SystemExit(f"{folder}: no *.safetensors there has one of {', '.join(NAMES)}")
 
 
 def batches(ids: list[list[int]], rng: np.random.Generator):
@@ -114,12 +102,12 @@ def nearest(speech_BSD, table_VD, tokens_BT, mask_BT, center: bool) -> float:
 def measure(folder: Path, sentences: list[str]) -> dict:
     """The figures of one model's table."""
     rng = np.random.default_rng(0)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    encoded = tokenizer.encode_batch(sentences, add_special_tokens=False)
-    used = np.unique(np.concatenate([e.ids for e in encoded]))
-    all_VD = embedding_table(folder)
+    tokenizer = tokenization.load_tokenizer(folder)
+    encoded = [tokenizer.encode(sentence) for sentence in sentences]
+    used = np.unique(np.concatenate(encoded))
+    all_VD = np.asarray(pretrained.load_llm(folder)[1]["embed"]["embedding"])
     used_VD = all_VD[used]
-    ids = [np.searchsorted(used, e.ids).tolist() for e in encoded]
+    ids = [np.searchsorted(used, tokens).tolist() for tokens in encoded]
     unit_VD = used_VD / np.linalg.norm(used_VD, axis=1, keepdims=True)
     some = rng.choice(np.concatenate(ids), 512)  # as often as they occur
     figures = {
@@ -136,20 +124,18 @@ def measure(folder: Path, sentences: list[str]) -> dict:
     for tokens_BT, mask_BT in tqdm.tqdm(batches(ids, rng), total=BATCHES, desc=folder.name):
         text_BTD = np.where(mask_BT[..., None], used_VD[tokens_BT], 0).astype(np.float32)
         speech_BSD = spoken(text_BTD, rng)
-        centred_BTD = text_BTD - text_BTD[mask_BT].mean(0)
+        center = otreg.text_centering(text_BTD, mask_BT, "mean")
+        centred_BTD = otreg.remove_common(text_BTD, mask_BT, center)
         row = {}
-        for name, x_BTD in (("raw", text_BTD), ("centred", centred_BTD)):
+        for name, how, x_BTD in (("raw", "none", text_BTD), ("centred", "mean", centred_BTD)):
             row[f"infonce_at_text_{name}"] = float(
                 infonce_loss(x_BTD, mask_BT, x_BTD, mask_BT, TEMPERATURE)
             )
             row[f"infonce_lowest_{name}"], row[f"infonce_cosine_{name}"] = lowest_infonce(
                 x_BTD, mask_BT
             )
-            center = {"raw": "none", "centred": "mean"}[name]
-            row[f"plan_share_{name}"] = float(plan_share(speech_BSD, text_BTD, mask_BT, center))
-            row[f"nearest_{name}"] = nearest(
-                speech_BSD, used_VD, tokens_BT, mask_BT, name == "centred"
-            )
+            row[f"plan_share_{name}"] = float(plan_share(speech_BSD, text_BTD, mask_BT, how))
+            row[f"nearest_{name}"] = nearest(speech_BSD, used_VD, tokens_BT, mask_BT, how == "mean")
         found.append(row)
     return figures | {key: statistics.mean(row[key] for row in found) for key in found[0]}
 

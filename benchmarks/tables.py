@@ -17,9 +17,9 @@ RECOGNIZER = RESULTS / "laptop.jsonl"  # of benchmarks.laptop
 ALL = "all"  # what a recognizer is trained on
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+def markdown(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
+    """A table: the first column is text, the others are figures, or text too with align="---"."""
+    lines = [header, ["---"] + [align] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -247,21 +247,17 @@ def recognizer(languages: bool = False) -> str:
 def recognizer_languages() -> str:
     lines = recognizers(languages=True)
     names = lines[0]["sets"]
-    figures = ["wer", "cer"]
     rows = [
         [f"{line['trained_on']}, {figure.upper()}"]
         + [f"{100 * line['sets'][name][figure]:.1f}" for name in names]
         for line in lines
-        for figure in figures
+        for figure in ("wer", "cer")
     ]
     shown = [
         [name, *pair] for line in lines for name in names for pair in line["first_ten"][name][:3]
     ]
-    said = "\n".join(
-        "| " + " | ".join(row) + " |"
-        for row in [["set", "said", "recognized"], ["---"] * 3, *shown]
-    )
-    return f"{recognizer(languages=True)}\n\n{markdown(['', *names], rows)}\n\n{said}"
+    said = markdown(["set", "said", "recognized"], shown, "---")
+    return "\n\n".join([recognizer(languages=True), markdown(["", *names], rows), said])
 
 
 def recognizer_course() -> str:
@@ -280,8 +276,7 @@ def recognizer_transcripts() -> str:
     line = next(line for line in recognizers() if line["trained_on"] == ALL)
     parts = []
     for name, pairs in line["first_ten"].items():
-        rows = "\n".join(f"| {said} | {heard} |" for said, heard in pairs)
-        parts.append(f"`{name}`:\n\n| said | recognized |\n|---|---|\n{rows}")
+        parts.append(f"`{name}`:\n\n{markdown(['said', 'recognized'], pairs, '---')}")
     return "\n\n".join(parts)
 
 
@@ -330,10 +325,7 @@ def prompted() -> str:
             f"{100 * result['obeyed']:.1f} % of {result['answers']} answers are in the language "
             f"asked for; of {100 * result['all_three']:.1f} % of the recordings all three are. "
             f"{100 * result['exact']:.1f} % are right to the letter; BLEU {bleu}.",
-            "\n".join(
-                "| " + " | ".join(row) + " |"
-                for row in [["said", *names.values()], ["---"] * 4, *shown]
-            ),
+            markdown(["said", *names.values()], shown, "---"),
             f"{align} steps of aligning and {steps} through the LLM, {result['batch']} recordings "
             f"each, one seed; {result['minutes']:.0f} minutes, with other work and pauses, on "
             f"{machine['cores']} {machine['processor']} cores; {versions(machine['versions'])}.",
