@@ -7,9 +7,10 @@
     python -m benchmarks.study_real --report                # docs/study.md, nothing trained
 
 A run "world,align/sft,seed" trains configs/laptop.py on a world (a corpus, or "all"): first the
-adapter by the losses `align` ("none": not at all), then adapter and LoRA by the losses `sft`. A
-corpus is a folder with train.jsonl, dev.jsonl and test.jsonl. Every run is tested on all corpora
-and on --tests=name=manifest,...: other languages, or noise added to the same recordings.
+adapter by the losses `align`, then adapter and LoRA by the losses `sft`. `align` is "none" where
+all steps are of the second kind, "skip" where there are as many of them as take as long as both
+stages do. A corpus is a folder with train.jsonl, dev.jsonl and test.jsonl. Every run is tested on
+all corpora, on --tests=name=manifest,..., and on --rough recordings of each in noise and in echoes.
 
 A run is one JSON line of benchmarks/results/study_real.jsonl; what has its line is not run again,
 and an interrupted run goes on where it was. What the frozen encoder gives is computed once a
@@ -22,9 +23,12 @@ import runpy
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import soundfile
 import tqdm
 
 from benchmarks import common, laptop, study, study_real_report
@@ -41,8 +45,12 @@ from otreg_jax import (
     rundir,
     tracking,
 )
-from otreg_jax.data import sets
+from otreg_jax.data import audio, manifest, sets, synthetic
 
+# Steps that align in the time of one through the LLM; 19 to 44 were measured on two CPU cores.
+ALIGN_PER_SFT = 20
+# What the test sets "corpus-noise" and "corpus-reverb" are, as `synthetic.worsen` takes it.
+ROUGH = {"noise": {"snr": 10.0}, "reverb": {"reverb": 0.4}}
 LAYER = 0  # where the gap between speech and text of every run is measured
 FADING = {"position_weight": 3.0, "position_weight_final": 0.0}
 # What losses can be named; a stage takes several, joined by "+".
@@ -143,13 +151,40 @@ def configure(name: str, size: Size, folder: Path, manifests: dict, changes: dic
     config.checkpoint_every = config.keep_every = size.every
     config.update_from_flattened_dict(changes)
     second = {"start": size.align, **losses_of(sft)}
-    if align == "none":  # as many steps, all of them through the LLM
+    if align in ("none", "skip"):
         config.stages = {"sft": second | {"start": 0}}
-        config.checkpoint_every = config.keep_every = 2 * size.every
+        if align == "skip":
+            config.num_steps = size.sft + -(-size.align // ALIGN_PER_SFT)
+        else:
+            config.checkpoint_every = config.keep_every = 2 * size.every
         return config
     first = {"start": 0, "optim": {"learning_rate": 2e-3}, "train": "^(adapter|ctc)/"}
     config.stages = {"align": first | losses_of(align), "sft": second}
     return config
+
+
+def rough_copies(corpora: dict, count: int, folder: Path) -> dict[str, Path]:
+    """{"corpus-noise": manifest, ...} of the first `count` recordings of each test set, made worse
+    as ROUGH says and written to `folder`."""
+    made = {}
+    for corpus, split in corpora.items():
+        for kind, how in ROUGH.items() if count else ():
+            name = f"{corpus}-{kind}"
+            path = folder / f"{name}-{count}.jsonl"
+            made[name] = path
+            if path.exists():
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = []
+            for i, utterance in enumerate(manifest.read_manifest(split["test"])[:count]):
+                rng = np.random.default_rng([zlib.crc32(name.encode()), i])
+                samples = synthetic.worsen(audio.load_audio(utterance), rng, **how)
+                samples *= 0.7 / np.abs(samples).max()
+                soundfile.write(folder / f"{name}-{i}.flac", samples, audio.SAMPLE_RATE)
+                line = {"audio_filepath": f"{name}-{i}.flac", "text": utterance.text}
+                lines.append(json.dumps(line | {"lang": utterance.lang}, ensure_ascii=False) + "\n")
+            path.write_text("".join(lines))
+    return made
 
 
 def seconds_per_step(lines: list[dict], first: int, last: int) -> float | None:
@@ -251,6 +286,7 @@ def main() -> None:
     parser.add_argument("--llm", help="directory of a language model")
     parser.add_argument("--corpora", help="name=folder,... with {train,dev,test}.jsonl")
     parser.add_argument("--tests", default="", help="name=manifest,...: further test sets")
+    parser.add_argument("--rough", type=int, default=0, help="recordings of each, worsened")
     parser.add_argument("--lang", default="en", help='lines of this language only; "": all')
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="settings")
     parser.add_argument("--size", choices=SIZES, default="cpu")
@@ -271,7 +307,9 @@ def make_runs(args) -> None:
     began = time.monotonic()
     found = laptop.manifests(laptop.corpora(args.corpora), [args.lang], args.folder)
     named = lambda split: ",".join(f"{name}={paths[split]}" for name, paths in found.items())
-    tests = ",".join(filter(None, [named("test"), args.tests]))
+    rough = rough_copies(found, args.rough, args.folder / "rough")
+    rough = ",".join(f"{name}={path}" for name, path in rough.items())
+    tests = ",".join(filter(None, [named("test"), rough, args.tests]))
     asked = args.runs or [name for q in QUESTIONS for name in q.runs(args.size)]
     known = {(line["run"], line["size"]) for line in read_results(RESULTS)}
     missing = [name for name in dict.fromkeys(asked) if (name, args.size) not in known]

@@ -1,6 +1,7 @@
 """What the study on real parts asks, and its report: all figures from the lines of its runs."""
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ GAPS = (
     "nearest_cosine",
     "transport_cost",
 )
+ROUGH = ("-noise", "-reverb")  # how the names of `study_real.rough_copies` end
 RUNAWAY = 1.2  # errors a word: the output runs away
 ENOUGH = 5  # runs below which no correlation is shown
 
@@ -44,7 +46,7 @@ class Question(NamedTuple):
         ]
 
 
-MAIN = ("ctc/ce", "ctc+otreg0/ce", "otreg0/ce", "ctc+position0/ce", "none/ce")
+MAIN = ("otreg0/ce", "ctc/ce", "ctc+otreg0/ce", "ctc+position0/ce", "skip/ce")
 FORMS = (
     "ctc+otreg1/ce",
     "otreg1/ce",
@@ -61,20 +63,19 @@ FORMS = (
     "kl/ce",
     "ctc+otreg0/ce+kl",
     "position0/ce",
+    "none/ce",
 )
 # In the order they are run.
 QUESTIONS = (
     Question("What aligning first is worth", ("read",), MAIN, {"short": 1, "cpu": 1, "gpu": 5}),
+    Question("Other worlds", ("talk", "all"), MAIN, {"short": 1, "cpu": 1, "gpu": 5}),
     Question("Which form of OTReg", ("read",), FORMS, {"short": 1, "cpu": 1, "gpu": 5}),
-    Question("Other worlds", ("talk", "all"), MAIN, {"cpu": 1, "gpu": 5}),
-    Question("Seeds", ("read", "talk"), MAIN, {"cpu": 3, "gpu": 5}),
+    Question("Seeds", ("read", "talk"), MAIN, {"short": 3, "cpu": 3, "gpu": 5}),
     Question("Forms in other worlds", ("talk", "all"), FORMS, {"gpu": 5}),
 )
 # (arm, reference): the differences that answer a question.
 PAIRS = (
-    ("ctc/ce", "none/ce"),
-    ("otreg0/ce", "none/ce"),
-    ("ctc+otreg0/ce", "none/ce"),
+    *((arm, alone) for alone in ("skip/ce", "none/ce") for arm in MAIN[:3]),
     ("otreg0/ce", "ctc/ce"),
     ("otreg0/ce", "position0/ce"),
     ("ctc+otreg0/ce", "ctc/ce"),
@@ -88,13 +89,20 @@ PAIRS = (
 
 
 def kinds(line: dict) -> dict[str, tuple[str, ...]]:
-    """Its test sets by kind of shift: trained on, and not."""
-    seen = tuple(name for name in line["sets"] if line["world"] in (name, "all"))
+    """Its test sets by kind of shift: trained on, not trained on, and either in noise or echoes."""
+    rough = tuple(n for n in line["sets"] if n.endswith(ROUGH))
+    clean = tuple(n for n in line["sets"] if n not in rough)
     # Of a world of all corpora, sets beyond the corpora have no dev set.
-    if line["world"] == "all":
-        seen = tuple(name for name in seen if name in line["course"][-1]["sets"])
-    found = {"in-domain": seen, "unseen": tuple(n for n in line["sets"] if n not in seen)}
+    corpora = line["course"][-1]["sets"]
+    seen = tuple(n for n in clean if line["world"] == n or line["world"] == "all" and n in corpora)
+    found = {"in-domain": seen, "unseen": tuple(n for n in clean if n not in seen)}
+    found["noise, echoes"] = rough
     return {kind: names for kind, names in found.items() if names}
+
+
+def of_sets(lines: Iterable[dict], names) -> list[dict]:
+    """The lines that were tested on all of these sets: some came with later runs."""
+    return [line for line in lines if set(names) <= line["sets"].keys()]
 
 
 def pooled(line: dict, names) -> dict:
@@ -110,8 +118,8 @@ def error_rate(line: dict, names) -> float:
 
 
 def runaway(line: dict) -> float:
-    """Percent of all test utterances whose output has over RUNAWAY errors a word."""
-    pool = pooled(line, line["sets"])["sets"]["pool"]
+    """Percent of the test utterances, as recorded, whose output has over RUNAWAY errors a word."""
+    pool = pooled(line, [n for n in line["sets"] if not n.endswith(ROUGH)])["sets"]["pool"]
     return 100 * float(np.mean(np.array(pool["errors"]) > RUNAWAY * np.array(pool["lengths"])))
 
 
@@ -148,14 +156,18 @@ def at_minutes(line: dict, minutes: float) -> float | None:
     return float(np.interp(minutes, times, [watched(line, point) for point in line["course"]]))
 
 
+def runs_of(arms: dict[str, dict[int, dict]]) -> list[dict]:
+    return [line for seeds in arms.values() for line in seeds.values()]
+
+
 def error_table(arms: dict[str, dict[int, dict]]) -> str:
-    first = next(iter(next(iter(arms.values())).values()))
-    names = list(first["sets"])
+    names = list(dict.fromkeys(n for x in runs_of(arms) for n in x["sets"]))
     header = ["align / SFT", "seeds", *names, "runaway", "minutes"]
     rows = []
     for arm, seeds in arms.items():
         lines = list(seeds.values())
-        cells = [spread(error_rate(line, (name,)) for line in lines) for name in names]
+        of = {name: of_sets(lines, (name,)) for name in names}
+        cells = [spread(error_rate(x, (n,)) for x in of[n]) if of[n] else "–" for n in names]
         cells += [spread(map(runaway, lines)), spread(line["minutes"] for line in lines)]
         rows.append([arm, str(len(lines)), *cells])
     return markdown(header, rows)
@@ -163,17 +175,20 @@ def error_table(arms: dict[str, dict[int, dict]]) -> str:
 
 def difference_table(arms) -> str:
     """Points of WER, the paired interval over seeds and utterances, and the change of the rate."""
-    shifts = kinds(next(iter(next(iter(arms.values())).values())))
+    shifts = kinds(max(runs_of(arms), key=lambda line: len(line["sets"])))
     rows = []
     for arm, reference in dict.fromkeys(PAIRS):
         if arm not in arms or reference not in arms:
             continue
         cells = []
         for names in shifts.values():
-            pool = lambda name, names=names: {s: pooled(x, names) for s, x in arms[name].items()}
-            difference = compare(pool(arm), pool(reference), ("pool",))
-            seeds = arms[arm].keys() & arms[reference].keys()
-            before = [error_rate(arms[reference][seed], names) for seed in seeds]
+            tested = lambda name, names=names: {
+                x["seed"]: x for x in of_sets(arms[name].values(), names)
+            }
+            pool = lambda found, names=names: {s: pooled(x, names) for s, x in found.items()}
+            mine, theirs = tested(arm), tested(reference)
+            difference = compare(pool(mine), pool(theirs), ("pool",))
+            before = [error_rate(theirs[seed], names) for seed in mine.keys() & theirs.keys()]
             relative = difference and 100 * difference.mean / statistics.fmean(before)
             cells.append(cell_of(difference) + (f" ({relative:+.0f} %)" if difference else ""))
         rows.append([f"{arm} − {reference}", *cells])
@@ -189,7 +204,7 @@ def cell_of(difference) -> str:
 
 def price_table(arms) -> str:
     """Steps and minutes until the course is at an error rate, the median over seeds."""
-    lines = [line for seeds in arms.values() for line in seeds.values()]
+    lines = runs_of(arms)
     shared = min(line["minutes"] for line in lines)
     header = ["align / SFT", *(f"{100 * x:.0f} %" for x in LEVELS), f"WER at {shared:.1f} min"]
     rows = []

@@ -9,6 +9,7 @@ from toy_run import write_tones
 
 from benchmarks import study_real, study_real_report
 from otreg_jax import config as config_lib
+from otreg_jax.data import audio, manifest
 
 TINY = {
     "encoder.path": "",
@@ -50,7 +51,9 @@ def test_every_arm_is_a_valid_configuration(tmp_path):
     for name in arms.values():
         config = study_real.configure(name, SIZE, tmp_path, corpora(tmp_path), TINY)
         config_lib.check(config)
-        assert config.stages.sft.ce.weight == 1 and config.num_steps == 4
+        # The two steps that align take as long as a tenth of one of the two others, rounded up.
+        assert config.num_steps == (3 if ",skip/" in name else 4)
+        assert config.stages.sft.ce.weight == 1
         if "align" in config.stages:
             assert config.stages["align"].ce.weight == 0
     for wrong in ("books,ctc/ce,1", "read,ctx/ce,1", "read,otreg0+otreg1/ce,1"):
@@ -75,6 +78,7 @@ def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, mon
         corpora=f"read={speech},talk={speech}",
         tests=f"noisy={speech / 'test.jsonl'}",
         lang="",
+        rough=0,
         size="cpu",
         folder=tmp_path / "study",
         set=changes,
@@ -95,7 +99,7 @@ def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, mon
     assert "#### Trained on read" in text and "| ctc+otreg0/ce | 1 |" in text
 
 
-def line(arm, seed, errors, course, gap=0.5):
+def line(arm, seed, errors, course, gap=0.5, **more):
     """A run that makes these errors in the five words of each test utterance."""
     found = {"errors": list(errors), "lengths": [5] * len(errors)}
     point = lambda step, wer: {
@@ -114,7 +118,7 @@ def line(arm, seed, errors, course, gap=0.5):
         "seed": seed,
         "steps": [0 if arm.startswith("none") else 40, 60],
         "minutes": course[-1][0] / 10,
-        "sets": {"read": found, "talk": found, "noisy": found},
+        "sets": {"read": found, "talk": found, "noisy": found, **more},
         "course": [point(*one) for one in course],
         "test_seconds": 60.0,
         "machine": {"device": "cpu", "cores": 2, "versions": {"jax": "0"}},
@@ -134,6 +138,39 @@ def test_the_report_holds_what_the_lines_say(tmp_path):
     assert "| ctc/ce | 70 (7.0) | 70 (7.0) | 70 (7.0) | 100 (10.0) | 100 (10.0) | 30.0" in text
     assert "| none/ce | 150 (15.0) | – | – | – | – | 90.0" in text
     assert (tmp_path / "study-real-cpu.png").stat().st_size > 0
+
+
+def test_sets_that_some_lines_lack_are_compared_where_both_have_them(tmp_path):
+    course = [(40, 0.9), (70, 0.5)]
+    rough = lambda errors: {"read-noise": {"errors": [errors] * 4, "lengths": [5] * 4}}
+    lines = [line("ctc/ce", 1, [5, 0, 0, 0], course), line("skip/ce", 1, [5, 0, 0, 0], course)]
+    lines += [line("ctc/ce", 2, [1] * 4, course, **rough(2))]
+    lines += [line("skip/ce", 2, [1] * 4, course, **rough(4))]
+    text = study_real_report.report(lines, tmp_path)
+    assert "| points of WER | in-domain | unseen | noise, echoes |" in text
+    (row,) = [x for x in text.splitlines() if x.startswith("| ctc/ce − skip/ce")]
+    assert "-40.0 [-40.0, -40.0] 1 seed (-50 %)" in row
+    assert "| ctc/ce | 2 | 22.5 ± 3.5 | 22.5 ± 3.5 | 22.5 ± 3.5 | 40.0 | 0.0 ± 0.0 |" in text
+
+
+def test_rough_copies_are_the_first_recordings_made_worse(tmp_path):
+    path = write_tones(tmp_path)
+    split = dict.fromkeys(("train", "dev", "test"), path)
+    made = study_real.rough_copies({"read": split}, 3, tmp_path / "rough")
+    assert list(made) == ["read-noise", "read-reverb"]
+    clean = manifest.read_manifest(path)[:3]
+    for name, copy in made.items():
+        found = manifest.read_manifest(copy)
+        assert [u.text for u in found] == [u.text for u in clean]
+        for before, after in zip(clean, found, strict=True):
+            x_N, y_N = audio.load_audio(before), audio.load_audio(after)
+            x_N, y_N = x_N - x_N.mean(), y_N[: len(x_N)] - y_N.mean()
+            alike = (x_N @ y_N) ** 2 / ((x_N @ x_N) * (y_N @ y_N))
+            if name == "read-noise":  # 10 dB: a tenth as much of it as of what was recorded
+                np.testing.assert_allclose(alike, 10 / 11, atol=0.02)
+            else:
+                assert 0.2 < alike < 0.9
+    assert study_real.rough_copies({"read": split}, 0, tmp_path / "rough") == {}
 
 
 def test_a_gap_that_foretells_errors_is_said_to():

@@ -247,6 +247,18 @@ def _trim(audio, rate):
     return (loud[0] * hop, (loud[-1] + 1) * hop) if len(loud) else (0, 0)
 
 
+def worsen(audio, rng, reverb: float = 0.0, snr: float | None = None):
+    """Samples at SAMPLE_RATE in a room, then with pink noise: `reverb`, `snr` as of `Speech`."""
+    import numpy as np
+
+    if reverb:
+        audio = _reverberate(audio, reverb, rng)
+    if snr is not None:
+        level = np.sqrt(np.square(audio).mean()) * 10 ** (-snr / 20)
+        audio = audio + level * _pink_noise(len(audio), rng)
+    return audio
+
+
 def _reverberate(audio, seconds, rng):
     """Convolves with exponentially decaying noise after a direct path, at the same loudness."""
     import numpy as np
@@ -284,11 +296,7 @@ def _record(library, rate: int, item: Speech, index: int):
     rng = np.random.default_rng([zlib.crc32(item.text.encode()), index])
     shift, end = start / rate - item.silence[0], item.silence[0] + len(audio) / SAMPLE_RATE
     audio = np.pad(audio, [round(seconds * SAMPLE_RATE) for seconds in item.silence])
-    if item.reverb:
-        audio = _reverberate(audio, item.reverb, rng)
-    if item.snr is not None:
-        level = np.sqrt(np.square(audio).mean()) * 10 ** (-item.snr / 20)
-        audio = audio + level * _pink_noise(len(audio), rng)
+    audio = worsen(audio, rng, item.reverb, item.snr)
     starts = [min(max(time - shift, item.silence[0]), end) for _, time in words]
     spans = zip(starts, [*starts[1:], end], strict=True) if starts else []
     timed = [
