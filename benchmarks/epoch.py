@@ -8,11 +8,11 @@
 Both train the same parts on the same recordings for one epoch: a frozen Whisper encoder, a
 projector over four stacked positions, a frozen LLM with LoRA (rank 16 on q, k, v, o),
 cross-entropy, AdamW, as many utterances a step, float32 on a CPU and bfloat16 on a GPU. Ours is
-`python -m otreg_jax.train`. The peer is transformers and PEFT: batches grouped by length and padded
-to their longest (the encoder too, whose positions are cut; it would insist on 30 s), loaded by
-worker processes, with and without torch.compile of encoder and LLM (dynamic shapes). Each is a
-process of its own: its whole time, imports included, the time after its first step, and its peak
-memory are measured, --repeats times in turn. Prints a table and writes
+`python -m otreg_jax.train` with packing. The peer is transformers and PEFT: batches grouped by
+length and padded to their longest (the encoder too, whose positions are cut; it would insist on
+30 s), loaded by worker processes, with and without torch.compile of encoder and LLM (dynamic
+shapes). Each is a process of its own: its whole time, imports included, the time after its first
+step, and its peak memory are measured, --repeats times in turn. Prints a table and writes
 benchmarks/results/epoch.json. Needs the `bench` extra.
 """
 
@@ -202,6 +202,7 @@ def run_ours(job: dict, count: int, folder: Path) -> dict:
         "checkpoint_every": 10**6,
         "log_every": 1,
         "encoder.keep": False,
+        "packing": True,
         "compute_dtype": job["dtype"],
         "prompt": "{speech}",
         "optim.warmup_steps": 0,
