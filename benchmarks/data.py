@@ -208,7 +208,7 @@ def measure_durations(utterances, batch_size: int = 16) -> dict:
             padding = bucketing.padding(corpus, buckets, plan)
             positions = np.array([f / POSITION_FRAMES + t for f, t in buckets])[plan.bucket_S]
             used = frames[plan.rows] / POSITION_FRAMES + corpus.token_length[plan.rows]
-            packed = packing.pack(plan, np.ceil(used).astype(int), 1)
+            packed = packing.pack(plan, np.ceil(used).astype(int)[None], 1)
             rows.append(
                 {
                     "shapes": num_buckets,

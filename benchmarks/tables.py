@@ -131,10 +131,13 @@ def decode() -> str:
                     model["same_tokens_as_batched"][name],
                 ]
             )
+    table = markdown(["", "utterances/s", "ours, batched, is faster by", "same tokens"], rows)
+    if seconds := result["models"].get("recognizer", {}).get("seconds"):
+        rows = [[f"recognizer, {name}", f"{value:.2f}"] for name, value in seconds.items()]
+        table += "\n\n" + markdown(["", "seconds a batch"], rows)
     return (
         f"Batch {result['batch_size']}, {result['tokens']} tokens each; {machine(result)}; "
-        f"{versions(result['versions'])}.\n\n"
-        + markdown(["", "utterances/s", "ours, batched, is faster by", "same tokens"], rows)
+        f"{versions(result['versions'])}.\n\n{table}"
     )
 
 

@@ -128,17 +128,18 @@ def abstract_batch(
     width = encoders.frontend(slm.encoder.config).width
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
     if config.data.features == "step" and not on_host:
-        speech = {
-            "audio": array(jnp.float32, frames * features.HOP),
-            "audio_length": array(jnp.int32),
-        }
+        speech = {"audio": array(jnp.float32, frames * features.HOP)}
+        speech["audio_length"] = array(jnp.int32)
     else:
         speech = {"mel": array(jnp.float32, frames, width), "mel_length": array(jnp.int32)}
     packed = {}
     if config.packing and not on_host:  # nothing to gain where all are as long: the most it takes
         units = sharding.batch_shards(slm.mesh.shape) * config.accumulation
-        shape = units, rows // units * (_prompt_length(slm, frames) + tokens)
-        packed["segments"] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed)
+        most = {"segments": _prompt_length(slm, frames) + tokens}
+        if length_of := encoders.packed_length(slm.encoder.config):
+            most["encoder_segments"] = length_of(frames)
+        slots = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=placed)
+        packed = {name: slots((units, rows // units * n)) for name, n in most.items()}
     lengths = {"token_length": array(jnp.int32), "index": array(jnp.int32)}
     return speech | {"tokens": array(jnp.int32, tokens)} | lengths | packed
 

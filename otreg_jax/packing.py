@@ -1,4 +1,4 @@
-"""Packing: the LLM reads the utterances of a batch one behind the other, with no padding between.
+"""Packing: utterances of a batch are read one behind the other, with no padding between.
 
     unpacked [B, L]        packed [R, W]
     a a a a . .            a a a a b b c c c c c c d d d .
@@ -6,16 +6,18 @@
     c c c c c c
     d d d . . .
 
-All of the LLM that looks at one position alone (norms, projections, MLPs: nearly all of its FLOPs)
-runs on packed rows. Attention, and what else looks at several positions, gets each utterance in a
-row of its own again: so nothing is seen across utterances without any mask, positions count from
-each utterance's start, attention costs no more than before, and every kernel, window and linear
-layer computes as it did. This is the padding removal of ByteTransformer (Zhai et al. 2023, arXiv
-2210.03052), with shapes that XLA can compile: utterances are dealt to rows so that all are about
-as full, and a row of a bucket has as many slots as the fullest one of the first epoch, and a few.
+All of the LLM, and of Whisper's encoder, that looks at one position alone (norms, projections,
+MLPs: nearly all of their FLOPs) runs on packed rows. Attention, and what else looks at several
+positions, gets each utterance in a row of its own again: so nothing is seen across utterances
+without any mask, positions count from each utterance's start, attention costs no more than before,
+and every kernel, window and linear layer computes as it did. This is the padding removal of
+ByteTransformer (Zhai et al. 2023, arXiv 2210.03052), with shapes that XLA can compile: utterances
+are dealt to rows so that all are about as full, and a row of a bucket has as many slots as the
+fullest one of the first epoch, and a few.
 
-The batch's "segments" say what lies where. There is a packed row for each part that the batch is
-cut into: for each device that has rows of it, and each micro-batch.
+The batch's "segments" say what lies where in the LLM's rows, its "encoder_segments" in the
+encoder's. There is a packed row for each part that the batch is cut into: for each device that has
+rows of it, and each micro-batch.
 """
 
 from collections.abc import Callable
@@ -33,36 +35,41 @@ FURTHER_SHAPES = 8  # likewise, of rows that turn out too short: each is compile
 # ------------------------------------------------------------------------------------------------
 
 
-def pack(plan, length_N: np.ndarray, rows: int, accumulation: int = 1, first: dict | None = None):
+def pack(plan, length_KN: np.ndarray, rows: int, accumulation: int = 1, first: dict | None = None):
     """The plan with the draws of each bucket dealt anew: to batches of about as many positions, and
     those of a batch to its packed rows.
 
     Batches keep their sizes, buckets their draws; which of about the same length stay together is
     as random as their order is. The number of rows decides on the order in a batch alone. The
-    plan's `slots_S` says how long the rows of each batch are.
+    plan's `slots_SK` says how long the rows of each batch are.
 
     Args:
       plan: a `data.bucketing.Plan`, all batches of a bucket of one size, a multiple of `rows`.
-      length_N: int [draws], the LLM's positions of each draw, at most.
+      length_KN: int [K, draws], positions of each draw, at most: in the LLM, which decides how they
+        are dealt, and in whatever else is packed.
       rows: packed rows of a batch. accumulation: micro-batches that these rows are cut into.
-      first: {bucket: slots} of the first epoch, which others keep where they can.
+      first: {bucket: slots [K]} of the first epoch, which others keep where they can.
     """
-    order, slots_S = np.arange(len(plan.rows)), np.zeros_like(plan.bucket_S)
+    order = np.arange(len(plan.rows))
+    slots_SK = np.zeros((len(plan.bucket_S), len(length_KN)), int)
     for bucket in np.unique(plan.bucket_S):
         steps = np.flatnonzero(plan.bucket_S == bucket)
         size = plan.size_S[steps[0]]
         draws = (plan.start_S[steps, None] + np.arange(size)).ravel()
-        draws_SB = draws[even_groups(length_N[draws][None], size)[0]]
-        rows_SRk = even_groups(length_N[draws_SB], size // rows)
+        draws_SB = draws[even_groups(length_KN[0][draws][None], size)[0]]
+        rows_SRk = even_groups(length_KN[0][draws_SB], size // rows)
         draws_SRk = np.take_along_axis(draws_SB, rows_SRk.reshape(draws_SB.shape), axis=1)
         draws_SRk = draws_SRk.reshape(rows_SRk.shape)
-        longest = int(length_N[draws_SRk].sum(axis=2).max())
-        slots_S[steps] = _slots(longest, (first or {}).get(bucket))
+        longest_K = length_KN[:, draws_SRk].sum(axis=3).max(axis=(1, 2)).tolist()
+        known_K = (first or {}).get(bucket, [None] * len(longest_K))
+        # The LLM's rows are as even as can be, others less so: they get twice the room.
+        rooms_K = [1] + [2] * (len(longest_K) - 1)
+        slots_SK[steps] = list(map(_slots, longest_K, known_K, rooms_K))
         # As `train_step.sum_over_micro_batches` cuts a batch: every so manieth utterance.
         cut = draws_SRk.reshape(-1, accumulation, size // rows).swapaxes(1, 2)
         order[draws] = cut.ravel()
     of_draws = (x[order] for x in (plan.rows, plan.speed, plan.repeated))
-    return plan._replace(slots_S=slots_S, **dict(zip(plan._fields, of_draws, strict=False)))
+    return plan._replace(slots_SK=slots_SK, **dict(zip(plan._fields, of_draws, strict=False)))
 
 
 def even_groups(length_SN: np.ndarray, count: int) -> np.ndarray:
@@ -84,14 +91,14 @@ def even_groups(length_SN: np.ndarray, count: int) -> np.ndarray:
     return np.stack(dealt, axis=2)
 
 
-def _slots(longest: int, first: int | None) -> int:
-    """Slots for rows of up to `longest` positions: `first`, if that will do; a little room for
-    later epochs, if there is none yet."""
+def _slots(longest: int, first: int | None, room: int) -> int:
+    """Slots for rows of up to `longest` positions: `first`, if that will do; a little more, `room`
+    times, for later epochs, if there is none yet."""
     if first and longest <= first:
         return first
     power = 2 ** (longest.bit_length() - 1)
     step = max(power // (FURTHER_SHAPES if first else SHAPES), 1)
-    return (-(-longest // step) + (not first)) * step
+    return (-(-longest // step) + (0 if first else room)) * step
 
 
 def segments(length_B: np.ndarray, rows: int, slots: int, accumulation: int = 1) -> np.ndarray:
@@ -107,20 +114,23 @@ def segments(length_B: np.ndarray, rows: int, slots: int, accumulation: int = 1)
     return made
 
 
-def describe(plan, length_N: np.ndarray, full_b: np.ndarray, rows: int, is_packed: bool) -> str:
-    """How much of the LLM's positions in an epoch, or in some steps, is padding, packed and not.
+def describe(plan, length_KN: np.ndarray, full_Kb: np.ndarray, rows: int, is_packed: bool) -> str:
+    """How much of the positions in an epoch, or in some steps, is padding, packed and not.
 
     Args:
-      plan: what `pack` makes of it, whatever is done. length_N: as `pack` took it, or in this
+      plan: what `pack` makes of it, whatever is done. length_KN: as `pack` took it, or in this
         plan's order: its batches hold as much.
-      full_b: positions of an unpacked row of each bucket.
+      full_Kb: positions of an unpacked row of each bucket.
     """
-    before_N = np.concatenate([[0], np.cumsum(length_N)])
-    used = (before_N[plan.start_S + plan.size_S] - before_N[plan.start_S]).sum()
-    unpacked = 1 - used / (full_b[plan.bucket_S] * plan.size_S).sum()
-    packed = 1 - used / (rows * plan.slots_S).sum()
-    now, other = (packed, unpacked) if is_packed else (unpacked, packed)
-    return f"padding {now:.1%} of the LLM's positions ({other:.1%} with packing={not is_packed})"
+    before_KN = np.pad(length_KN, ((0, 0), (1, 0))).cumsum(axis=1)
+    used_K = (before_KN[:, plan.start_S + plan.size_S] - before_KN[:, plan.start_S]).sum(axis=1)
+    unpacked_K = 1 - used_K / (full_Kb[:, plan.bucket_S] * plan.size_S).sum(axis=1)
+    packed_K = 1 - used_K / (rows * plan.slots_SK).sum(axis=0)
+    now_K, other_K = (packed_K, unpacked_K) if is_packed else (unpacked_K, packed_K)
+    whose = ("the LLM's positions", "the encoder's")[: len(used_K)]
+    now = ", ".join(f"{x:.1%} of {name}" for x, name in zip(now_K, whose, strict=True))
+    other = ", ".join(f"{x:.1%}" for x in other_K)
+    return f"padding {now} ({other} with packing={not is_packed})"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ _ROWS = (
         "audio of a step, padding included: each batch shape has as many rows as make it, and all "
         "steps cost about the same; 0: batch_size rows in every shape",
     ),
-    ("packing", False, FLAG, "no padding between the utterances of a batch in most of the LLM"),
+    ("packing", False, FLAG, "no padding between utterances in most of the LLM and of Whisper"),
     ("accumulation", 1, SIZE, "micro-batches a step, one after the other: less memory", FREE),
     ("log_every", 10, SIZE, "steps between lines of metrics.jsonl", FREE),
     ("log_to", "tensorboard", WRITERS, "where metrics go beside metrics.jsonl", FREE),

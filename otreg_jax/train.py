@@ -267,6 +267,7 @@ def train_batches(
         corpus=data.corpus,
         frontend=encoders.frontend(slm.encoder.config),
         positions_of=slm_lib.positions_of(slm, data.corpus.prompt_N2 is None),
+        encoder_positions_of=None if kept else encoders.packed_length(slm.encoder.config),
         packed=config.packing,
         accumulation=config.accumulation,
     )

@@ -1,4 +1,4 @@
-"""Packing: the LLM reads no padding between the utterances of a batch, and nothing changes."""
+"""Packing: no padding is read between the utterances of a batch, and nothing changes."""
 
 import dataclasses
 import shutil
@@ -15,6 +15,7 @@ from otreg_jax import config as config_lib
 from otreg_jax import flops, losses, packing, sharding, train, train_step
 from otreg_jax.data import pipeline, sources
 from otreg_jax.data.bucketing import Plan
+from otreg_jax.models import encoders
 from otreg_jax.models import slm as slm_lib
 from otreg_jax.models.delta import DeltaHeads
 
@@ -30,9 +31,16 @@ def llm_length(slm, batch):
 
 
 def with_segments(slm, batch, rows, accumulation=1, spare=3):
-    length_B = llm_length(slm, batch)
-    most = length_B.reshape(-1, ROWS // rows, accumulation).sum(axis=1).max()
-    return batch | {"segments": packing.segments(length_B, rows, most + spare, accumulation)}
+    in_encoder_B = encoders.packed_length(slm.encoder.config)(batch["mel_length"])
+    in_encoder_B = np.where(batch["index"] >= 0, in_encoder_B, 0)
+    made = {}
+    for name, length_B in {
+        "segments": llm_length(slm, batch),
+        "encoder_segments": in_encoder_B,
+    }.items():
+        most = length_B.reshape(-1, ROWS // rows, accumulation).sum(axis=1).max()
+        made[name] = packing.segments(length_B, rows, most + spare, accumulation)
+    return batch | made
 
 
 def batch_of_own_prompts():
@@ -95,10 +103,26 @@ def test_linear_layers_are_packed_too():
     run = jax.jit(lambda batch: slm_lib.forward(slm, params, batch).hidden_BTD)
     batch = toy_batch(ROWS)
     packed = with_segments(slm, batch, rows=2)
-    assert flops.count(run, packed) < flops.count(run, batch)
+    padded_encoder = {name: x for name, x in packed.items() if name != "encoder_segments"}
+    counts = [flops.count(run, x) for x in (packed, padded_encoder, batch)]
+    assert counts == sorted(counts) and len(set(counts)) == 3
     wanted, found = run(batch), run(packed)
     valid_BT = np.arange(wanted.shape[1])[None] <= batch["token_length"][:, None]
     np.testing.assert_allclose(found[valid_BT], wanted[valid_BT], atol=1e-5)
+
+
+def test_an_encoder_that_pools_and_reads_silence_is_packed():
+    """Qwen2-Audio's: an odd number of positions leaves one over."""
+    config = dataclasses.replace(toy_slm()[0].encoder.config, pool=2, reads_padding=True)
+    encoder, mel_length_B = encoders.make(config), np.array([40, 22, 30, 0])
+    mel_BFM = np.random.default_rng(0).normal(size=(4, 40, config.num_mels)).astype(np.float32)
+    params = encoder.init(jax.random.key(0), mel_BFM, mel_length_B)
+    segments = packing.segments(encoders.packed_length(config)(mel_length_B), 2, 33)
+    wanted = encoder.apply(params, mel_BFM, mel_length_B)
+    found = encoder.apply(params, mel_BFM, mel_length_B, segments)
+    np.testing.assert_array_equal(wanted[1], [10, 5, 7, 0])
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
+    np.testing.assert_array_equal(found[1], wanted[1])
 
 
 @pytest.fixture(scope="module")
@@ -119,20 +143,24 @@ def test_every_utterance_lies_in_one_place(plan):
     every position where `segments` has it, and back."""
     dealt, length_N = plan
     length_of = dict(zip(dealt.rows.tolist(), length_N.tolist(), strict=True))
-    packed = packing.pack(dealt, length_N, rows=2, accumulation=2)
+    # As many positions in the encoder as there are draws before: nothing that the dealing looks at.
+    in_encoder_N = np.arange(len(length_N))
+    packed = packing.pack(dealt, np.stack([length_N, in_encoder_N]), rows=2, accumulation=2)
     draws = lambda plan: sorted(zip(plan.rows, plan.speed, plan.repeated, strict=True))
     assert draws(packed) == draws(dealt)
     for step in range(9):
         batch = packed.batch(step)
         lengths = np.array([length_of[row] for row in batch.rows.tolist()])
-        slots = batch.slots_S[0]
+        slots, in_encoder = batch.slots_SK[0]
+        places = [dealt.rows.tolist().index(row) for row in batch.rows]
+        assert in_encoder >= max(sum(places[0::2]), sum(places[1::2]))
         made = packing.segments(lengths, 2, slots, accumulation=2)
         # micro-batch m has rows m, m + 2, ...; packed row m holds them, one behind the other
         for m, row in enumerate(made):
             wanted = np.repeat(np.arange(len(lengths[m::2])), lengths[m::2])
             np.testing.assert_array_equal(row[row < len(lengths[m::2])], wanted)
         assert (made == len(lengths) // 2).mean() < 0.1
-        assert slots == packed.slots_S[packed.bucket_S == batch.bucket_S[0]][0]
+        assert slots == packed.slots_SK[packed.bucket_S == batch.bucket_S[0]][0, 0]
     of_part = np.concatenate([lengths[0::2], lengths[1::2]])
     x_BL = 1 + np.arange(len(lengths) * 110.0).reshape(-1, 110)
     where = packing.packed(jnp.asarray(made), len(lengths), 110)
@@ -149,6 +177,7 @@ def test_any_hosts_and_restarts_see_the_same(manifest):
     def batches(unit=4, accumulation=2, **changes):
         options = dict(batch_size=8, seed=3, num_steps=6, packed=True, unit=unit, **changes)
         options |= dict(accumulation=accumulation, positions_of=frames_to_positions)
+        options["encoder_positions_of"] = lambda frames: -(-frames // 2)
         return list(
             pipeline.train_batches(utterances, tokenizer, config_lib.default().data, **options)
         )
@@ -162,7 +191,8 @@ def test_any_hosts_and_restarts_see_the_same(manifest):
         assert all(np.array_equal(batch[key], again[key]) for key in batch)
     for batch, other in zip(whole, batches(unit=1, accumulation=1), strict=True):
         assert sorted(batch["index"]) == sorted(other["index"])
-        assert len(batch["segments"]) == 4 and len(other["segments"]) == 1
+        for name in ("segments", "encoder_segments"):
+            assert len(batch[name]) == 4 and len(other[name]) == 1
 
 
 def test_a_packed_run_goes_on_as_if_nothing_had_been(manifest, tmp_path, capsys):

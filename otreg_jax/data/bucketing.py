@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     bucket_S: np.ndarray  # int [steps], the shape of each batch
     start_S: np.ndarray  # int [steps], where each batch begins among the draws
     size_S: np.ndarray  # int [steps], its draws
-    slots_S: np.ndarray | None = None  # int [steps], slots of a packed row, see `packing`
+    slots_SK: np.ndarray | None = None  # int [steps, K], slots of packed rows, see `packing`
 
     def batch(self, step: int, part: slice = slice(None)) -> "Plan":
         """The plan of one batch, or of a part of it."""
@@ -63,12 +63,12 @@ class Plan(NamedTuple):
         draws = slice(start + mine.start, start + mine.stop)
         bucket_S, size_S = self.bucket_S[[step]], np.array([mine.stop - mine.start])
         of_draws = self.rows[draws], self.speed[draws], self.repeated[draws]
-        slots_S = None if self.slots_S is None else self.slots_S[[step]]
-        return Plan(*of_draws, bucket_S, np.zeros(1, int), size_S, slots_S)
+        slots_1K = None if self.slots_SK is None else self.slots_SK[[step]]
+        return Plan(*of_draws, bucket_S, np.zeros(1, int), size_S, slots_1K)
 
     def in_order(self, order_S: np.ndarray) -> "Plan":
         """The same batches in another order; the draws stay where they are."""
-        of_steps = (self.bucket_S, self.start_S, self.size_S, self.slots_S)
+        of_steps = (self.bucket_S, self.start_S, self.size_S, self.slots_SK)
         of_steps = (None if x is None else x[order_S] for x in of_steps)
         return Plan(self.rows, self.speed, self.repeated, *of_steps)
 
@@ -333,17 +333,6 @@ def describe_buckets(corpus: Corpus, buckets, plan: Plan) -> list[str]:
             f"{filled / (len(draws) * frames):.0%} of frames filled"
         )
     return lines
-
-
-def llm_positions(corpus: Corpus, rows_N, speed, positions_of, masked: bool = False) -> np.ndarray:
-    """int [N], positions that utterances take in the LLM, at most, with prompt and answer.
-
-    positions_of: of mel frames, with the prompt where all have one. masked: silence that fills
-    audio up takes none.
-    """
-    heard = corpus._replace(window=0) if masked else corpus
-    own = 0 if corpus.prompt_N2 is None else corpus.prompt_N2[rows_N].sum(axis=1)
-    return positions_of(frames_of(heard, rows_N, speed)) + own + corpus.token_length[rows_N]
 
 
 def print_plan(corpus: Corpus, buckets, plan: Plan, groups) -> None:

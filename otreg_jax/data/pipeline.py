@@ -25,7 +25,6 @@ from otreg_jax.data.bucketing import (
     choose_buckets,
     deal,
     frames_of,
-    llm_positions,
     make_corpus,
     own_parts,
     own_widths,
@@ -61,6 +60,7 @@ def train_batches(
     corpus: Corpus | None = None,
     frontend: features.Frontend = features.LOG_MEL,
     positions_of: Callable | None = None,
+    encoder_positions_of: Callable | None = None,
     packed: bool = False,
     accumulation: int = 1,
 ) -> Iterator[Batch]:
@@ -85,6 +85,7 @@ def train_batches(
       frontend: what the encoder reads.
       positions_of: the LLM's positions, tokens left out, that so many mel frames become, an array
         of them too; with the prompt if all rows have one. None: padding there is not spoken of.
+      encoder_positions_of: likewise those of an encoder that can be packed too; None: it cannot.
       packed: deal the rows of a batch to `unit` packed rows, see `packing`. accumulation:
         micro-batches that these are cut into.
 
@@ -95,8 +96,9 @@ def train_batches(
       transcripts, "transcript", int32 [B, widths of the bucket] with their lengths. With
       features="step", "audio": float32 [B, N] and "audio_length": int32 [B] stand in for mel and
       mel_length; with `kept`, "encoded" [B, positions(F), E] in its dtype stands in for mel. With
-      `packed` also "segments", int32 [packed rows, slots], see `packing.segments`. A row whose
-      audio turned out unusable is a filler: index -1, token_length 0, silence.
+      `packed` also "segments", int32 [packed rows, slots], see `packing.segments`, and for the
+      encoder "encoder_segments". A row whose audio turned out unusable is a filler: index -1,
+      token_length 0, silence.
 
     Raises:
       ValueError: no usable utterance, a batch size that the hosts cannot share, or unusable
@@ -130,11 +132,16 @@ def train_batches(
         return plan.in_order(rng.permutation(len(plan.bucket_S)))
 
     def positions_in(plan: Plan) -> np.ndarray:
-        masked = data_config.window_masked
-        return llm_positions(corpus, plan.rows, plan.speed, positions_of, masked)
+        """int [K, draws], for `packing`."""
+        heard = corpus._replace(window=0) if data_config.window_masked else corpus
+        frames_N = frames_of(heard, plan.rows, plan.speed)
+        own = 0 if corpus.prompt_N2 is None else corpus.prompt_N2[plan.rows].sum(axis=1)
+        in_llm_N = positions_of(frames_N) + own + corpus.token_length[plan.rows]
+        further = [encoder_positions_of(frames_N)] if encoder_positions_of else []
+        return np.stack([in_llm_N, *further])
 
     plans, first_steps = {}, {0: 0}  # plans of the epoch in use and of the next, read ahead
-    first_slots = {}  # of packed rows, by bucket
+    first_slots = {}  # of packed rows [K], by bucket
     # Epochs are as long as one another where nothing that is drawn changes a length.
     is_regular = not batch_seconds or (len(speeds) == 1 and len(groups) == 1)
 
@@ -159,18 +166,20 @@ def train_batches(
         return plan_of(epoch), step - first_step(epoch)
 
     if packed:
-        bucket_S, slots_S = plan_of(0).bucket_S.tolist(), plan_of(0).slots_S.tolist()
-        first_slots = dict(zip(bucket_S, slots_S, strict=True))
+        bucket_S, slots_SK = plan_of(0).bucket_S.tolist(), plan_of(0).slots_SK.tolist()
+        first_slots = dict(zip(bucket_S, slots_SK, strict=True))
     if host_index == 0:
         print_plan(corpus, buckets, plan_of(0), [(g.name, rows_N[g.rows]) for g in groups])
         if positions_of:
             frames_b, tokens_b = np.array(buckets).T
-            full_b = positions_of(frames_b) + widths[:, :2].sum(axis=1) + tokens_b
-            plan, length_N = plan_of(0), positions_in(plan_of(0))
+            full_Kb = [positions_of(frames_b) + widths[:, :2].sum(axis=1) + tokens_b]
+            full_Kb += [encoder_positions_of(frames_b)] if encoder_positions_of else []
+            plan, length_KN = plan_of(0), positions_in(plan_of(0))
             if not packed:
                 some = plan.in_order(np.arange(min(len(plan.bucket_S), NUM_PACKED)))
-                plan = packing.pack(some, length_N, unit, accumulation)
-            print(f"data: {packing.describe(plan, length_N, full_b, unit, packed)}")
+                plan = packing.pack(some, length_KN, unit, accumulation)
+            said = packing.describe(plan, length_KN, np.stack(full_Kb), unit, packed)
+            print(f"data: {said}")
 
     if kept:
         read = lambda row, speed, rng: _Example(kept.read(row), kept.frames_N[row])
@@ -193,8 +202,11 @@ def train_batches(
         rngs = (rng_of(PROMPT, seed, step, i) for i in range(mine.start, mine.stop))
         made |= own_parts(corpus, share.rows, widths[b], prompter, rngs, packed)
         if packed:
-            length_B, slots = _llm_length(made, positions_of), share.slots_S[0]
-            made["segments"] = packing.segments(length_B, unit // host_count, slots, accumulation)
+            names = "segments", "encoder_segments"
+            lengths = _lengths(made, positions_of, encoder_positions_of)
+            for name, length_B, slots in zip(names, lengths, share.slots_SK[0], strict=False):
+                rows = unit // host_count
+                made[name] = packing.segments(length_B, rows, slots, accumulation)
         return made
 
     # What is kept is read from a mapped file: workers would only copy it.
@@ -399,15 +411,17 @@ def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config, frontend, k
     return batch
 
 
-def _llm_length(batch: Batch, positions_of) -> np.ndarray:
-    """int [B], positions that the rows of a batch take in the LLM, fillers none."""
+def _lengths(batch: Batch, positions_of, encoder_positions_of) -> list[np.ndarray]:
+    """int [B] each, positions that the rows of a batch take in the LLM and, if that is packed too,
+    in the encoder; fillers none."""
     if "audio_length" in batch:
         frames_B = features.num_frames(batch["audio_length"])
     else:
         frames_B = batch["mel_length"]
     own = sum(batch.get(f"{name}_length", 0) for name in ("prefix", "suffix"))
-    length_B = positions_of(frames_B) + own + batch["token_length"]
-    return np.where(batch["index"] >= 0, length_B, 0)
+    lengths = [positions_of(frames_B) + own + batch["token_length"]]
+    lengths += [encoder_positions_of(frames_B)] if encoder_positions_of else []
+    return [np.where(batch["index"] >= 0, length_B, 0) for length_B in lengths]
 
 
 def _iterate(batch: Callable[[int], Batch], start: int, stop: int, num_workers: int):

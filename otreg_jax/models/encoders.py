@@ -7,6 +7,9 @@ positions come of frames (`output_length`), and has the fields `dtype`, `remat`,
 `num_heads` and `mlp_dim`, as they are described in `speech_encoder`.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,6 +37,14 @@ def make(config: EncoderConfig, mesh: Mesh | None = None) -> nn.Module:
 def output_length(config: EncoderConfig, frames):
     """Positions that `frames` frames become; an int or an array of them."""
     return _KINDS[type(config)][1](config, frames)
+
+
+def packed_length(config: EncoderConfig) -> Callable | None:
+    """A function of frames, an int or an array: the positions that they become in the layers of an
+    encoder whose call takes "segments", see `packing`; None: this one does not."""
+    if isinstance(config, SpeechEncoderConfig):
+        return functools.partial(speech_encoder.inner_length, config)
+    return None
 
 
 def frontend(config: EncoderConfig) -> features.Frontend:

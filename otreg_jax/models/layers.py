@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from otreg_jax import sharding
+from otreg_jax import packing, sharding
 from otreg_jax.models.attention import attention, length_mask
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -107,7 +107,8 @@ def layer_norm(name: str, x: jax.Array, dtype: str) -> jax.Array:
 class EncoderAttention(nn.Module):
     """Multi-head attention of x over `memory` (x itself when None); Whisper has no bias on k.
 
-    length_B: valid positions of the memory. bias_BHLS: as in `attention`.
+    length_B: valid positions of the memory. bias_BHLS: as in `attention`. packed: how the rows of x
+    are packed, None: they are not.
     """
 
     num_heads: int
@@ -123,6 +124,7 @@ class EncoderAttention(nn.Module):
         length_B: jax.Array,
         memory_BSE: jax.Array | None = None,
         bias_BHLS: jax.Array | None = None,
+        packed: packing.Packed | None = None,
     ) -> jax.Array:
         memory_BSE = x_BLE if memory_BSE is None else memory_BSE
         width = x_BLE.shape[-1]
@@ -135,16 +137,15 @@ class EncoderAttention(nn.Module):
         k = heads("k", memory_BSE, self.key_bias)
         v = heads("v", memory_BSE, True)
         scale = q.shape[-1] ** -0.5
-        y = attention(
-            q,
-            k,
-            v,
+        attend = functools.partial(
+            attention,
             scale=scale,
             length_B=length_B,
             bias_BHLS=bias_BHLS,
             kernel=self.attention,
             mesh=self.mesh,
         )
+        y = packing.apart(attend, packed)(q, k, v)
         return Dense(width, True, dtype=self.dtype, name="o")(y.reshape(x_BLE.shape))
 
 
@@ -164,7 +165,8 @@ class EncoderMLP(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm Transformer encoder block (Whisper's, arXiv 2212.04356)."""
+    """Pre-norm Transformer encoder block (Whisper's, arXiv 2212.04356). packed: as in
+    `EncoderAttention`."""
 
     num_heads: int
     mlp_dim: int
@@ -174,14 +176,16 @@ class EncoderBlock(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x_BSE: jax.Array, length_B: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x_BSE: jax.Array, length_B: jax.Array, packed: packing.Packed | None = None
+    ) -> tuple[jax.Array, None]:
         norm = functools.partial(layer_norm, dtype=self.dtype)
         attend = EncoderAttention(
             self.num_heads, self.dtype, self.attention, self.mesh, name="attn"
         )
         mlp = EncoderMLP(self.mlp_dim, self.activation, self.dtype, name="mlp")
         spread = functools.partial(sharding.over_batch, mesh=self.mesh)
-        x_BSE = spread(x_BSE + attend(norm("attn_norm", x_BSE), length_B))
+        x_BSE = spread(x_BSE + attend(norm("attn_norm", x_BSE), length_B, packed=packed))
         return spread(x_BSE + mlp(norm("mlp_norm", x_BSE))), None
 
 

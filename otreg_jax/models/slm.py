@@ -72,10 +72,12 @@ class Outputs(NamedTuple):
 
 
 def speech_embeddings(
-    slm: SLM, params, mel_BFM: jax.Array, mel_length_B: jax.Array, rngs=None
+    slm: SLM, params, mel_BFM: jax.Array, mel_length_B: jax.Array, rngs=None, segments_RW=None
 ) -> tuple[jax.Array, jax.Array]:
-    """The encoder's frames -> adapter outputs [B, S, D] and their lengths [B]."""
-    encoded_BSE, length_B = slm.encoder.apply({"params": params["encoder"]}, mel_BFM, mel_length_B)
+    """The encoder's frames -> adapter outputs [B, S, D] and their lengths [B]. segments_RW: the
+    encoder's, see `packing`; None: its rows are not packed."""
+    inputs = [mel_BFM, mel_length_B] + ([] if segments_RW is None else [segments_RW])
+    encoded_BSE, length_B = slm.encoder.apply({"params": params["encoder"]}, *inputs)
     return adapt(slm, params, encoded_BSE, length_B, rngs)
 
 
@@ -189,7 +191,8 @@ def forward(
     Args:
       batch: {"mel" [B, F, M], "mel_length" [B], "tokens" [B, T], "token_length" [B]}, and what
         `prompt_of` and `transcript_of` look for; the encoder's kept outputs "encoded" [B, S, E] may
-        stand in for "mel". With "segments" [R, W] (see `packing`) the LLM runs on packed rows.
+        stand in for "mel". With "segments" [R, W] (see `packing`) the LLM runs on packed rows, with
+        "encoder_segments" the encoder.
       layer: where OTReg compares speech and text; see `Outputs`.
       rngs: {"dropout": key} in training with dropout.
       predict: whether the transcript's hidden states are wanted. Without them no more of the LLM
@@ -200,8 +203,8 @@ def forward(
         positions_B = encoders.output_length(slm.encoder.config, batch["mel_length"])
         adapted_BSD, speech_length_B = adapt(slm, params, batch["encoded"], positions_B, rngs)
     else:
-        mel = batch["mel"], batch["mel_length"]
-        adapted_BSD, speech_length_B = speech_embeddings(slm, params, *mel, rngs)
+        mel, segments = (batch["mel"], batch["mel_length"]), batch.get("encoder_segments")
+        adapted_BSD, speech_length_B = speech_embeddings(slm, params, *mel, rngs, segments)
     layers = sorted({layer, *further_layers})
     text = {k: text_embeddings(slm, params, transcript_of(batch)[0], k) for k in layers}
     speech, taps, hidden_BTD = {0: adapted_BSD}, tuple(k for k in layers if k), None

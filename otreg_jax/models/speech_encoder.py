@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from otreg_jax import sharding
+from otreg_jax import packing, sharding
 from otreg_jax.models import layers
 
 
@@ -47,10 +47,11 @@ class SpeechEncoderConfig:
 
 def output_length(config: SpeechEncoderConfig, frames):
     """Positions that `frames` mel frames become; an int or an array of them."""
-    return _unpooled_length(config, frames) // config.pool
+    return inner_length(config, frames) // config.pool
 
 
-def _unpooled_length(config: SpeechEncoderConfig, frames):
+def inner_length(config: SpeechEncoderConfig, frames):
+    """Likewise the positions that the layers see."""
     for stride in config.strides:
         frames = -(-frames // stride)
     return frames
@@ -75,14 +76,19 @@ class SpeechEncoder(nn.Module):
     mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, mel_BFM: jax.Array, mel_length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self,
+        mel_BFM: jax.Array,
+        mel_length_B: jax.Array,
+        segments_RW: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """float [B, F, M] and int32 [B] to features [B, S, E] and int32 [B].
 
-        The features come in `config.dtype`, zero in padding. Raises ValueError when F frames
-        exceed the position table.
+        The features come in `config.dtype`, zero in padding. With `segments_RW`, see `packing`, the
+        layers run on packed rows. Raises ValueError when F frames exceed the position table.
         """
         c = self.config
-        size = _unpooled_length(c, mel_BFM.shape[1])
+        size = inner_length(c, mel_BFM.shape[1])
         if size > c.max_positions:
             raise ValueError(
                 f"speech encoder: {mel_BFM.shape[1]} mel frames give {size} positions, the model "
@@ -102,11 +108,16 @@ class SpeechEncoder(nn.Module):
             name="positions",
         )
         x_BSE = x + positions(jnp.arange(size)[None])
-        blocks = layers.scanned(layers.EncoderBlock, c.num_layers, (nn.broadcast,), c.remat)
+        packed = None
+        if segments_RW is not None:
+            packed = packing.packed(segments_RW, *x_BSE.shape[:2])
+        axes = (nn.broadcast, nn.broadcast)
+        blocks = layers.scanned(layers.EncoderBlock, c.num_layers, axes, c.remat)
         block = blocks(
             c.num_heads, c.mlp_dim, c.activation, c.dtype, c.attention, self.mesh, name="layers"
         )
-        x_BSE, _ = block(x_BSE, length_B)
+        x_RWE, _ = block(packing.pack_rows(x_BSE, packed), length_B, packed)
+        x_BSE = packing.unpack_rows(x_RWE, packed)
         if c.pool > 1:
             x_BSE = nn.avg_pool(x_BSE, (c.pool,), (c.pool,))
             length_B = length_B // c.pool
