@@ -218,7 +218,7 @@ def measure_durations(utterances, batch_size: int = 16) -> dict:
                     "padding_positions": round(
                         float(1 - used.sum() / (positions * plan.size_S).sum()), 4
                     ),
-                    "padding_packed": round(float(1 - used.sum() / packed.slots_S.sum()), 4),
+                    "padding_packed": round(float(1 - used.sum() / packed.slots_SK.sum()), 4),
                     "steps": len(held),
                     "audio_seconds_a_step": round(
                         frames.sum() / features.FRAME_RATE / len(held), 1

@@ -12,8 +12,10 @@ cross-entropy, AdamW, as many utterances a step, float32 on a CPU and bfloat16 o
 length and padded to their longest (the encoder too, whose positions are cut; it would insist on
 30 s), loaded by worker processes, with and without torch.compile of encoder and LLM (dynamic
 shapes). Each is a process of its own: its whole time, imports included, the time after its first
-step, and its peak memory are measured, --repeats times in turn. Prints a table and writes
-benchmarks/results/epoch.json. Needs the `bench` extra.
+step, and its peak memory are measured, --repeats times in turn. Each way begins with an empty cache
+of compiled programs; "ours, compiled before" is a second run that finds it filled. Then the parts
+of a step are timed: the peer's in its epoch, ours one after the other on the first batches of the
+run. Prints two tables and writes benchmarks/results/epoch.json. Needs the `bench` extra.
 """
 
 import json
@@ -42,8 +44,12 @@ _COMPILE = flags.DEFINE_bool("compile", True, "Also the peer under torch.compile
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Epochs of each.")
 _OUT = flags.DEFINE_string("out", "benchmarks/results/epoch.json", "File of the results.")
 _PEER = flags.DEFINE_string("peer", "", "Be the peer, as this JSON says.")
+_PARTS_OF = flags.DEFINE_string("parts_of", "", "Time the parts of the steps of this run of ours.")
 
 STACK, HIDDEN, RANK, LEARNING_RATE = 4, 1024, 16, 5e-4
+BUCKETS = 4  # of ours: with packing, more of them cost more to compile than they save
+TIMED = 8  # batches whose parts are timed
+PARTS = "encoder and projector", "LLM, forward", "backward and update"
 MEGABATCH = 50  # batches that are sorted by length among themselves
 WORDS = "we met to read what the others wrote about rain and slow trains".split()
 
@@ -102,6 +108,13 @@ def be_the_peer(job: dict) -> None:
             x = out[0] if isinstance(out, tuple) else out
         return encoder.layer_norm(x)
 
+    laps = []  # of each step: when it began, and when each of PARTS was done
+
+    def lap(part):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        laps[-1].append(time.perf_counter())
+
     if job["compile"]:
         encode = torch.compile(encode, dynamic=True)
         llm.forward = torch.compile(llm.forward, dynamic=True)
@@ -111,6 +124,7 @@ def be_the_peer(job: dict) -> None:
             encoded = encode(mel.to(device, dtype))
         B, S, E = encoded.shape
         speech = projector(encoded.reshape(B, S // STACK, STACK * E).float()).to(dtype)
+        lap(0)
         embed = llm.get_input_embeddings()
         ids = [x.to(device) for x in ids]
         rows = [
@@ -142,18 +156,61 @@ def be_the_peer(job: dict) -> None:
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     first, losses = None, []
     for batch in loader:
+        laps.append([time.perf_counter()])
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(*batch)
+        lap(1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        lap(2)
         losses.append(loss.detach())
         if first is None:
-            first = (float(loss), time.time())
+            first = (float(loss.detach()), time.time())
     last = (float(torch.stack(losses)[-1]), time.time())
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
     said = {"losses": [first[0], last[0]], "first": first[1], "last": last[1], "device": memory}
-    print(json.dumps(said))
+    parts = np.diff(laps[1:], axis=1).sum(axis=0) / (len(utterances) - batch_size)
+    print(json.dumps(said | {"parts": dict(zip(PARTS, parts.tolist(), strict=True))}))
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+def time_our_parts(folder: str) -> None:
+    """Prints the seconds an utterance of each of PARTS, as differences of programs that do more
+    and more, each run once before."""
+    import jax
+
+    from otreg_jax import build, losses, optim, rundir, sharding, train
+    from otreg_jax.models import slm as slm_lib
+
+    run, files = build.load_run(folder), rundir.of(folder)
+    data = train.load_data(run.config, files)
+    trained, frozen = build.split(run.params, run.config)
+    batches = train.train_batches(run.config, data, files, (0, 1), 0, None, run.slm, frozen)
+    schedules = losses.make_schedules(run.config)
+
+    def loss_of(trained, frozen, batch):
+        params = optim.merge(trained, frozen)
+        return losses.loss_fn(run.slm, params, batch, 0, config=run.config, schedules=schedules)[0]
+
+    def heard(trained, frozen, batch):
+        mel, segments = (batch["mel"], batch["mel_length"]), batch.get("encoder_segments")
+        params = optim.merge(trained, frozen)
+        return slm_lib.speech_embeddings(run.slm, params, *mel, None, segments)[0]
+
+    seconds, count = np.zeros(3), 0
+    for batch, _ in zip(batches, range(TIMED), strict=False):
+        count += len(batch["index"])
+        placed = sharding.to_global(batch, run.mesh)
+        for i, fn in enumerate(map(jax.jit, (heard, loss_of, jax.grad(loss_of)))):
+            jax.block_until_ready(fn(trained, frozen, placed))
+            began = time.perf_counter()
+            jax.block_until_ready(fn(trained, frozen, placed))
+            seconds[i] += time.perf_counter() - began
+    parts = np.diff(seconds, prepend=0) / count
+    print(json.dumps(dict(zip(PARTS, parts.tolist(), strict=True))))
 
 
 # ---- both ----------------------------------------------------------------------------------------
@@ -203,6 +260,7 @@ def run_ours(job: dict, count: int, folder: Path) -> dict:
         "log_every": 1,
         "encoder.keep": False,
         "packing": True,
+        "data.num_buckets": BUCKETS,
         "compute_dtype": job["dtype"],
         "prompt": "{speech}",
         "optim.warmup_steps": 0,
@@ -211,7 +269,7 @@ def run_ours(job: dict, count: int, folder: Path) -> dict:
     command = [sys.executable, "-m", "otreg_jax.train", "--config=configs/laptop.py:ce"]
     command += [f"--workdir={folder}"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
-    _, began, ended, peak = run(command)
+    _, began, ended, peak = run(command, JAX_COMPILATION_CACHE_DIR=str(folder.parent / "compiled"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [lines[0]["ce"], lines[-1]["ce"]]
     return result(count, began, lines[0]["time"], lines[-1]["time"], ended, peak, losses)
@@ -219,10 +277,13 @@ def run_ours(job: dict, count: int, folder: Path) -> dict:
 
 def run_peer(job: dict, count: int, is_compiled: bool) -> dict:
     said = json.dumps(job | {"compile": is_compiled})
-    text, began, ended, peak = run([sys.executable, "-m", "benchmarks.epoch", f"--peer={said}"])
+    command = [sys.executable, "-m", "benchmarks.epoch", f"--peer={said}"]
+    with tempfile.TemporaryDirectory() as cache:
+        text, began, ended, peak = run(command, TORCHINDUCTOR_CACHE_DIR=cache)
     found = json.loads(text.splitlines()[-1])
     steps = found["first"], found["last"]
-    return result(count, began, *steps, ended, peak, found["losses"]) | {"device": found["device"]}
+    more = {key: found[key] for key in ("device", "parts")}
+    return result(count, began, *steps, ended, peak, found["losses"]) | more
 
 
 def make_up(folder: Path, count: int) -> dict:
@@ -253,6 +314,8 @@ def main(argv):
     del argv
     if _PEER.value:
         return be_the_peer(json.loads(_PEER.value))
+    if _PARTS_OF.value:
+        return time_our_parts(_PARTS_OF.value)
     machine = describe_machine("flax", "torch", "transformers", "peft")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -265,7 +328,11 @@ def main(argv):
         mels = json.loads((Path(job["encoder"]) / "config.json").read_text())["num_mel_bins"]
         job |= {"max_utterances": _MAX_UTTERANCES.value, "batch_size": _BATCH_SIZE.value}
         job |= {"num_mels": mels, "dtype": "float32" if machine["device"] == "cpu" else "bfloat16"}
-        ways = {"ours": lambda i: run_ours(job, count, folder / f"run{i}")}
+        # Of each repetition with programs of its own.
+        ways = {
+            "ours": lambda i: run_ours(job, count, folder / f"{i}" / "first"),
+            "ours, compiled before": lambda i: run_ours(job, count, folder / f"{i}" / "second"),
+        }
         ways["torch"] = lambda _: run_peer(job, count, False)
         if _COMPILE.value:
             ways["torch.compile"] = lambda _: run_peer(job, count, True)
@@ -273,17 +340,24 @@ def main(argv):
         for i in range(_REPEATS.value):
             for name, way in ways.items():
                 runs[name].append(way(i))
+                print(name, runs[name][-1], file=sys.stderr)
+        command = [sys.executable, "-m", "benchmarks.epoch", f"--parts_of={folder}/0/second"]
+        runs["ours"][0]["parts"] = json.loads(run(command)[0].splitlines()[-1])
     print(
-        f"{count} utterances\n{'':14}{'s':>8}{'1st step s':>12}{'utt/s':>8}{'after':>8}{'MiB':>8}"
+        f"{count} utterances\n{'':22}{'s':>8}{'1st step s':>12}{'utt/s':>8}{'after':>8}{'MiB':>8}"
     )
     for name, found in runs.items():
         middle = lambda key, found=found: statistics.median(run[key] or 0 for run in found)
         print(
-            f"{name:14}{middle('seconds'):8.1f}{middle('to_the_first_step'):12.1f}"
+            f"{name:22}{middle('seconds'):8.1f}{middle('to_the_first_step'):12.1f}"
             f"{middle('utterances_per_sec'):8.2f}{middle('after_the_first_step'):8.2f}"
             f"{middle('peak_mib'):8.0f}   ours is faster by "
             f"{middle('seconds') / statistics.median(r['seconds'] for r in runs['ours']):.2f}"
         )
+    print(f"{'ms an utterance':22}" + "".join(f"{part:>24}" for part in PARTS))
+    for name, found in runs.items():
+        if parts := found[0].get("parts"):
+            print(f"{name:22}" + "".join(f"{1e3 * parts[part]:24.1f}" for part in PARTS))
     settings = {"batch_size": _BATCH_SIZE.value, "utterances": count}
     settings |= {"encoder": _ENCODER.value, "llm": _LLM.value, "made_up": bool(_MADE_UP.value)}
     Path(_OUT.value).write_text(json.dumps({**machine, **settings, "runs": runs}, indent=2) + "\n")
