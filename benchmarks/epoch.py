@@ -46,7 +46,7 @@ _OUT = flags.DEFINE_string("out", "benchmarks/results/epoch.json", "File of the 
 _PEER = flags.DEFINE_string("peer", "", "Be the peer, as this JSON says.")
 _PARTS_OF = flags.DEFINE_string("parts_of", "", "Time the parts of the steps of this run of ours.")
 
-STACK, HIDDEN, RANK, LEARNING_RATE = 4, 1024, 16, 5e-4
+STACK, HIDDEN, RANK, LEARNING_RATE = 4, 1024, 16, 1e-4
 BUCKETS = 4  # of ours: with packing, more of them cost more to compile than they save
 TIMED = 8  # batches whose parts are timed
 PARTS = "encoder and projector", "LLM, forward", "backward and update"
@@ -264,6 +264,7 @@ def run_ours(job: dict, count: int, folder: Path) -> dict:
         "compute_dtype": job["dtype"],
         "prompt": "{speech}",
         "optim.warmup_steps": 0,
+        "optim.learning_rate": LEARNING_RATE,
         "adapter.norm": "none",
     }
     command = [sys.executable, "-m", "otreg_jax.train", "--config=configs/laptop.py:ce"]
@@ -359,7 +360,8 @@ def main(argv):
         if parts := found[0].get("parts"):
             print(f"{name:22}" + "".join(f"{1e3 * parts[part]:24.1f}" for part in PARTS))
     settings = {"batch_size": _BATCH_SIZE.value, "utterances": count}
-    settings |= {"encoder": _ENCODER.value, "llm": _LLM.value, "made_up": bool(_MADE_UP.value)}
+    names = {"encoder": Path(_ENCODER.value).name, "llm": Path(_LLM.value).name}
+    settings |= names | {"made_up": bool(_MADE_UP.value)}
     Path(_OUT.value).write_text(json.dumps({**machine, **settings, "runs": runs}, indent=2) + "\n")
     return None
 

@@ -37,7 +37,7 @@ def versions(named: dict) -> str:
 
 
 def machine(result: dict) -> str:
-    clock = "CPU time" if result["clock"] == "cpu" else "wall clock"
+    clock = "CPU time" if result.get("clock") == "cpu" else "wall clock"
     load = f"load average {result['load_average']:.1f}"
     host = f"{result['cores']} {result['processor']} core(s)"
     return f"{host} ({result['device']}), {clock}, {load}"
@@ -112,6 +112,30 @@ def peer_step() -> str:
         f"rounds; {versions(result['versions'])}. First loss: ours {first['ours']:.5f}, torch's "
         f"{first['torch']:.5f}.\n\n"
         + markdown(["", "ms a step", "utterances/s", "ours is faster by"], rows)
+    )
+
+
+def epoch() -> str:
+    result, rows = read("epoch"), []
+    middle = lambda runs, key: statistics.median(run[key] for run in runs)
+    ours = middle(result["runs"]["ours"], "seconds")
+    for name, runs in result["runs"].items():
+        figures = [f"{middle(runs, key):.0f}" for key in ("seconds", "to_the_first_step")]
+        rates = ("utterances_per_sec", "after_the_first_step")
+        figures += [f"{middle(runs, key):.2f}" for key in rates]
+        memory = f"{middle(runs, 'peak_mib') / 1024:.1f}"
+        rows.append([name, *figures, memory, f"{middle(runs, 'seconds') / ours:.2f}"])
+    header = ["", "s", "s to the first step", "utterances/s", "the same after it", "GiB"]
+    parts = {name: runs[0]["parts"] for name, runs in result["runs"].items() if "parts" in runs[0]}
+    spent = [
+        [name, *(f"{1e3 * x:.0f}" for x in of_part.values())] for name, of_part in parts.items()
+    ]
+    return (
+        f"{result['utterances']} utterances, {result['batch_size']} a step, {result['encoder']} "
+        f"and {result['llm']}; {machine(result)}; {versions(result['versions'])}.\n\n"
+        + markdown([*header, "ours is faster by"], rows)
+        + "\n\n"
+        + markdown(["ms an utterance", *next(iter(parts.values()))], spent)
     )
 
 
@@ -367,6 +391,7 @@ TABLES = {
     "sinkhorn": sinkhorn,
     "step": step,
     "peer_step": peer_step,
+    "epoch": epoch,
     "decode": decode,
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
