@@ -197,7 +197,9 @@ def difference_table(arms) -> str:
 
 def cell_of(difference) -> str:
     """Of one seed too with its interval, which is then over utterances alone."""
-    if difference is None or difference.seeds > 1:
+    if difference is None:
+        return "–"
+    if difference.seeds > 1:
         return cell(difference)
     return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}] 1 seed"
 
@@ -255,21 +257,22 @@ def rank_correlation(x, y) -> float:
 
 
 def figure(worlds: dict[str, dict], path: Path) -> None:
-    """A panel a world: the course of the errors against minutes, a line a run."""
+    """A panel a world: the course of the errors against minutes, a line a run, a colour an arm."""
+    names, shown = list(dict.fromkeys(arm for arms in worlds.values() for arm in arms)), {}
     fig = Figure(figsize=(5 * len(worlds), 4), layout="constrained")
     for ax, (world, arms) in zip(
         fig.subplots(1, len(worlds), squeeze=False)[0], worlds.items(), strict=True
     ):
-        for i, (arm, seeds) in enumerate(arms.items()):
-            for k, line in enumerate(seeds.values()):
+        for arm, seeds in arms.items():
+            i = names.index(arm)
+            for line in seeds.values():
                 course = [(p["minutes"], 100 * min(watched(line, p), 1.5)) for p in line["course"]]
-                label = None if k else arm
                 style = "-o" if i < 10 else "--s"
-                ax.plot(*zip(*course, strict=True), style, color=f"C{i % 10}", label=label, ms=3)
+                (shown[arm],) = ax.plot(*zip(*course, strict=True), style, color=f"C{i % 10}", ms=3)
         ax.set(title=f"trained on {world}", xlabel="minutes, compilation left out", ylim=(0, 150))
         ax.grid(alpha=0.3)
     fig.axes[0].set_ylabel("WER (%) on dev sets not trained on")
-    fig.axes[-1].legend(fontsize="x-small")
+    fig.axes[-1].legend([shown[arm] for arm in names], names, fontsize="x-small")
     fig.savefig(path, dpi=90)
 
 
