@@ -47,7 +47,7 @@ _PEER = flags.DEFINE_string("peer", "", "Be the peer, as this JSON says.")
 _PARTS_OF = flags.DEFINE_string("parts_of", "", "Time the parts of the steps of this run of ours.")
 
 STACK, HIDDEN, RANK, LEARNING_RATE = 4, 1024, 16, 1e-4
-BUCKETS = 4  # of ours: with packing, more of them cost more to compile than they save
+BUCKETS = 4  # of ours: with packing few are enough, and each is compiled
 TIMED = 8  # batches whose parts are timed
 PARTS = "encoder and projector", "LLM, forward", "backward and update"
 MEGABATCH = 50  # batches that are sorted by length among themselves
@@ -110,7 +110,7 @@ def be_the_peer(job: dict) -> None:
 
     laps = []  # of each step: when it began, and when each of PARTS was done
 
-    def lap(part):
+    def lap():
         if device == "cuda":
             torch.cuda.synchronize()
         laps[-1].append(time.perf_counter())
@@ -124,7 +124,7 @@ def be_the_peer(job: dict) -> None:
             encoded = encode(mel.to(device, dtype))
         B, S, E = encoded.shape
         speech = projector(encoded.reshape(B, S // STACK, STACK * E).float()).to(dtype)
-        lap(0)
+        lap()
         embed = llm.get_input_embeddings()
         ids = [x.to(device) for x in ids]
         rows = [
@@ -159,18 +159,20 @@ def be_the_peer(job: dict) -> None:
         laps.append([time.perf_counter()])
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(*batch)
-        lap(1)
+        lap()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        lap(2)
+        lap()
         losses.append(loss.detach())
         if first is None:
             first = (float(loss.detach()), time.time())
     last = (float(torch.stack(losses)[-1]), time.time())
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else None
     said = {"losses": [first[0], last[0]], "first": first[1], "last": last[1], "device": memory}
-    parts = np.diff(laps[1:], axis=1).sum(axis=0) / (len(utterances) - batch_size)
+    # Without the first batch, which may compile, unless there is no other.
+    timed, count = (laps[1:], len(utterances) - batch_size) if laps[1:] else (laps, len(utterances))
+    parts = np.diff(timed, axis=1).sum(axis=0) / count
     print(json.dumps(said | {"parts": dict(zip(PARTS, parts.tolist(), strict=True))}))
 
 
