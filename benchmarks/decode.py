@@ -198,7 +198,8 @@ def measure_recognizer(device: str) -> dict:
         return generate(theirs, x_BPD, length_B // (2 * STACK) + 1, tokens, **options)
 
     tokens = _TOKENS.value
-    cut = functools.partial(they, encode=lambda mel_BMF: encoder(mel_BMF).last_hidden_state)
+    encode_cut = lambda mel_BMF: encoder(mel_BMF).last_hidden_state
+    cut = functools.partial(they, encode=encode_cut)
     whole = functools.partial(they, encode=as_published(encoder, frames), tokens=tokens)
     more = {"transformers, batched, encoder over 30 s": (len(mel_BFM), lambda: whole(*inputs))}
     we_all, they_all = (functools.partial(way, tokens=tokens) for way in (we, cut))
@@ -208,7 +209,7 @@ def measure_recognizer(device: str) -> dict:
     ways = {
         "otreg_jax, encoder": lambda: encode(params, *inputs).block_until_ready(),
         "otreg_jax, to the first token": lambda: we(*inputs, 1),
-        "transformers, encoder": lambda: heard(mel_BFM, cut.keywords["encode"]).cpu(),
+        "transformers, encoder": lambda: heard(mel_BFM, encode_cut).cpu(),
         "transformers, to the first token": lambda: cut(*inputs, 1, **STATIC),
     }
     return result | {"seconds": {name: timed(way) for name, way in ways.items()}}

@@ -33,7 +33,7 @@ import tqdm
 
 from benchmarks import common, laptop, study, study_real_report
 from benchmarks.study_questions import ROOT, read_results
-from benchmarks.study_real_report import QUESTIONS, RESULTS
+from benchmarks.study_real_report import QUESTIONS, RESULTS, ROUGH
 from otreg_jax import (
     alignment,
     build,
@@ -49,8 +49,6 @@ from otreg_jax.data import audio, manifest, sets, synthetic
 
 # Steps that align in the time of one through the LLM; 19 to 44 were measured on two CPU cores.
 ALIGN_PER_SFT = 20
-# What the test sets "corpus-noise" and "corpus-reverb" are, as `synthetic.worsen` takes it.
-ROUGH = {"noise": {"snr": 10.0}, "reverb": {"reverb": 0.4}}
 LAYER = 0  # where the gap between speech and text of every run is measured
 FADING = {"position_weight": 3.0, "position_weight_final": 0.0}
 # What losses can be named; a stage takes several, joined by "+".

@@ -23,7 +23,9 @@ GAPS = (
     "nearest_cosine",
     "transport_cost",
 )
-ROUGH = ("-noise", "-reverb")  # how the names of `study_real.rough_copies` end
+# What the test sets "corpus-noise" and "corpus-reverb" are, as `synthetic.worsen` takes it.
+ROUGH = {"noise": {"snr": 10.0}, "reverb": {"reverb": 0.4}}
+NOISY = "noise, echoes"  # the kind of shift that these are
 RUNAWAY = 1.2  # errors a word: the output runs away
 ENOUGH = 5  # runs below which no correlation is shown
 
@@ -90,13 +92,13 @@ PAIRS = (
 
 def kinds(line: dict) -> dict[str, tuple[str, ...]]:
     """Its test sets by kind of shift: trained on, not trained on, and either in noise or echoes."""
-    rough = tuple(n for n in line["sets"] if n.endswith(ROUGH))
+    rough = tuple(n for n in line["sets"] if n.rpartition("-")[2] in ROUGH)
     clean = tuple(n for n in line["sets"] if n not in rough)
     # Of a world of all corpora, sets beyond the corpora have no dev set.
     corpora = line["course"][-1]["sets"]
     seen = tuple(n for n in clean if line["world"] == n or line["world"] == "all" and n in corpora)
     found = {"in-domain": seen, "unseen": tuple(n for n in clean if n not in seen)}
-    found["noise, echoes"] = rough
+    found[NOISY] = rough
     return {kind: names for kind, names in found.items() if names}
 
 
@@ -119,7 +121,8 @@ def error_rate(line: dict, names) -> float:
 
 def runaway(line: dict) -> float:
     """Percent of the test utterances, as recorded, whose output has over RUNAWAY errors a word."""
-    pool = pooled(line, [n for n in line["sets"] if not n.endswith(ROUGH)])["sets"]["pool"]
+    clean = [n for kind, names in kinds(line).items() if kind != NOISY for n in names]
+    pool = pooled(line, clean)["sets"]["pool"]
     return 100 * float(np.mean(np.array(pool["errors"]) > RUNAWAY * np.array(pool["lengths"])))
 
 

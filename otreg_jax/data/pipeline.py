@@ -131,14 +131,17 @@ def train_batches(
             plan = packing.pack(plan, positions_in(plan), unit, accumulation, first_slots)
         return plan.in_order(rng.permutation(len(plan.bucket_S)))
 
-    def positions_in(plan: Plan) -> np.ndarray:
-        """int [K, draws], for `packing`."""
-        heard = corpus._replace(window=0) if data_config.window_masked else corpus
-        frames_N = frames_of(heard, plan.rows, plan.speed)
-        own = 0 if corpus.prompt_N2 is None else corpus.prompt_N2[plan.rows].sum(axis=1)
-        in_llm_N = positions_of(frames_N) + own + corpus.token_length[plan.rows]
+    def positions_with(frames_N: np.ndarray, around_N) -> np.ndarray:
+        """int [K, N], for `packing`: positions that so many frames take in the LLM, with what is
+        around them there, and in the encoder if that can be packed too."""
         further = [encoder_positions_of(frames_N)] if encoder_positions_of else []
-        return np.stack([in_llm_N, *further])
+        return np.stack([positions_of(frames_N) + around_N, *further])
+
+    def positions_in(plan: Plan) -> np.ndarray:
+        heard = corpus._replace(window=0) if data_config.window_masked else corpus
+        own = 0 if corpus.prompt_N2 is None else corpus.prompt_N2[plan.rows].sum(axis=1)
+        around_N = own + corpus.token_length[plan.rows]
+        return positions_with(frames_of(heard, plan.rows, plan.speed), around_N)
 
     plans, first_steps = {}, {0: 0}  # plans of the epoch in use and of the next, read ahead
     first_slots = {}  # of packed rows [K], by bucket
@@ -172,14 +175,12 @@ def train_batches(
         print_plan(corpus, buckets, plan_of(0), [(g.name, rows_N[g.rows]) for g in groups])
         if positions_of:
             frames_b, tokens_b = np.array(buckets).T
-            full_Kb = [positions_of(frames_b) + widths[:, :2].sum(axis=1) + tokens_b]
-            full_Kb += [encoder_positions_of(frames_b)] if encoder_positions_of else []
+            full_Kb = positions_with(frames_b, widths[:, :2].sum(axis=1) + tokens_b)
             plan, length_KN = plan_of(0), positions_in(plan_of(0))
             if not packed:
                 some = plan.in_order(np.arange(min(len(plan.bucket_S), NUM_PACKED)))
                 plan = packing.pack(some, length_KN, unit, accumulation)
-            said = packing.describe(plan, length_KN, np.stack(full_Kb), unit, packed)
-            print(f"data: {said}")
+            print(f"data: {packing.describe(plan, length_KN, full_Kb, unit, packed)}")
 
     if kept:
         read = lambda row, speed, rng: _Example(kept.read(row), kept.frames_N[row])
@@ -203,8 +204,8 @@ def train_batches(
         made |= own_parts(corpus, share.rows, widths[b], prompter, rngs, packed)
         if packed:
             names = "segments", "encoder_segments"
-            lengths = _lengths(made, positions_of, encoder_positions_of)
-            for name, length_B, slots in zip(names, lengths, share.slots_SK[0], strict=False):
+            length_KB = np.where(made["index"] >= 0, positions_with(*_in_llm(made)), 0)
+            for name, length_B, slots in zip(names, length_KB, share.slots_SK[0], strict=False):
                 rows = unit // host_count
                 made[name] = packing.segments(length_B, rows, slots, accumulation)
         return made
@@ -411,17 +412,15 @@ def _assemble(corpus: Corpus, rows_B, examples, bucket, data_config, frontend, k
     return batch
 
 
-def _lengths(batch: Batch, positions_of, encoder_positions_of) -> list[np.ndarray]:
-    """int [B] each, positions that the rows of a batch take in the LLM and, if that is packed too,
-    in the encoder; fillers none."""
+def _in_llm(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """int [B] each: the frames of a batch's rows, and the LLM's positions around them that are
+    theirs, prompts and answers."""
     if "audio_length" in batch:
         frames_B = features.num_frames(batch["audio_length"])
     else:
         frames_B = batch["mel_length"]
     own = sum(batch.get(f"{name}_length", 0) for name in ("prefix", "suffix"))
-    lengths = [positions_of(frames_B) + own + batch["token_length"]]
-    lengths += [encoder_positions_of(frames_B)] if encoder_positions_of else []
-    return [np.where(batch["index"] >= 0, length_B, 0) for length_B in lengths]
+    return frames_B, own + batch["token_length"]
 
 
 def _iterate(batch: Callable[[int], Batch], start: int, stop: int, num_workers: int):
