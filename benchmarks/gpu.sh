@@ -74,13 +74,15 @@ if [[ $size == --rehearse ]]; then
     --repeats=1 --nocompile
   part decode 300 benchmarks.decode --size=tiny --batch_size=2 --tokens=4 --alone=1 --repeats=1
   part sinkhorn 300 benchmarks.sinkhorn --size=B2xS24xT6 --repeats=1
+  part epoch 300 benchmarks.epoch "${nano[@]}" --made_up=8 --batch_size=4 --nocompile
 else
   large=(--encoder=whisper-large-v3 --llm=qwen2.5-1.5b)
-  part correct 90 benchmarks.correct
-  part step 150 benchmarks.step --size=1.5b --repeats=7
-  part peer_step 150 benchmarks.peer_step "${large[@]}" --batch_size=16 --seconds=15 --tokens=64 \
+  part correct 80 benchmarks.correct
+  part step 120 benchmarks.step --size=1.5b --repeats=7
+  part peer_step 120 benchmarks.peer_step "${large[@]}" --batch_size=16 --seconds=15 --tokens=64 \
     --repeats=7
   part decode 60 benchmarks.decode --size=500m --repeats=3
   part sinkhorn 60 benchmarks.sinkhorn --size=B16xS375xT64 --size=B16xS1500xT128 --repeats=5
+  part epoch 100 benchmarks.epoch --made_up=256 --batch_size=32 --nocompile
 fi
 exit $failed

@@ -360,6 +360,23 @@ def prompted() -> str:
     )
 
 
+def attention() -> str:
+    result = read("attention")
+    rows = []
+    for size, kernels in result["sizes"].items():
+        for name, found in kernels.items():
+            times, memory = (
+                found[key] / kernels["xla"][key] for key in ("milliseconds", "temporary_mib")
+            )
+            figures = f"{found['milliseconds']:.1f}", f"{found['temporary_mib']:.0f}"
+            rows.append([size, name, *figures, f"{times:.2f}", f"{memory:.2f}"])
+    header = ["", "kernel", "ms", "temporary MiB", "× xla's time", "× xla's memory"]
+    return (
+        f"{result['rows']} utterances, {result['dtype']}; {machine(result)}; "
+        f"{versions(result['versions'])}.\n\n" + markdown(header, rows)
+    )
+
+
 def startup() -> str:
     result = read("data")["startup"]
     names = {"first": "the first start, which makes the index", "from_the_index": "from the index"}
@@ -393,6 +410,7 @@ TABLES = {
     "peer_step": peer_step,
     "epoch": epoch,
     "decode": decode,
+    "attention": attention,
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 

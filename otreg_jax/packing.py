@@ -165,6 +165,12 @@ def packed(segments_RW: jax.Array, batch: int, length: int) -> Packed:
     return Packed(slot_RkL, source_RW, position_RW)
 
 
+def lengths(packed: Packed) -> jax.Array:
+    """Positions of each utterance: int32 [B]."""
+    is_used_RkL = packed.slot_RkL < packed.source_RW.shape[1]
+    return jnp.sum(is_used_RkL, axis=-1, dtype=jnp.int32).ravel()
+
+
 def pack_rows(x_BL: jax.Array, packed: Packed | None) -> jax.Array:
     """[B, L, ...] -> [R, W, ...], zeros where nothing lies; as it is where `packed` is None."""
     if packed is None:

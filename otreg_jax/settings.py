@@ -93,7 +93,7 @@ _ROWS = (
     ("max_bad_steps", 10, SIZE, "non-finite steps in a row before training stops", FREE),
     ("compute_dtype", "float32", one_of("float32", "bfloat16"), "of activations, frozen weights"),
     ("frozen_int8", False, FLAG, "frozen kernels in int8: half the memory of bfloat16"),
-    ("attention", "auto", one_of(*attention.KERNELS), "cudnn: GPU; splash: TPU", FREE),
+    ("attention", "auto", one_of(*attention.KERNELS), "cudnn: GPU; splash: TPU; rows: CPU", FREE),
     (
         "remat",
         "none",

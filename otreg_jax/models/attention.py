@@ -10,8 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 from otreg_jax import sharding
 
-# What computes attention over whole sequences: cudnn is flash attention on GPUs, splash on TPUs.
-KERNELS = ("auto", "xla", "cudnn", "splash")
+# What computes attention over whole sequences: cudnn is flash attention on GPUs, splash on TPUs,
+# rows is that of "xla" on CPUs, an example at a time.
+KERNELS = ("auto", "xla", "cudnn", "splash", "rows")
+PARTS = 4  # of a sequence, in "rows": an example of up to one, two, three parts computes no more
+SHORTEST = 96  # positions below which "rows" gains nothing (two CPU cores)
 
 
 def choose_kernel(
@@ -48,6 +51,10 @@ def choose_kernel(
         ],
         "splash": [
             (device.platform == "tpu", f"needs a TPU, the device is {device}"),
+            (not biased, unbiased),
+        ],
+        "rows": [
+            (device.platform == "cpu", f"is for CPUs, the device is {device}"),
             (not biased, unbiased),
         ],
         "xla": [],
@@ -88,13 +95,19 @@ def attention(
       mask_BLS: true where position l may attend to slot s; "xla" only, and then all there is.
       is_causal: position l attends to l and what is before it.
       window: with is_causal, to the last so many only, its own included.
-      length_B: int32, slots from there on are padding; what padding attends to is undefined.
+      length_B: int32, slots from there on are padding; what padding attends to is undefined. With
+        is_causal nothing else sees them: only "rows" looks at it then.
       softcap: scores become softcap · tanh(scores / softcap) before the mask (Gemma 2, 2408.00118).
       bias_BHLS: added to the scaled scores; "xla" only, without softcap.
       kernel: one of `KERNELS` but "auto"; see `choose_kernel`.
       mesh: what batch and heads are split over; XLA cannot split a Pallas kernel by itself.
     """
     options = dict(scale=scale, is_causal=is_causal, window=window, softcap=softcap)
+    if kernel == "rows" and k_BSKd.shape[1] >= SHORTEST:
+        attend = functools.partial(_row_attention, tuple(options.items()))
+        return _per_shard(attend, mesh, q_BLHd, k_BSKd, v_BSKd, length_B)
+    if is_causal:
+        length_B = None
     if kernel == "splash":
         attend = functools.partial(_splash_attention, **options)
         return _per_shard(attend, mesh, q_BLHd, k_BSKd, v_BSKd, length_B)
@@ -173,6 +186,55 @@ def _splash_attention(q_BLHd, k_BLKd, v_BLKd, length_B, *, scale, is_causal, win
     padded = lambda x: jnp.pad(x, ((0, 0), (0, size - L), (0, 0), (0, 0))).swapaxes(1, 2)
     out_BHLd = jax.vmap(attend)(padded(q_BLHd * scale), padded(k_BLKd), padded(v_BLKd), segments)
     return out_BHLd.swapaxes(1, 2)[:, :L]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_attention(options, q_BLHd, k_BSKd, v_BSKd, length_B):
+    """Attention of one example after another, each cut after the last of PARTS that it reaches
+    into: the scores of one fit the cache, those of a batch do not. The backward pass makes them
+    again, so none are kept. options: the items of those of `attention`."""
+    return _by_row(functools.partial(_attend, options), length_B, q_BLHd, k_BSKd, v_BSKd)
+
+
+def _row_attention_fwd(options, *inputs):
+    return _row_attention(options, *inputs), inputs
+
+
+def _row_attention_bwd(options, inputs, gradient_BLHd):
+    def back(length, gradient, q, k, v):
+        return jax.vjp(functools.partial(_attend, options, length), q, k, v)[1](gradient)
+
+    *qkv, length_B = inputs
+    return *_by_row(back, length_B, gradient_BLHd, *qkv), None
+
+
+_row_attention.defvjp(_row_attention_fwd, _row_attention_bwd)
+
+
+def _attend(options, length, q_LHd, k_SKd, v_SKd):
+    length_B = None if length is None else length[None]
+    return attention(q_LHd[None], k_SKd[None], v_SKd[None], length_B=length_B, **dict(options))[0]
+
+
+def _by_row(fn, length_B, *xs_BLHd):
+    """fn(length, *xs) of each example, cut to parts of the sequences; zeros where it is cut."""
+    L = xs_BLHd[0].shape[1]
+    if length_B is None or any(x.shape[1] != L for x in xs_BLHd):
+        return jax.lax.map(lambda inputs: fn(*inputs), (length_B, *xs_BLHd))
+
+    def of_part(size, length, *xs):
+        found = fn(length, *(x[:size] for x in xs))
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, L - size), (0, 0), (0, 0))), found)
+
+    sizes = sorted({-(-L * part // PARTS) for part in range(1, PARTS + 1)})
+    cut = [functools.partial(of_part, size) for size in sizes]
+
+    def one(inputs):
+        length, *xs = inputs
+        reached = jnp.searchsorted(jnp.array(sizes), length)  # the first that is no shorter
+        return jax.lax.switch(reached, cut, length, *xs)
+
+    return jax.lax.map(one, (length_B, *xs_BLHd))
 
 
 def _per_shard(attend, mesh, q_BLHd, k_BSKd, v_BSKd, length_B):

@@ -211,7 +211,13 @@ class Attention(nn.Module):
         scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
         attend = functools.partial(attention, scale=scale, softcap=c.attn_softcap)
         if mask_BLS is None:
-            causal = functools.partial(attend, is_causal=True, kernel=c.attention, mesh=self.mesh)
+            causal = functools.partial(
+                attend,
+                is_causal=True,
+                length_B=None if packed is None else packing.lengths(packed),
+                kernel=c.attention,
+                mesh=self.mesh,
+            )
             y = packing.apart(functools.partial(_by_kind, c, causal, kind), packed)(q, k, v)
         else:
             k, v = cache["k"][layer], cache["v"][layer]
