@@ -18,9 +18,10 @@ On TPUs, `@` says below what data/ and weights/ are (docs/launch.md is the whole
     bash launch/train_tpu.sh --name libri --zone us-east5-a --type v5litepod-16 \\
         --config configs/librispeech.py:otreg@gs://BUCKET --workdir gs://BUCKET/runs/libri
 
-`baseline` is cross-entropy alone. `runlocal` is the same recipe at a tiny size with random weights
-and synthetic speech: a minute on a CPU to see that everything fits together. The sizes of OTReg's
-weights come from experiments on tiny models; expect to tune them.
+`otreg` aligns the adapter first, then the LLM comes in. `baseline` is cross-entropy alone.
+`runlocal` is `otreg` at a tiny size with random weights and synthetic speech: a minute on a CPU to
+see that everything fits together. The sizes of weights and learning rates come from experiments on
+small models; expect to tune them.
 """
 
 import functools
@@ -60,6 +61,7 @@ def get_config(argument: str = "otreg"):
     c.prompt = "chat:Transcribe: {speech}"
     c.adapter.stack = 4  # 12.5 positions a second
     c.adapter.hidden_dim = 2048
+    c.adapter.norm = "table"
     c.lora.pattern = "llm/layers/attn/(q|k|v|o)/kernel"
     c.lora.rank = 16
     c.freeze = r"^(encoder|llm)/(?!.*/lora_[ab]$)"
@@ -79,8 +81,22 @@ def join(root: str, path: str) -> str:
 
 
 def otreg(c) -> None:
-    """CTC beside the cross-entropy and, after a tenth of the run, a light OTReg: contextual,
-    centred, with a prior that fades. docs/study.md says why."""
+    """The adapter is aligned first, by CTC and OTReg at layer 0, for a twentieth of the steps, none
+    of which runs the LLM. Then CTC stays beside the cross-entropy and, after a tenth of the run, a
+    light OTReg: contextual, centred, with a prior that fades. docs/study.md says why: the first on
+    real parts, the second on tiny ones."""
+    c.stages = {
+        "align": {
+            "start": 0,
+            "ce": {"weight": 0.0},
+            "ctc": {"weight": 1.0},
+            "otreg": {"weight": 1.0, "layer": 0, "start_step": 0, "ramp_steps": 0},
+            "optim": {"learning_rate": 2e-3, "warmup_steps": 100},
+            "train": "^(adapter|ctc)/",
+        },
+        "sft": {"start": c.num_steps // 20},
+    }
+    c.ctc.classes = "used"
     c.ctc.weight = 0.3
     c.otreg.weight = 0.3
     c.otreg.start_step = c.num_steps // 10
@@ -102,6 +118,7 @@ def runlocal(c) -> None:
     c.compute_dtype = "float32"
     c.num_steps, c.batch_size, c.log_every = 20, 8, 5
     c.otreg.start_step, c.otreg.ramp_steps = 5, 5
+    c.stages.align.optim.warmup_steps, c.stages.sft.start = 2, 5
     c.optim.warmup_steps = 5
     c.synthetic.update(
         {

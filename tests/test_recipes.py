@@ -34,6 +34,8 @@ TINY = {
     "log_every": 1,
     "checkpoint_every": 2,
     "optim.warmup_steps": 1,
+    "stages.align.optim.warmup_steps": 1,
+    "stages.sft.start": 1,
     "otreg.start_step": 0,
     "otreg.ramp_steps": 1,
     "adapter.hidden_dim": 16,
