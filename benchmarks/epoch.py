@@ -47,7 +47,7 @@ _PEER = flags.DEFINE_string("peer", "", "Be the peer, as this JSON says.")
 _PARTS_OF = flags.DEFINE_string("parts_of", "", "Time the parts of the steps of this run of ours.")
 
 STACK, HIDDEN, RANK, LEARNING_RATE = 4, 1024, 16, 1e-4
-BUCKETS = 2  # of ours: with packing they are enough, and each is compiled
+BUCKETS = 4  # of ours: with packing few are enough, and each is compiled
 TIMED = 8  # batches whose parts are timed
 PARTS = "encoder and projector", "LLM, forward", "backward and update"
 MEGABATCH = 50  # batches that are sorted by length among themselves

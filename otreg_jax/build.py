@@ -354,8 +354,9 @@ def init_params(slm: SLM, config, loaded: dict | None = None, ctc_classes=None) 
             params, config.lora.pattern, config.lora.rank, lora_key, config.lora.scale
         )
     if stages.is_ever_on(config, "ctc"):
+        ctc_key, c = jax.random.fold_in(key, 3), slm.llm.config
         params["ctc"] = losses.init_ctc(
-            jax.random.fold_in(key, 3), slm.llm.config.embed_dim, config.ctc.scale, ctc_classes
+            ctc_key, c.embed_dim, config.ctc.scale, c.vocab_size, ctc_classes
         )
     return params
 

@@ -252,12 +252,13 @@ def test_ctc_hears_what_its_logits_say(at_a_time, monkeypatch):
     rng = np.random.default_rng(4)
     table_VD, blank_D = rng.normal(size=(24, D)), rng.normal(size=D)
     used = np.array([3, 5, 8, 21])
-    params = {"blank": blank_D, "log_scale": np.log(4.0), "classes": used}
+    params = {"blank": blank_D, "log_scale": np.log(4.0), "classes": used, "blank_bias": 0.3}
     class_BS, heard_BS = jax.jit(lambda *args: losses.ctc_reading(*args))(
         speech_BSD, mask_BS, table_VD, params
     )
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     logits_SV = 4 * unit(speech_BSD[0]) @ unit(np.vstack([table_VD[used], blank_D])).T
+    logits_SV[:, 4] += 0.3
     p_SV = np.exp(logits_SV) / np.exp(logits_SV).sum(axis=1, keepdims=True)
     wanted_S = np.where(p_SV.argmax(axis=1) == 4, -1, p_SV.argmax(axis=1))
     np.testing.assert_array_equal(class_BS[0], wanted_S)

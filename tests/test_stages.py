@@ -153,8 +153,8 @@ def test_ctc_over_all_rows_of_a_real_like_table_hardly_moves_and_over_those_in_u
         assert left_out == 0
         return float(loss)
 
-    everything = best(losses.init_ctc(jax.random.key(0), 64, 10.0))
-    in_use = best(losses.init_ctc(jax.random.key(0), 64, 10.0, used_C))
+    everything = best(losses.init_ctc(jax.random.key(0), 64, 10.0, len(table_VD)))
+    in_use = best(losses.init_ctc(jax.random.key(0), 64, 10.0, len(table_VD), used_C))
     assert everything > 7.5
     assert in_use < 0.5 * everything
 
@@ -165,11 +165,11 @@ def test_ctc_over_classes_in_use_is_ctc_over_a_table_of_them():
     tokens_BT = jnp.array([[5, 30, 30, 3], [8, 21, 5, 7]])  # 7 is no class
     mask_BT = jnp.array([[True] * 4, [True] * 4])
     speech_BSD = jax.random.normal(jax.random.key(0), (2, 9, 8))
-    head = losses.init_ctc(jax.random.key(4), 8, 5.0, used_C)
+    head = losses.init_ctc(jax.random.key(4), 8, 5.0, 40, used_C)
     length_B = jnp.array([9, 9])
     loss, left_out = losses.ctc_loss(speech_BSD, length_B, tokens_BT, mask_BT, table_VD, head)
     assert left_out == 1
-    plain = {name: head[name] for name in ("blank", "log_scale")}
+    plain = {name: head[name] for name in ("blank", "blank_bias", "log_scale")}
     among_used_BT = jnp.array([[1, 4, 4, 0]])
     wanted, _ = losses.ctc_loss(
         speech_BSD[:1], length_B[:1], among_used_BT, mask_BT[:1], table_VD[used_C], plain

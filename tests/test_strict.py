@@ -112,7 +112,7 @@ def test_the_method_promotes_nothing(options, backend, request):
 @pytest.mark.parametrize("at_a_time", [2**21, 12])
 def test_ctc_over_some_classes_promotes_nothing(at_a_time, monkeypatch, strict):
     monkeypatch.setattr(losses.common, "LOGITS_AT_A_TIME", at_a_time)
-    ctc = losses.init_ctc(jax.random.key(0), 8, 10.0, np.array([1, 4, 7]))
+    ctc = losses.init_ctc(jax.random.key(0), 8, 10.0, 10, np.array([1, 4, 7]))
     speech, table = jnp.ones((2, 9, 8), jnp.bfloat16), jnp.ones((10, 8))
     tokens, mask = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool)
     jax.eval_shape(losses.ctc_loss, speech, jnp.array([9, 7]), tokens, mask, table, ctc)

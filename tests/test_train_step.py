@@ -225,6 +225,11 @@ def test_impossible_meshes_say_what_to_do():
         sharding.make_mesh(toy_config(batch_size=12))
 
 
+def ctc_head(rng):
+    blank = jnp.asarray(rng.normal(size=6), jnp.float32)
+    return {"blank": blank, "blank_bias": jnp.float32(0.7), "log_scale": jnp.log(3.0)}
+
+
 def test_cross_entropy_and_ctc_against_the_definition(monkeypatch):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 4, 5)).astype(np.float32)
@@ -245,14 +250,14 @@ def test_cross_entropy_and_ctc_against_the_definition(monkeypatch):
     # CTC of one token in two positions: blank-token, token-blank or token-token.
     speech = rng.normal(size=(2, 2, 6)).astype(np.float32)
     table = rng.normal(size=(5, 6)).astype(np.float32)
-    ctc = {"blank": jnp.asarray(rng.normal(size=6), jnp.float32), "log_scale": jnp.log(3.0)}
+    ctc = ctc_head(rng)
     mask = np.array([[True, False, False], [True, True, True]])
     loss, infeasible = losses.ctc_loss(
         speech, np.array([2, 2]), np.array([[1, 0, 0], [1, 2, 3]]), mask, table, ctc
     )
     classes = np.concatenate([table, np.asarray(ctc["blank"])[None]])
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-    p = np.exp(3 * unit(speech[0]) @ unit(classes).T)
+    p = np.exp(3 * unit(speech[0]) @ unit(classes).T + [0, 0, 0, 0, 0, 0.7])
     p /= p.sum(-1, keepdims=True)
     likelihood = p[0, 5] * p[1, 1] + p[0, 1] * p[1, 5] + p[0, 1] * p[1, 1]
     np.testing.assert_allclose(loss, -np.log(likelihood), rtol=1e-4)
@@ -272,7 +277,7 @@ def test_ctc_a_few_positions_at_a_time_changes_nothing(monkeypatch, table_dtype,
     speech[1, 7:] = np.nan
     speech = jnp.asarray(speech, speech_dtype)
     table = jnp.asarray(rng.normal(size=(10, 6)), table_dtype)
-    ctc = {"blank": jnp.asarray(rng.normal(size=6), jnp.float32), "log_scale": jnp.log(3.0)}
+    ctc = ctc_head(rng)
 
     def value_and_gradient(at_a_time):
         monkeypatch.setattr(losses.common, "LOGITS_AT_A_TIME", at_a_time)
