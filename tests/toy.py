@@ -57,7 +57,7 @@ def toy_slm(
 
     params = init()
     if ctc:
-        params["ctc"] = losses.init_ctc(key, width, 10.0)
+        params["ctc"] = losses.init_ctc(key, width, 10.0, VOCAB)
     return slm, params
 
 

@@ -10,8 +10,8 @@ from otreg_jax.models.layers import length_mask
 
 def init_ctc(key, width: int, scale: float, vocab_size: int, classes_C=None) -> dict:
     """Parameters of the CTC head: a blank vector [D], what its logit has beside the cosine, and the
-    log of the cosine logits' scale; with `classes_C`, sorted token ids that alone are classes, these
-    too (int32: they are not trained).
+    log of the scale of cosine logits; with `classes_C`, sorted token ids that alone are classes,
+    these too (int32: they are not trained).
 
     The blank begins as probable as all tokens together. Were it one class of thousands, nothing
     would pay as much at first as turning all outputs towards it, and what they said of the speech
