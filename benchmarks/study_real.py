@@ -103,7 +103,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "short": Size(align=300, sft=100, batch=8, tested=64, watched=16, every=50),
-    "cpu": Size(align=400, sft=200, batch=8, tested=100, watched=24, every=50),
+    "cpu": Size(align=800, sft=350, batch=8, tested=100, watched=24, every=100),
     "gpu": Size(align=800, sft=400, batch=16, tested=1000, watched=48, every=50),
 }
 

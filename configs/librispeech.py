@@ -81,16 +81,16 @@ def join(root: str, path: str) -> str:
 
 
 def otreg(c) -> None:
-    """The adapter is aligned first, by CTC and OTReg at layer 0, for a twentieth of the steps, none
-    of which runs the LLM. Then CTC stays beside the cross-entropy and, after a tenth of the run, a
-    light OTReg: contextual, centred, with a prior that fades. docs/study.md says why: the first on
-    real parts, the second on tiny ones."""
+    """The adapter is aligned first, by CTC, for a twentieth of the steps, none of which runs the
+    LLM. Then CTC stays beside the cross-entropy and, after a tenth of the run, a light OTReg:
+    contextual, centred, with a prior that fades. docs/study.md says why: the first on real parts,
+    the second on tiny ones."""
     c.stages = {
         "align": {
             "start": 0,
             "ce": {"weight": 0.0},
             "ctc": {"weight": 1.0},
-            "otreg": {"weight": 1.0, "layer": 0, "start_step": 0, "ramp_steps": 0},
+            "otreg": {"weight": 0.0, "start_step": 0, "ramp_steps": 0},
             "optim": {"learning_rate": 2e-3, "warmup_steps": 100},
             "train": "^(adapter|ctc)/",
         },
