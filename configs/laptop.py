@@ -13,7 +13,8 @@ and OTReg at layer 0, which needs none of the LLM's layers; then adapter and LoR
 transcribe. What the encoder says of each recording is computed once and kept.
 
 Arms: `otreg` (both losses align), `ctc` (CTC alone), `position` (CTC and a plan that never looks at
-the embeddings: the control), `ce` (no aligning: cross-entropy from the first step).
+the embeddings: the control), `ce` (no aligning: cross-entropy from the first step). In short runs
+on human speech `ctc` made the fewest errors (docs/study.md).
 
 To train on text that eSpeak NG speaks, alone or beside recordings:
 --config.synthetic.sentences=FILE.
