@@ -104,9 +104,10 @@ def make_peer(frames: int, device: str):
     """(Peer, directory of the encoder, directory of the LLM), weights random."""
     torch.manual_seed(0)
     read = lambda name: json.loads((SHAPES / name / "config.json").read_text())
-    encoder_config = transformers.WhisperConfig(
-        **read(_ENCODER.value) | {"max_source_positions": frames // 2, "decoder_layers": 1}
-    )
+    # Its decoder is not used, but is made: transformers wants its heads to divide the width.
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 1}
+    shape = read(_ENCODER.value) | {"max_source_positions": frames // 2} | decoder
+    encoder_config = transformers.WhisperConfig(**shape)
     encoder = transformers.WhisperModel(encoder_config)
     llm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**read(_LLM.value)))
     folder = Path(tempfile.mkdtemp())
