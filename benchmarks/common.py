@@ -28,6 +28,13 @@ SIZES = {
 }
 
 
+def whisper_shape(name: str, **changes) -> dict:
+    """The configuration of an encoder of SHAPES, for transformers. It makes a decoder too, which is
+    not used: as small as can be, its heads dividing the width."""
+    shape = json.loads((SHAPES / name / "config.json").read_text())
+    return shape | {"decoder_layers": 1, "decoder_attention_heads": 1} | changes
+
+
 def recipe(size: str, otreg: bool, attention: str = "auto", **changes):
     """(config, mel frames, tokens) of a size; `batch` and `seconds` may be changed."""
     if SIZES[size] is None:

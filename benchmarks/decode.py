@@ -27,7 +27,7 @@ import torch
 import transformers
 from absl import app, flags
 
-from benchmarks.common import SHAPES, describe_machine
+from benchmarks.common import SHAPES, describe_machine, whisper_shape
 from otreg_jax import build, decoding, pretrained, sharding
 from otreg_jax import config as config_lib
 from otreg_jax.data import text
@@ -129,9 +129,8 @@ def make_recognizer(device: str):
     """The same random weights as (encoder, projector, LLM) of torch and as (SLM, params)."""
     frames = round(SECONDS * 100) // (2 * STACK) * 2 * STACK
     theirs, llm, llm_params = make_models("recognizer", device)
-    described = json.loads((SHAPES / ENCODER / "config.json").read_text())
-    cut = {"max_source_positions": frames // 2, "decoder_layers": 1, "decoder_attention_heads": 8}
-    whisper = transformers.WhisperModel(transformers.WhisperConfig(**described | cut)).eval()
+    shape = whisper_shape(ENCODER, max_source_positions=frames // 2)
+    whisper = transformers.WhisperModel(transformers.WhisperConfig(**shape)).eval()
     config = config_lib.default()
     config.compute_dtype = "bfloat16" if device == "cuda" else "float32"
     config.adapter.stack, config.adapter.hidden_dim = STACK, HIDDEN

@@ -31,7 +31,7 @@ import numpy as np
 import soundfile
 from absl import app, flags
 
-from benchmarks.common import SHAPES, describe_machine
+from benchmarks.common import SHAPES, describe_machine, whisper_shape
 from otreg_jax.data import audio, manifest, tokenization
 
 _MANIFEST = flags.DEFINE_list("manifest", [], "Corpus.")
@@ -293,9 +293,8 @@ def make_up(folder: Path, count: int) -> dict:
     """Recordings of noise of 1 to 15 s, a tokenizer, and models of random weights."""
     import transformers
 
-    read = lambda name: json.loads((SHAPES / name / "config.json").read_text())
-    shape = {"decoder_layers": 1, "decoder_attention_heads": 1} | read(_ENCODER.value)
-    transformers.WhisperModel(transformers.WhisperConfig(**shape)).save_pretrained(folder / "enc")
+    shape = transformers.WhisperConfig(**whisper_shape(_ENCODER.value))
+    transformers.WhisperModel(shape).save_pretrained(folder / "enc")
     config = transformers.AutoConfig.from_pretrained(SHAPES / _LLM.value)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "llm")
     rng, lines = np.random.default_rng(0), []

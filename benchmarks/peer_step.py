@@ -29,7 +29,7 @@ import torch
 import transformers
 from absl import app, flags
 
-from benchmarks.common import SHAPES, describe_machine, make_batch
+from benchmarks.common import SHAPES, describe_machine, make_batch, whisper_shape
 from otreg_jax import build, command, optim, pretrained, sharding, train_step
 from otreg_jax import config as config_lib
 from otreg_jax.data import text
@@ -104,9 +104,7 @@ def make_peer(frames: int, device: str):
     """(Peer, directory of the encoder, directory of the LLM), weights random."""
     torch.manual_seed(0)
     read = lambda name: json.loads((SHAPES / name / "config.json").read_text())
-    # Its decoder is not used, but is made: transformers wants its heads to divide the width.
-    decoder = {"decoder_layers": 1, "decoder_attention_heads": 1}
-    shape = read(_ENCODER.value) | {"max_source_positions": frames // 2} | decoder
+    shape = whisper_shape(_ENCODER.value, max_source_positions=frames // 2)
     encoder_config = transformers.WhisperConfig(**shape)
     encoder = transformers.WhisperModel(encoder_config)
     llm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**read(_LLM.value)))

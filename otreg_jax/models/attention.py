@@ -226,7 +226,7 @@ def _by_row(fn, length_B, *xs_BLHd):
         found = fn(length, *(x[:size] for x in xs))
         return jax.tree.map(lambda x: jnp.pad(x, ((0, L - size), (0, 0), (0, 0))), found)
 
-    sizes = sorted({-(-L * part // PARTS) for part in range(1, PARTS + 1)})
+    sizes = [-(-L * part // PARTS) for part in range(1, PARTS + 1)]
     cut = [functools.partial(of_part, size) for size in sizes]
 
     def one(inputs):
