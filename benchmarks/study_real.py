@@ -9,8 +9,10 @@
 A run "world,align/sft,seed" trains configs/laptop.py on a world (a corpus, or "all"): first the
 adapter by the losses `align`, then adapter and LoRA by the losses `sft`. `align` is "none" where
 all steps are of the second kind, "skip" where there are as many of them as take as long as both
-stages do. A corpus is a folder with train.jsonl, dev.jsonl and test.jsonl. Every run is tested on
-all corpora, on --tests=name=manifest,..., and on --rough recordings of each in noise and in echoes.
+stages do. A corpus is a folder with train.jsonl, dev.jsonl and test.jsonl; --sentences=FILE adds
+"spoken": a text that eSpeak NG speaks, in voices for testing that it does not train on. Every run
+is tested on all corpora, on --tests=name=manifest,..., and on --rough recordings of each in noise
+and in echoes.
 
 A run is one JSON line of benchmarks/results/study_real.jsonl; what has its line is not run again,
 and an interrupted run goes on where it was. What the frozen encoder gives is computed once a
@@ -45,8 +47,9 @@ from otreg_jax import (
     rundir,
     tracking,
 )
-from otreg_jax.data import audio, manifest, sets, synthetic
+from otreg_jax.data import audio, manifest, sets, spoken, synthetic
 
+SPOKEN = {"num_train": 1300, "num_test": 88, "dev": 24}  # sentences of the corpus that is spoken
 # Steps that align in the time of one through the LLM; 19 to 44 were measured on two CPU cores.
 ALIGN_PER_SFT = 20
 LAYER = 0  # where the gap between speech and text of every run is measured
@@ -185,6 +188,32 @@ def rough_copies(corpora: dict, count: int, folder: Path) -> dict[str, Path]:
     return made
 
 
+def spoken_corpus(sentences: str, folder: Path) -> Path:
+    """A corpus of these sentences as eSpeak NG speaks them; no voice of its test set is trained on.
+
+    sentences: what `synthetic.sentences` takes. Its manifests have the words' times.
+    """
+    corpus = folder / "spoken"
+    if (corpus / "test.jsonl").exists():
+        return corpus
+    asked = {key: SPOKEN[key] for key in ("num_train", "num_test")} | {"sentences": sentences}
+    asked |= {"rates": (120, 220), "seed": 0, "conditions": {"test": {"voices": "other"}}}
+    made = synthetic.synthesize(spoken.sets(asked), corpus)
+    for split, chosen in {
+        "train": slice(None),
+        "dev": slice(SPOKEN["dev"]),
+        "test": slice(SPOKEN["dev"], None),
+    }.items():
+        lines = [json.loads(line) for line in made[split].read_text().splitlines()[chosen]]
+        for line in lines:
+            path = made[split].parent / line["audio_filepath"]
+            line["audio_filepath"] = str(path.relative_to(corpus))
+            line["lang"] = "en"
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (corpus / f"{split}.jsonl").write_text(text)
+    return corpus
+
+
 def seconds_per_step(lines: list[dict], first: int, last: int) -> float | None:
     """Of the fastest stretch between two steps: the machine may be busy with other things."""
     speeds = [
@@ -283,6 +312,7 @@ def main() -> None:
     parser.add_argument("--encoder", help="directory of a Whisper model")
     parser.add_argument("--llm", help="directory of a language model")
     parser.add_argument("--corpora", help="name=folder,... with {train,dev,test}.jsonl")
+    parser.add_argument("--sentences", default="", help="text, for the corpus that is spoken")
     parser.add_argument("--tests", default="", help="name=manifest,...: further test sets")
     parser.add_argument("--rough", type=int, default=0, help="recordings of each, worsened")
     parser.add_argument("--lang", default="en", help='lines of this language only; "": all')
@@ -303,7 +333,10 @@ def main() -> None:
 def make_runs(args) -> None:
     """Makes the runs that are asked for and have no line yet."""
     began = time.monotonic()
-    found = laptop.manifests(laptop.corpora(args.corpora), [args.lang], args.folder)
+    folders = laptop.corpora(args.corpora)
+    if args.sentences:
+        folders["spoken"] = spoken_corpus(args.sentences, args.folder)
+    found = laptop.manifests(folders, [args.lang], args.folder)
     named = lambda split: ",".join(f"{name}={paths[split]}" for name, paths in found.items())
     rough = rough_copies(found, args.rough, args.folder / "rough")
     rough = ",".join(f"{name}={path}" for name, path in rough.items())

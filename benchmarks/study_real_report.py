@@ -49,24 +49,20 @@ class Question(NamedTuple):
 
 
 MAIN = ("otreg0/ce", "ctc/ce", "ctc+otreg0/ce", "ctc+position0/ce", "skip/ce")
-FORMS = (
+ALIGNED = (  # beside CTC, and without it
     "ctc+otreg1/ce",
-    "otreg1/ce",
     "ctc+layers01/ce",
     "ctc+faint0/ce",
     "ctc+collapsed0/ce",
     "ctc+window0/ce",
     "ctc+gaussian0/ce",
     "ctc+structure0/ce",
-    "ctc+otreg0/ce+otreg1",
-    "ctc/ce+ctc",
-    "none/ce+otreg1",
-    "none/ce+ctc",
-    "kl/ce",
-    "ctc+otreg0/ce+kl",
+    "otreg1/ce",
     "position0/ce",
-    "none/ce",
 )
+AFTER = ("ctc/ce+otreg0", "ctc/ce+otreg1", "ctc/ce+ctc", "ctc/ce+kl", "ctc/kl")
+ALONE = ("skip/ce+otreg1", "skip/ce+ctc", "skip/kl", "none/ce")
+FORMS = (*ALIGNED, *AFTER, *ALONE)
 # In the order they are run.
 QUESTIONS = (
     Question("What aligning first is worth", ("read",), MAIN, {"short": 1, "cpu": 1, "gpu": 5}),
@@ -83,23 +79,35 @@ PAIRS = (
     ("ctc+otreg0/ce", "ctc/ce"),
     ("ctc+otreg0/ce", "ctc+position0/ce"),
     *((arm, "ctc/ce") for arm in FORMS if arm.startswith("ctc")),
-    ("none/ce+otreg1", "none/ce"),
-    ("none/ce+ctc", "none/ce"),
-    ("kl/ce", "none/ce"),
-    ("kl/ce", "ctc/ce"),
+    *((arm, "skip/ce") for arm in ALONE if arm.startswith("skip")),
 )
 
 
-def kinds(line: dict) -> dict[str, tuple[str, ...]]:
-    """Its test sets by kind of shift: trained on, not trained on, and either in noise or echoes."""
-    rough = tuple(n for n in line["sets"] if n.rpartition("-")[2] in ROUGH)
-    clean = tuple(n for n in line["sets"] if n not in rough)
-    # Of a world of all corpora, sets beyond the corpora have no dev set.
-    corpora = line["course"][-1]["sets"]
-    seen = tuple(n for n in clean if line["world"] == n or line["world"] == "all" and n in corpora)
-    found = {"in-domain": seen, "unseen": tuple(n for n in clean if n not in seen)}
-    found[NOISY] = rough
-    return {kind: names for kind, names in found.items() if names}
+def shifts(lines: Iterable[dict]) -> dict[str, tuple[str, ...]]:
+    """Test sets of a world's runs by kind of shift: those of corpora trained on, every other one
+    by its name, and all in noise or echoes."""
+    found = {"in-domain": ()}
+    for line in lines:
+        for name in line["sets"]:
+            rough = name.rpartition("-")[2] in ROUGH
+            kind = NOISY if rough else "in-domain" if name in trained_on(line) else name
+            if name not in found.get(kind, ()):
+                found[kind] = (*found.get(kind, ()), name)
+    rough = found.pop(NOISY, ())
+    return {kind: names for kind, names in (found | {NOISY: rough}).items() if names}
+
+
+def corpora(line: dict) -> list[str]:
+    """Every corpus has a dev set, which the course is measured on; further test sets have none."""
+    return list(line["course"][-1]["sets"])
+
+
+def trained_on(line: dict) -> list[str]:
+    return [name for name in corpora(line) if line["world"] in (name, "all")]
+
+
+def unseen(line: dict) -> list[str]:
+    return [name for name in corpora(line) if name not in trained_on(line)]
 
 
 def of_sets(lines: Iterable[dict], names) -> list[dict]:
@@ -120,10 +128,15 @@ def error_rate(line: dict, names) -> float:
 
 
 def runaway(line: dict) -> float:
-    """Percent of the test utterances, as recorded, whose output has over RUNAWAY errors a word."""
-    clean = [n for kind, names in kinds(line).items() if kind != NOISY for n in names]
-    pool = pooled(line, clean)["sets"]["pool"]
+    """Percent of the corpora's test utterances whose output has over RUNAWAY errors a word."""
+    pool = pooled(line, corpora(line))["sets"]["pool"]
     return 100 * float(np.mean(np.array(pool["errors"]) > RUNAWAY * np.array(pool["lengths"])))
+
+
+def spoken_mass(line: dict, key: str = "spoken_mass") -> float | None:
+    """Of sets whose words have times: how much of the plan lies on the word spoken at the time."""
+    found = [x["gap"][key] for x in line["sets"].values() if key in x.get("gap", {})]
+    return 100 * statistics.fmean(found) if found else None
 
 
 def by_arm(lines: list[dict]) -> dict[str, dict[int, dict]]:
@@ -138,7 +151,7 @@ def by_arm(lines: list[dict]) -> dict[str, dict[int, dict]]:
 def watched(line: dict, point: dict) -> float:
     """The error rate of a point of the course: on dev sets not trained on, if there are any."""
     rates = point["sets"]
-    names = [name for name in rates if line["world"] not in (name, "all")] or list(rates)
+    names = unseen(line) or list(rates)
     return statistics.fmean(rates[name]["wer"] for name in names)
 
 
@@ -164,27 +177,32 @@ def runs_of(arms: dict[str, dict[int, dict]]) -> list[dict]:
 
 
 def error_table(arms: dict[str, dict[int, dict]]) -> str:
-    names = list(dict.fromkeys(n for x in runs_of(arms) for n in x["sets"]))
-    header = ["align / SFT", "seeds", *names, "runaway", "minutes"]
+    names = [name for kind in shifts(runs_of(arms)).values() for name in kind]
+    timed = [x for x in runs_of(arms) if spoken_mass(x) is not None]
+    header = ["align / SFT", "seeds", *names, "runaway", *["plan mass"][: len(timed)], "minutes"]
     rows = []
     for arm, seeds in arms.items():
         lines = list(seeds.values())
         of = {name: of_sets(lines, (name,)) for name in names}
         cells = [spread(error_rate(x, (n,)) for x in of[n]) if of[n] else "–" for n in names]
-        cells += [spread(map(runaway, lines)), spread(line["minutes"] for line in lines)]
+        cells.append(spread(map(runaway, lines)))
+        if timed:
+            masses = [spoken_mass(x) for x in lines if x in timed]
+            cells.append(spread(masses) if masses else "–")
+        cells.append(spread(line["minutes"] for line in lines))
         rows.append([arm, str(len(lines)), *cells])
     return markdown(header, rows)
 
 
 def difference_table(arms) -> str:
     """Points of WER, the paired interval over seeds and utterances, and the change of the rate."""
-    shifts = kinds(max(runs_of(arms), key=lambda line: len(line["sets"])))
+    columns = shifts(runs_of(arms))
     rows = []
     for arm, reference in dict.fromkeys(PAIRS):
         if arm not in arms or reference not in arms:
             continue
         cells = []
-        for names in shifts.values():
+        for names in columns.values():
             tested = lambda name, names=names: {
                 x["seed"]: x for x in of_sets(arms[name].values(), names)
             }
@@ -195,7 +213,7 @@ def difference_table(arms) -> str:
             relative = difference and 100 * difference.mean / statistics.fmean(before)
             cells.append(cell_of(difference) + (f" ({relative:+.0f} %)" if difference else ""))
         rows.append([f"{arm} − {reference}", *cells])
-    return markdown(["points of WER", *shifts], rows) if rows else ""
+    return markdown(["points of WER", *columns], rows) if rows else ""
 
 
 def cell_of(difference) -> str:
@@ -229,12 +247,12 @@ def price_table(arms) -> str:
 
 
 def correlation_table(lines: list[dict]) -> str:
-    """Spearman's rank correlation, over runs, of each gap measure with the WER on unseen tests:
-    measured when SFT begins, and at the end."""
-    lines = [x for x in lines if x["course"] and "unseen" in kinds(x) and x["steps"][0]]
+    """Spearman's rank correlation, over runs, of each gap measure with the WER on corpora that were
+    not trained on: measured when SFT begins, and at the end."""
+    lines = [x for x in lines if unseen(x) and x["steps"][0]]
     if len(lines) < ENOUGH:
         return ""
-    rates = [error_rate(x, kinds(x)["unseen"]) for x in lines]
+    rates = [error_rate(x, unseen(x)) for x in lines]
     rows = []
     for gap in GAPS:
         cells = []

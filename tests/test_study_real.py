@@ -9,7 +9,7 @@ from toy_run import write_tones
 
 from benchmarks import study_real, study_real_report
 from otreg_jax import config as config_lib
-from otreg_jax.data import audio, manifest
+from otreg_jax.data import audio, manifest, spoken
 
 TINY = {
     "encoder.path": "",
@@ -53,7 +53,7 @@ def test_every_arm_is_a_valid_configuration(tmp_path):
         config_lib.check(config)
         # The two steps that align take as long as a tenth of one of the two others, rounded up.
         assert config.num_steps == (3 if ",skip/" in name else 4)
-        assert config.stages.sft.ce.weight == 1
+        assert config.stages.sft.ce.weight == (not name.split(",")[1].endswith("/kl"))
         if "align" in config.stages:
             assert config.stages["align"].ce.weight == 0
     for wrong in ("books,ctc/ce,1", "read,ctx/ce,1", "read,otreg0+otreg1/ce,1"):
@@ -76,6 +76,7 @@ def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, mon
         encoder="",
         llm="",
         corpora=f"read={speech},talk={speech}",
+        sentences="",
         tests=f"noisy={speech / 'test.jsonl'}",
         lang="",
         rough=0,
@@ -147,7 +148,7 @@ def test_sets_that_some_lines_lack_are_compared_where_both_have_them(tmp_path):
     lines += [line("ctc/ce", 2, [1] * 4, course, **rough(2))]
     lines += [line("skip/ce", 2, [1] * 4, course, **rough(4))]
     text = study_real_report.report(lines, tmp_path)
-    assert "| points of WER | in-domain | unseen | noise, echoes |" in text
+    assert "| points of WER | in-domain | talk | noisy | noise, echoes |" in text
     (row,) = [x for x in text.splitlines() if x.startswith("| ctc/ce − skip/ce")]
     assert "-40.0 [-40.0, -40.0] 1 seed (-50 %)" in row
     assert "| ctc/ce | 2 | 22.5 ± 3.5 | 22.5 ± 3.5 | 22.5 ± 3.5 | 40.0 | 0.0 ± 0.0 |" in text
@@ -171,6 +172,33 @@ def test_rough_copies_are_the_first_recordings_made_worse(tmp_path):
             else:
                 assert 0.2 < alike < 0.9
     assert study_real.rough_copies({"read": split}, 0, tmp_path / "rough") == {}
+
+
+def test_the_spoken_corpus_is_tested_in_other_words_and_voices(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_real, "SPOKEN", {"num_train": 5, "num_test": 4, "dev": 1})
+    text = tmp_path / "text.txt"
+    words = "one two three four five six seven eight nine ten".split()
+    text.write_text("".join(f"number {word}\n" for word in words))
+    corpus = study_real.spoken_corpus(str(text), tmp_path)
+    found = {x: manifest.read_manifest(corpus / f"{x}.jsonl") for x in ("train", "dev", "test")}
+    assert {split: len(us) for split, us in found.items()} == {"train": 5, "dev": 1, "test": 3}
+    assert len({u.text for us in found.values() for u in us}) == 9
+    voices = {x: {u.speaker.split("+")[1] for u in us} for x, us in found.items()}
+    assert voices["train"] <= set(spoken.TRAIN) and voices["test"] <= set(spoken.OTHER)
+    for us in found.values():
+        assert audio.load_audio(us[0]).std() > 0.01 and us[0].words[0][0] == "number"
+        assert us[0].lang == "en"
+
+
+def test_the_plan_s_mass_on_the_spoken_word_is_shown_where_words_have_times(tmp_path):
+    timed = {"errors": [1] * 4, "lengths": [5] * 4, "gap": {"spoken_mass": 0.31}}
+    lines = [line("ctc/ce", 1, [1] * 4, [(40, 0.9)], said=timed)]
+    lines += [line("skip/ce", 1, [2] * 4, [(40, 0.9)])]
+    text = study_real_report.report(lines, tmp_path)
+    assert (
+        "| align / SFT | seeds | read | talk | noisy | said | runaway | plan mass | minutes" in text
+    )
+    assert "| 20.0 | 0.0 | 31.0 | 4.0 |" in text and "| – | 0.0 | – | 4.0 |" in text
 
 
 def test_a_gap_that_foretells_errors_is_said_to():
