@@ -74,6 +74,8 @@ LOSSES = {
         }
     },
     "collapsed0": {"otreg": {"weight": 1.0, "after_ctc": True, **FADING}},
+    # Silence may keep its mass: as in the toy study's untrimmed worlds.
+    "relaxed0": {"otreg": {"weight": 1.0, "speech_tau": 0.5, **FADING}},
     "window0": {"otreg": {"weight": 1.0, "window": 0.2, **FADING}},
     "structure0": {"otreg": {"weight": 1.0, "structure": 0.5, **FADING}},
     "gaussian0": {

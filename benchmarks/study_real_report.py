@@ -54,6 +54,7 @@ ALIGNED = (  # beside CTC, and without it
     "ctc+layers01/ce",
     "ctc+faint0/ce",
     "ctc+collapsed0/ce",
+    "ctc+relaxed0/ce",
     "ctc+window0/ce",
     "ctc+gaussian0/ce",
     "ctc+structure0/ce",
