@@ -3,6 +3,8 @@
 #
 #   bash benchmarks/gpu.sh [OUT]           # nine minutes at most; OUT: benchmarks/results/gpu
 #   bash benchmarks/gpu.sh OUT --rehearse  # the same parts in tiny sizes, on any machine
+#   bash benchmarks/gpu.sh OUT --study=FOLDER  # not these: the study on real parts, as far as it gets;
+#                   FOLDER: what `python -m benchmarks.carry unpack` made. OUT/study.jsonl
 #
 # PYTHON=python3    an interpreter >= 3.11 that has jax (0.10 to 0.12) and torch for the device
 # WHEELS=wheels     folder of wheels: of what is imported, those that this Python lacks are installed
@@ -33,13 +35,14 @@ for wheel in sorted(pathlib.Path(sys.argv[1]).glob("*.whl")):
 PYTHON
 }
 
-part() {  # name, seconds at most, module and its flags
+part() {  # name, seconds at most, module and its flags; suffix=json: of its results
   local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS code=0
   ((limit < left)) || limit=$left
   if ((limit <= 5)); then
     code=124
   else
-    timeout -k 5 "$limit" "$python" -m "${@:3}" --out="$out/$name.json" >"$out/$name.log" 2>&1
+    timeout -k 5 "$limit" "$python" -m "${@:3}" --out="$out/$name.${suffix:-json}" \
+      >"$out/$name.log" 2>&1
     code=$?
   fi
   case $code in
@@ -75,6 +78,13 @@ if [[ $size == --rehearse ]]; then
   part decode 300 benchmarks.decode --size=tiny --batch_size=2 --tokens=4 --alone=1 --repeats=1
   part sinkhorn 300 benchmarks.sinkhorn --size=B2xS24xT6 --repeats=1
   part epoch 300 benchmarks.epoch "${nano[@]}" --made_up=8 --batch_size=4 --nocompile
+elif [[ $size == --study=* ]]; then
+  folder=${size#*=} minutes=${MINUTES:-9}
+  # No run starts in the last two minutes: it would hardly end.
+  suffix=jsonl part study $((60 * minutes)) benchmarks.study_real --size="${SIZE:-gpu}" --rough=24 \
+    --encoder="$folder/encoder" --llm="$folder/llm" --corpora="read=$folder/read,talk=$folder/talk" \
+    --folder="$folder/runs" --minutes=$((minutes - 2)) \
+    --set='compute_dtype="bfloat16"' --set=packing=true
 else
   large=(--encoder=whisper-large-v3 --llm=qwen2.5-1.5b)
   part correct 80 benchmarks.correct

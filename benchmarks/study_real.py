@@ -14,9 +14,9 @@ stages do. A corpus is a folder with train.jsonl, dev.jsonl and test.jsonl; --se
 is tested on all corpora, on --tests=name=manifest,..., and on --rough recordings of each in noise
 and in echoes.
 
-A run is one JSON line of benchmarks/results/study_real.jsonl; what has its line is not run again,
-and an interrupted run goes on where it was. What the frozen encoder gives is computed once a
-corpus, into --folder.
+A run is one JSON line of benchmarks/results/study_real.jsonl, or of --out; what has its line in
+either is not run again, and an interrupted run goes on where it was. What the frozen encoder gives
+is computed once a corpus, into --folder.
 """
 
 import argparse
@@ -109,7 +109,7 @@ class Size(NamedTuple):
 SIZES = {
     "short": Size(align=300, sft=100, batch=8, tested=64, watched=16, every=50),
     "cpu": Size(align=800, sft=350, batch=8, tested=100, watched=24, every=100),
-    "gpu": Size(align=800, sft=400, batch=16, tested=1000, watched=48, every=50),
+    "gpu": Size(align=800, sft=400, batch=16, tested=250, watched=48, every=50),
 }
 
 
@@ -321,6 +321,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="settings")
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "study_real")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the lines of these runs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after it")
     parser.add_argument("--report", action="store_true", help="write docs/study.md only")
     args = parser.parse_args()
@@ -329,6 +330,8 @@ def main() -> None:
             sys.exit("study_real: --encoder, --llm and --corpora are needed to train")
         command.quiet_and_cached()
         make_runs(args)
+        if args.out != RESULTS:
+            return
     study_real_report.write_page(read_results(RESULTS))
 
 
@@ -344,7 +347,8 @@ def make_runs(args) -> None:
     rough = ",".join(f"{name}={path}" for name, path in rough.items())
     tests = ",".join(filter(None, [named("test"), rough, args.tests]))
     asked = args.runs or [name for q in QUESTIONS for name in q.runs(args.size)]
-    known = {(line["run"], line["size"]) for line in read_results(RESULTS)}
+    lines = [line for path in {RESULTS, args.out} for line in read_results(path)]
+    known = {(line["run"], line["size"]) for line in lines}
     missing = [name for name in dict.fromkeys(asked) if (name, args.size) not in known]
     changes = {"encoder.path": args.encoder, "llm.path": args.llm}
     for change in args.set:
@@ -357,7 +361,7 @@ def make_runs(args) -> None:
             print(f"--minutes={args.minutes:g} are over: {name} and what follows is left for later")
             return
         line = run(name, args.size, configs[name], tests, named("dev"), args.folder)
-        with RESULTS.open("a") as file:
+        with args.out.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         # What it kept is large: a checkpoint every few steps.
         shutil.rmtree(workdir_of(name, args.size, args.folder))

@@ -112,6 +112,13 @@ def test_what_has_no_time_left_is_not_started(tmp_path, fake_python):
     assert {part["exit"] for part in parts_of(tmp_path / "out").values()} == {124}
 
 
+def test_the_study_takes_what_was_carried_there(tmp_path, fake_python):
+    done = run_script(tmp_path / "out", "--study=carried", PYTHON=str(fake_python), MINUTES="3")
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "calls").read_text().split() == ["benchmarks.study_real"]
+    assert (tmp_path / "out" / "study.jsonl").exists()
+
+
 def test_its_parts_fit_into_the_time_there_is():
     limits = [
         int(line.split()[2])

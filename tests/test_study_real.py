@@ -73,6 +73,7 @@ def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, mon
     changes = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
     args = argparse.Namespace(
         runs=["read,ctc+otreg0/ce,1"],
+        out=tmp_path / "lines.jsonl",
         encoder="",
         llm="",
         corpora=f"read={speech},talk={speech}",
@@ -86,7 +87,7 @@ def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, mon
         minutes=10.0,
     )
     study_real.make_runs(args)
-    (line,) = study_real.read_results(study_real.RESULTS)
+    (line,) = study_real.read_results(args.out)
     assert list(line["sets"]) == ["read", "talk", "noisy"] and line["steps"] == [2, 2]
     assert [point["step"] for point in line["course"]] == [2, 3, 4]
     minutes = [point["minutes"] for point in line["course"]]
@@ -95,7 +96,10 @@ def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, mon
     assert len(line["sets"]["noisy"]["errors"]) == SIZE.tested
     assert list((tmp_path / "study" / "cache").rglob("*.npy"))  # kept for the next run
     study_real.make_runs(args)
-    assert len(study_real.read_results(study_real.RESULTS)) == 1
+    assert len(study_real.read_results(args.out)) == 1
+    args.out.rename(study_real.RESULTS)
+    study_real.make_runs(args)
+    assert not args.out.exists()
     text = study_real_report.report([line], tmp_path)
     assert "#### Trained on read" in text and "| ctc+otreg0/ce | 1 |" in text
 
