@@ -5,7 +5,7 @@
     python -m benchmarks.carry unpack PIECES FOLDER        # there, once all have arrived
 
 FOLDER then has encoder/, llm/ and a folder for each corpus, as `benchmarks.study_real` takes them.
-Weights are rounded to bfloat16; of a Whisper model the encoder alone is taken, and of a corpus the
+Weights in float32 are rounded to bfloat16; of a Whisper model the encoder alone is taken, and of a corpus the
 lines of one language. `unpack` names every piece that is missing or damaged.
 """
 
@@ -29,7 +29,7 @@ SPLITS = ("train", "dev", "test")
 
 
 def copy_model(source: Path, target: Path, skip: str = "") -> None:
-    """A Hugging Face directory with its weights in bfloat16.
+    """A Hugging Face directory, what is float32 in bfloat16.
 
     skip: tensors whose name holds this are left out.
     """
