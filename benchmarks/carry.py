@@ -5,8 +5,8 @@
     python -m benchmarks.carry unpack PIECES FOLDER        # there, once all have arrived
 
 FOLDER then has encoder/, llm/ and a folder for each corpus, as `benchmarks.study_real` takes them.
-Weights in float32 are rounded to bfloat16; of a Whisper model the encoder alone is taken, and of a corpus the
-lines of one language. `unpack` names every piece that is missing or damaged.
+Weights in float32 are rounded to bfloat16; of a Whisper model the encoder alone is taken, and of a
+corpus the lines of one language. `unpack` names every piece that is missing or damaged.
 """
 
 import argparse
