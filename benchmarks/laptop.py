@@ -219,7 +219,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("sentences", "", "Text to be spoken, a sentence a line.")
     flags.DEFINE_integer("num_spoken", 4000, "Spoken utterances to train on.")
     flags.DEFINE_list("lang", ["en"], "Take only the lines of these languages.")
-    flags.DEFINE_string("arm", "otreg", "Of configs/laptop.py.")
+    flags.DEFINE_string("arm", "ctc", "Of configs/laptop.py.")
     flags.DEFINE_integer("seed", 0, "Of the run.")
     flags.DEFINE_list("conditions", [], "Train on these alone: corpora, spoken, all.")
     flags.DEFINE_multi_string("flags", [], "Further flags of otreg_jax.train; repeatable.")

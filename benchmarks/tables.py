@@ -266,9 +266,13 @@ def recognizer(languages: bool = False) -> str:
             of = line["machine"]
             means = f"{of['cores']} {of['processor']} cores, {line['dtype']}; "
             means += versions(of["versions"])
-            made_by.setdefault(means, []).append(line["trained_on"])
+            made_by.setdefault(means, []).append(_named(line))
     measured = [f"{means} ({', '.join(runs)})" for means, runs in made_by.items()]
     return f"{error_rates(lines)}\n\nMeasured on " + "; on ".join(measured) + "."
+
+
+def _named(line: dict) -> str:
+    return f"{line['trained_on']} by {line['arm']}"
 
 
 def recognizer_languages() -> str:
@@ -295,7 +299,7 @@ def recognizer_course() -> str:
             if at["step"] % 100 == 0:
                 row = rows.setdefault(at["step"], ["–"] * len(runs))
                 row[i] = f"CTC {at['ctc']:.2f}" if "ctc" in at else f"cross-entropy {at['ce']:.2f}"
-    header = ["step", *(line["trained_on"] for line in runs)]
+    header = ["step", *map(_named, runs)]
     return markdown(header, [[str(step), *row] for step, row in sorted(rows.items())])
 
 
