@@ -25,6 +25,7 @@ GAPS = (
 )
 # What the test sets "corpus-noise" and "corpus-reverb" are, as `synthetic.worsen` takes it.
 ROUGH = {"noise": {"snr": 10.0}, "reverb": {"reverb": 0.4}}
+MASS = "spoken_mass"  # of the gap measures, that of `alignment.measure` which word times allow
 NOISY = "noise, echoes"  # the kind of shift that these are
 RUNAWAY = 1.2  # errors a word: the output runs away
 ENOUGH = 5  # runs below which no correlation is shown
@@ -134,10 +135,15 @@ def runaway(line: dict) -> float:
     return 100 * float(np.mean(np.array(pool["errors"]) > RUNAWAY * np.array(pool["lengths"])))
 
 
-def spoken_mass(line: dict, key: str = "spoken_mass") -> float | None:
-    """Of sets whose words have times: how much of the plan lies on the word spoken at the time."""
-    found = [x["gap"][key] for x in line["sets"].values() if key in x.get("gap", {})]
-    return 100 * statistics.fmean(found) if found else None
+def timed_sets(lines: Iterable[dict]) -> list[str]:
+    """The sets whose words have times in every line that has such sets."""
+    found = [{n for n, x in line["sets"].items() if MASS in x.get("gap", {})} for line in lines]
+    return sorted(set.intersection(*filter(None, found))) if any(found) else []
+
+
+def spoken_mass(line: dict, names) -> float:
+    """Percent of the plan that lies on the word spoken at the time, the mean of these sets."""
+    return 100 * statistics.fmean(line["sets"][name]["gap"][MASS] for name in names)
 
 
 def by_arm(lines: list[dict]) -> dict[str, dict[int, dict]]:
@@ -179,8 +185,9 @@ def runs_of(arms: dict[str, dict[int, dict]]) -> list[dict]:
 
 def error_table(arms: dict[str, dict[int, dict]]) -> str:
     names = [name for kind in shifts(runs_of(arms)).values() for name in kind]
-    timed = [x for x in runs_of(arms) if spoken_mass(x) is not None]
-    header = ["align / SFT", "seeds", *names, "runaway", *["plan mass"][: len(timed)], "minutes"]
+    timed = timed_sets(runs_of(arms))
+    mass = [f"plan mass ({', '.join(timed)})"] if timed else []
+    header = ["align / SFT", "seeds", *names, "runaway", *mass, "minutes"]
     rows = []
     for arm, seeds in arms.items():
         lines = list(seeds.values())
@@ -188,7 +195,7 @@ def error_table(arms: dict[str, dict[int, dict]]) -> str:
         cells = [spread(error_rate(x, (n,)) for x in of[n]) if of[n] else "–" for n in names]
         cells.append(spread(map(runaway, lines)))
         if timed:
-            masses = [spoken_mass(x) for x in lines if x in timed]
+            masses = [spoken_mass(x, timed) for x in lines if timed_sets([x])]
             cells.append(spread(masses) if masses else "–")
         cells.append(spread(line["minutes"] for line in lines))
         rows.append([arm, str(len(lines)), *cells])
