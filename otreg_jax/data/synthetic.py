@@ -64,7 +64,7 @@ def synthesize(sets: Mapping[str, Sequence[Speech]], cache_dir: str | Path) -> d
         if importlib.util.find_spec("espeakng_loader") is None:
             raise ImportError(
                 "synthetic speech needs eSpeak NG, which is not installed: "
-                'run `pip install "otreg_jax[demo]"` (from a clone: `pip install -e ".[demo]"`)'
+                "run `pip install espeakng-loader`"
             )
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".unfinished-") as scratch:
