@@ -51,18 +51,15 @@ def copy_corpus(source: Path, target: Path, lang: str) -> None:
     """Its manifests with the lines of one language, "" for all, and the recordings these name."""
     target.mkdir(parents=True)
     for split in SPLITS:
-        kept = []
-        for text in (source / f"{split}.jsonl").read_text().splitlines():
-            line = json.loads(text)
-            if lang and line.get("lang") != lang:
-                continue
-            recording = source / line["audio_filepath"]
-            line["audio_filepath"] = f"{split}/{len(kept):06d}{recording.suffix}"
+        path = laptop.of_language(source / f"{split}.jsonl", lang, target / f"{split}.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, line in enumerate(lines):
+            recording = Path(line["audio_filepath"])
+            line["audio_filepath"] = f"{split}/{i:06d}{recording.suffix}"
             copy = target / line["audio_filepath"]
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(recording.read_bytes())
-            kept.append(json.dumps(line, ensure_ascii=False) + "\n")
-        (target / f"{split}.jsonl").write_text("".join(kept))
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def cut(whole: Path, size: int, pieces: Path) -> None:

@@ -154,21 +154,33 @@ def _scores(row: dict) -> dict:
     return {key: row[key] for key in ("n", "wer", "interval", "cer")}
 
 
-def whisper_itself(sets, values) -> dict:
-    """What the Whisper model writes with its own decoder, greedily, on each test set."""
+def load_whisper(directory, **options):
+    """A Whisper model of transformers, in float32, and its processor."""
     import torch
     import transformers
 
     model = transformers.WhisperForConditionalGeneration.from_pretrained(
-        values.encoder, dtype=torch.float32
-    ).eval()
-    processor = transformers.WhisperProcessor.from_pretrained(values.encoder)
+        directory, dtype=torch.float32, **options
+    )
+    return model.eval(), transformers.WhisperProcessor.from_pretrained(directory)
+
+
+def whisper_prompt(processor, lang: str) -> list[int]:
+    """What Whisper's decoder begins with to transcribe a language, without times."""
+    # Named outright: a directory's generation_config.json need not know the languages' tokens.
+    said = ("startoftranscript", lang, "transcribe", "notimestamps")
+    return processor.tokenizer.convert_tokens_to_ids([f"<|{token}|>" for token in said])
+
+
+def whisper_itself(sets, values) -> dict:
+    """What the Whisper model writes with its own decoder, greedily, on each test set."""
+    import torch
+
+    model, processor = load_whisper(values.encoder)
     scores = {}
     for name, split in sets.items():
         utterances = manifest.read_manifest(split["test"])
-        # Named outright: a directory's generation_config.json need not know the languages' tokens.
-        said = ("startoftranscript", utterances[0].lang, "transcribe", "notimestamps")
-        start_ids = processor.tokenizer.convert_tokens_to_ids([f"<|{token}|>" for token in said])
+        start_ids = whisper_prompt(processor, utterances[0].lang)
         hypotheses = []
         for start in tqdm.trange(0, len(utterances), 16, desc=f"Whisper itself on {name}"):
             waves = [audio.load_audio(u) for u in utterances[start : start + 16]]

@@ -206,13 +206,8 @@ def spoken_corpus(sentences: str, folder: Path) -> Path:
         "dev": slice(SPOKEN["dev"]),
         "test": slice(SPOKEN["dev"], None),
     }.items():
-        lines = [json.loads(line) for line in made[split].read_text().splitlines()[chosen]]
-        for line in lines:
-            path = made[split].parent / line["audio_filepath"]
-            line["audio_filepath"] = str(path.relative_to(corpus))
-            line["lang"] = "en"
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (corpus / f"{split}.jsonl").write_text(text)
+        found = manifest.read_manifest(made[split])[chosen]
+        manifest.write_manifest(corpus / f"{split}.jsonl", found)
     return corpus
 
 

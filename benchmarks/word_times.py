@@ -18,6 +18,7 @@ import numpy as np
 import scipy.ndimage
 import tqdm
 
+from benchmarks import laptop
 from otreg_jax.data import audio, manifest
 
 FRAME = 0.02  # seconds between the encoder's outputs
@@ -65,8 +66,7 @@ def word_times(model, processor, samples_N: np.ndarray, text: str, lang: str) ->
         samples_N, sampling_rate=audio.SAMPLE_RATE, return_tensors="pt"
     ).input_features
     tokenizer = processor.tokenizer
-    prompt = [f"<|{token}|>" for token in ("startoftranscript", lang, "transcribe", "notimestamps")]
-    head = tokenizer.convert_tokens_to_ids(prompt)
+    head = laptop.whisper_prompt(processor, lang)
     ids = tokenizer.encode(" " + text, add_special_tokens=False)
     # One more than the text: when the next token is said, the last word is over.
     asked = torch.tensor([[*head, *ids, tokenizer.eos_token_id]])
@@ -95,13 +95,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
-    import torch
-    import transformers
-
-    model = transformers.WhisperForConditionalGeneration.from_pretrained(
-        args.whisper, dtype=torch.float32, attn_implementation="eager"
-    )
-    processor = transformers.WhisperProcessor.from_pretrained(args.whisper)
+    model, processor = laptop.load_whisper(args.whisper, attn_implementation="eager")
     texts = [x for x in args.source.read_text().splitlines() if x.strip()]
     utterances = manifest.read_manifest(args.source)
     if len(texts) != len(utterances):
