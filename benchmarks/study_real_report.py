@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.study_questions import ROOT
-from benchmarks.study_report import cell, compare, spread
+from benchmarks.study_report import ENOUGH, cell, compare_worlds, spread
 from benchmarks.tables import markdown
 
 RESULTS = ROOT / "benchmarks" / "results" / "study_real.jsonl"
@@ -27,8 +27,9 @@ GAPS = (
 ROUGH = {"noise": {"snr": 10.0}, "reverb": {"reverb": 0.4}}
 MASS = "spoken_mass"  # of the gap measures, that of `alignment.measure` which word times allow
 NOISY = "noise, echoes"  # the kind of shift that these are
+UNSEEN = "other corpora"
 RUNAWAY = 1.2  # errors a word: the output runs away
-ENOUGH = 5  # runs below which no correlation is shown
+CORRELATED = 5  # runs below which no correlation is shown
 
 
 class Question(NamedTuple):
@@ -207,30 +208,57 @@ def difference_table(arms) -> str:
     columns = shifts(runs_of(arms))
     rows = []
     for arm, reference in dict.fromkeys(PAIRS):
-        if arm not in arms or reference not in arms:
-            continue
-        cells = []
-        for names in columns.values():
-            tested = lambda name, names=names: {
-                x["seed"]: x for x in of_sets(arms[name].values(), names)
-            }
-            pool = lambda found, names=names: {s: pooled(x, names) for s, x in found.items()}
-            mine, theirs = tested(arm), tested(reference)
-            difference = compare(pool(mine), pool(theirs), ("pool",))
-            before = [error_rate(theirs[seed], names) for seed in mine.keys() & theirs.keys()]
-            relative = difference and 100 * difference.mean / statistics.fmean(before)
-            cells.append(cell_of(difference) + (f" ({relative:+.0f} %)" if difference else ""))
-        rows.append([f"{arm} − {reference}", *cells])
+        if arm in arms and reference in arms:
+            cells = [difference([(arms[arm], arms[reference], n)]) for n in columns.values()]
+            rows.append([f"{arm} − {reference}", *cells])
     return markdown(["points of WER", *columns], rows) if rows else ""
 
 
-def cell_of(difference) -> str:
-    """Of one seed too with its interval, which is then over utterances alone."""
-    if difference is None:
+def overall_table(worlds: dict[str, dict]) -> str:
+    """The same as the mean over worlds, where two or more have enough seeds of both arms."""
+    kinds = {world: overall_shifts(runs_of(arms)) for world, arms in worlds.items()}
+    columns = list(dict.fromkeys(kind for found in kinds.values() for kind in found))
+    rows = []
+    for arm, reference in dict.fromkeys(PAIRS):
+        having = [w for w, arms in worlds.items() if arm in arms and reference in arms]
+        found = lambda kind, having=having, arm=arm, reference=reference: [
+            (worlds[w][arm], worlds[w][reference], kinds[w][kind])
+            for w in having
+            if kind in kinds[w]
+        ]
+        cells = [difference(found(kind), min_worlds=2, min_seeds=ENOUGH) for kind in columns]
+        rows.append([f"{arm} − {reference}", *cells])
+    rows = [row for row in rows if set(row[1:]) != {"–"}]
+    filled = [i for i in range(len(columns) + 1) if any(row[i] != "–" for row in rows)]
+    table = [[row[i] for i in filled] for row in (["points of WER", *columns], *rows)]
+    return markdown(table[0], table[1:]) if rows else ""
+
+
+def overall_shifts(lines: list[dict]) -> dict[str, tuple[str, ...]]:
+    """What `shifts` finds, with the corpora that were not trained on as one kind."""
+    found = shifts(lines)
+    other = tuple(name for name in found if name in unseen(lines[0]))
+    kinds = {kind: names for kind, names in found.items() if kind not in other}
+    first = {"in-domain": kinds.pop("in-domain"), UNSEEN: other}
+    return {kind: names for kind, names in (first | kinds).items() if names}
+
+
+def difference(worlds: list[tuple], min_worlds: int = 1, min_seeds: int = 1) -> str:
+    """What a table says of [({seed: line}, {seed: line} of the reference, sets), ...]: of those in
+    which so many seeds of both were tested on the sets. Of one seed, the interval is over
+    utterances alone."""
+    pairs, before = [], []
+    for mine, theirs, names in worlds:
+        ours, others = ({x["seed"]: x for x in of_sets(m.values(), names)} for m in (mine, theirs))
+        if len(seeds := ours.keys() & others.keys()) >= min_seeds:
+            pool = lambda found, names=names: {s: pooled(x, names) for s, x in found.items()}
+            pairs.append((pool(ours), pool(others), ("pool",)))
+            before.append(statistics.fmean(error_rate(others[seed], names) for seed in seeds))
+    if len(pairs) < min_worlds or not (found := compare_worlds(pairs)):
         return "–"
-    if difference.seeds > 1:
-        return cell(difference)
-    return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}] 1 seed"
+    few = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}] 1 seed"
+    shown = cell(found) if found.seeds > 1 else few
+    return f"{shown} ({100 * found.mean / statistics.fmean(before):+.0f} %)"
 
 
 def price_table(arms) -> str:
@@ -258,7 +286,7 @@ def correlation_table(lines: list[dict]) -> str:
     """Spearman's rank correlation, over runs, of each gap measure with the WER on corpora that were
     not trained on: measured when SFT begins, and at the end."""
     lines = [x for x in lines if unseen(x) and x["steps"][0]]
-    if len(lines) < ENOUGH:
+    if len(lines) < CORRELATED:
         return ""
     rates = [error_rate(x, unseen(x)) for x in lines]
     rows = []
@@ -323,6 +351,8 @@ def report(results: list[dict], folder: Path) -> str:
             f" {machine['device']}, {machine['cores']} cores, jax {machine['versions']['jax']}.",
             f"![the course of the errors](study-real-{size}.png)",
         ]
+        if overall := overall_table(worlds):
+            parts += ["#### Over the worlds", overall]
         for world, arms in worlds.items():
             parts += [
                 f"#### Trained on {world}",

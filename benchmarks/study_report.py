@@ -93,10 +93,29 @@ def error_rate(line: dict, names: tuple[str, ...]) -> float:
 
 
 def compare(ours: dict[int, dict], theirs: dict[int, dict], names) -> Difference | None:
-    """Over the seeds that both arms have; None without any.
+    """Over the seeds that both arms have; None without any."""
+    return compare_worlds([(ours, theirs, names)])
 
-    The interval is a paired bootstrap over seeds and sentences: both are drawn with replacement,
-    and a sentence brings its errors in all sets and under all the drawn seeds with it.
+
+def compare_worlds(worlds: list[tuple]) -> Difference | None:
+    """The mean over worlds, each with what `compare` takes; None unless every one has a seed that
+    both arms have.
+
+    The interval is a paired bootstrap over the seeds and sentences of each world.
+    """
+    found = [bootstrap(*world) for world in worlds]
+    if not found or None in found:
+        return None
+    means, wins, seeds, draws = zip(*found, strict=True)
+    low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
+    return Difference(statistics.fmean(means), float(low), float(high), sum(wins), sum(seeds))
+
+
+def bootstrap(ours: dict[int, dict], theirs: dict[int, dict], names) -> tuple | None:
+    """(mean, seeds in which ours made fewer errors, seeds, 2000 drawn means), or None.
+
+    Seeds and sentences are drawn with replacement, and a sentence brings its errors in all sets and
+    under all the drawn seeds with it.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -110,10 +129,9 @@ def compare(ours: dict[int, dict], theirs: dict[int, dict], names) -> Difference
         rows = rng.integers(len(seeds), size=len(seeds))
         columns = rng.integers(len(length_U), size=len(length_U))
         drawn.append(difference_NU[rows][:, columns].mean(axis=0).sum() / length_U[columns].sum())
-    low, high = np.quantile(drawn, (0.025, 0.975))
     wins = int((difference_NU.sum(axis=1) < 0).sum())
     mean = difference_NU.mean(axis=0).sum() / length_U.sum()
-    return Difference(float(mean), float(low), float(high), wins, len(seeds))
+    return float(mean), wins, len(seeds), drawn
 
 
 def arms_of(results: list[dict], question: Question) -> dict[str, dict[int, dict]]:

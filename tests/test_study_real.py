@@ -158,6 +158,22 @@ def test_sets_that_some_lines_lack_are_compared_where_both_have_them(tmp_path):
     assert "| ctc/ce | 2 | 22.5 ± 3.5 | 22.5 ± 3.5 | 22.5 ± 3.5 | 40.0 | 0.0 ± 0.0 |" in text
 
 
+def test_over_the_worlds_is_the_mean_of_those_with_enough_seeds(tmp_path):
+    course = [(40, 0.9), (70, 0.5)]
+    of_world = lambda world, *args: line(*args, course) | {"world": world}
+    lines = [of_world("read", "ctc/ce", seed, [1] * 4) for seed in (1, 2, 3)]
+    lines += [of_world("read", "skip/ce", seed, [3] * 4) for seed in (1, 2, 3)]
+    lines += [of_world("talk", "ctc/ce", seed, [2] * 4) for seed in (1, 2, 3)]
+    lines += [of_world("talk", "skip/ce", seed, [3] * 4) for seed in (1, 2)]
+    assert "Over the worlds" not in study_real_report.report(lines, tmp_path)
+    lines += [of_world("talk", "skip/ce", 3, [3] * 4), of_world("all", "ctc/ce", 1, [5] * 4)]
+    text = study_real_report.report(lines, tmp_path)
+    assert "#### Over the worlds\n\n| points of WER | in-domain | other corpora | noisy |" in text
+    # 40 points fewer in one world, 20 in the other; 60 % is what the reference makes in both.
+    cell = "**-30.0 [-30.0, -30.0] 6/6** (-50 %)"
+    assert f"| ctc/ce − skip/ce | {cell} | {cell} | {cell} |" in text
+
+
 def test_rough_copies_are_the_first_recordings_made_worse(tmp_path):
     path = write_tones(tmp_path)
     split = dict.fromkeys(("train", "dev", "test"), path)
