@@ -76,7 +76,7 @@ QUESTIONS = (
 )
 # (arm, reference): the differences that answer a question.
 PAIRS = (
-    *((arm, alone) for alone in ("skip/ce", "none/ce") for arm in MAIN[:3]),
+    *((arm, alone) for alone in ("skip/ce", "none/ce") for arm in (*MAIN[:3], AFTER[0])),
     ("otreg0/ce", "ctc/ce"),
     ("otreg0/ce", "position0/ce"),
     ("ctc+otreg0/ce", "ctc/ce"),
