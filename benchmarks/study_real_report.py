@@ -326,7 +326,8 @@ def figure(worlds: dict[str, dict], path: Path) -> None:
                 course = [(p["minutes"], 100 * min(watched(line, p), 1.5)) for p in line["course"]]
                 style = "-o" if i < 10 else "--s"
                 (shown[arm],) = ax.plot(*zip(*course, strict=True), style, color=f"C{i % 10}", ms=3)
-        ax.set(title=f"trained on {world}", xlabel="minutes, compilation left out", ylim=(0, 150))
+        ax.set(title=f"trained on {world}", xlabel="minutes, compilation left out")
+        ax.set(xlim=(0, None), ylim=(0, 150))
         ax.grid(alpha=0.3)
     fig.axes[0].set_ylabel("WER (%) on dev sets not trained on")
     fig.axes[-1].legend([shown[arm] for arm in names], names, fontsize="x-small")
@@ -338,8 +339,9 @@ def report(results: list[dict], folder: Path) -> str:
     parts = []
     for size in dict.fromkeys(line["size"] for line in results):
         lines = [line for line in results if line["size"] == size]
-        names = list(dict.fromkeys(line["world"] for line in lines))
-        worlds = {world: by_arm([x for x in lines if x["world"] == world]) for world in names}
+        worlds = dict.fromkeys(line["world"] for line in results)  # all sizes in one order
+        worlds = {world: by_arm([x for x in lines if x["world"] == world]) for world in worlds}
+        worlds = {world: arms for world, arms in worlds.items() if arms}
         figure(worlds, folder / f"study-real-{size}.png")
         asked = {name for question in QUESTIONS for name in question.runs(size)}
         missing = len(asked - {line["run"] for line in lines})
