@@ -14,8 +14,8 @@ each recording is computed once and kept.
 
 Arms: `ctc` (CTC aligns), `otreg` (CTC and OTReg at layer 0 do), `position` (CTC and a plan that
 never looks at the embeddings: the control), `ce` (no aligning, as long: cross-entropy from the
-first step). On human speech `ctc` and `otreg` make about as many errors, `ce` half as many again
-and more (docs/study.md); `ctc` is the simpler one, and the default.
+first step). On human speech never heard `ctc` and `otreg` make about as many errors, `ce` a quarter
+to four fifths more (docs/study.md); `ctc` is the simpler one, and the default.
 
 To train on text that eSpeak NG speaks, alone or beside recordings:
 --config.synthetic.sentences=FILE.
