@@ -254,8 +254,9 @@ def difference(worlds: list[tuple], min_worlds: int = 1, min_seeds: int = 1) -> 
             pool = lambda found, names=names: {s: pooled(x, names) for s, x in found.items()}
             pairs.append((pool(ours), pool(others), ("pool",)))
             before.append(statistics.fmean(error_rate(others[seed], names) for seed in seeds))
-    if len(pairs) < min_worlds or not (found := compare_worlds(pairs)):
+    if len(pairs) < min_worlds:
         return "–"
+    found = compare_worlds(pairs)
     few = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}] 1 seed"
     shown = cell(found) if found.seeds > 1 else few
     return f"{shown} ({100 * found.mean / statistics.fmean(before):+.0f} %)"

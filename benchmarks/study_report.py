@@ -101,9 +101,10 @@ def compare_worlds(worlds: list[tuple]) -> Difference | None:
     """The mean over worlds, each with what `compare` takes; None unless every one has a seed that
     both arms have.
 
-    The interval is a paired bootstrap over the seeds and sentences of each world.
+    The interval is a paired bootstrap over the seeds and sentences of each world, drawn
+    for each on its own: the seeds of two worlds have nothing in common.
     """
-    found = [bootstrap(*world) for world in worlds]
+    found = [bootstrap(*world, rng_seed=i) for i, world in enumerate(worlds)]
     if not found or None in found:
         return None
     means, wins, seeds, draws = zip(*found, strict=True)
@@ -111,7 +112,7 @@ def compare_worlds(worlds: list[tuple]) -> Difference | None:
     return Difference(statistics.fmean(means), float(low), float(high), sum(wins), sum(seeds))
 
 
-def bootstrap(ours: dict[int, dict], theirs: dict[int, dict], names) -> tuple | None:
+def bootstrap(ours: dict[int, dict], theirs: dict[int, dict], names, rng_seed: int) -> tuple | None:
     """(mean, seeds in which ours made fewer errors, seeds, 2000 drawn means), or None.
 
     Seeds and sentences are drawn with replacement, and a sentence brings its errors in all sets and
@@ -123,7 +124,7 @@ def bootstrap(ours: dict[int, dict], theirs: dict[int, dict], names) -> tuple | 
     length_U = errors_and_lengths(ours[seeds[0]], names)[1]
     errors = lambda runs: np.stack([errors_and_lengths(runs[seed], names)[0] for seed in seeds])
     difference_NU = 100.0 * (errors(ours) - errors(theirs))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(rng_seed)
     drawn = []
     for _ in range(2000):
         rows = rng.integers(len(seeds), size=len(seeds))
