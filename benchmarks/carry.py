@@ -6,7 +6,7 @@
 
 FOLDER then has encoder/, llm/ and a folder for each corpus, as `benchmarks.study_real` takes them.
 Weights in float32 are rounded to bfloat16; of a Whisper model the encoder alone is taken, and of a
-corpus the lines of one language. `unpack` names every piece that is missing or damaged.
+corpus the lines of one language; WAV files of 16 bits become FLAC. `unpack` names every piece that is missing or damaged.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+import soundfile
 
 from benchmarks import laptop
 
@@ -55,10 +56,15 @@ def copy_corpus(source: Path, target: Path, lang: str) -> None:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         for i, line in enumerate(lines):
             recording = Path(line["audio_filepath"])
-            line["audio_filepath"] = f"{split}/{i:06d}{recording.suffix}"
+            is_wav = recording.suffix == ".wav" and soundfile.info(recording).subtype == "PCM_16"
+            line["audio_filepath"] = f"{split}/{i:06d}{'.flac' if is_wav else recording.suffix}"
             copy = target / line["audio_filepath"]
             copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(recording.read_bytes())
+            if is_wav:
+                samples, rate = soundfile.read(recording, dtype="int16")
+                soundfile.write(copy, samples, rate)
+            else:
+                copy.write_bytes(recording.read_bytes())
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -126,7 +132,7 @@ def main() -> None:
         copy_model(args.llm, scratch / "all" / "llm")
         for name, folder in laptop.corpora(args.corpora).items():
             copy_corpus(folder, scratch / "all" / name, args.lang)
-        with tarfile.open(scratch / "all.tar", "w") as archive:
+        with tarfile.open(scratch / "all.tar", "w:xz", preset=3) as archive:  # higher: much slower
             archive.add(scratch / "all", arcname="")
         cut(scratch / "all.tar", int(1e6 * args.megabytes), args.pieces)
     for path in sorted(args.pieces.iterdir()):

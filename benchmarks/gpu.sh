@@ -10,6 +10,8 @@
 # WHEELS=wheels     folder of wheels: of what is imported, those that this Python lacks are installed
 #                   into OUT/site; docs/performance.md says which they may be and how to get them
 # MINUTES=9         for all parts together
+# JOBS=8            runs of the study at a time
+# RUNS=             of the study; default: all of them, in their order
 #
 # The most valuable part comes first. Each has a time limit of its own, writes OUT/PART.json and
 # OUT/PART.log, and may fail without harm to the next; OUT/parts.jsonl says how each one ended.
@@ -81,16 +83,21 @@ if [[ $size == --rehearse ]]; then
 elif [[ $size == --study=* ]]; then
   folder=${size#*=} minutes=${MINUTES:-9}
   # No run starts in the last two minutes: it would hardly end.
+  corpora=''
+  for list in "$folder"/*/train.jsonl; do
+    name=$(basename "$(dirname "$list")")
+    corpora+=${corpora:+,}$name=$folder/$name
+  done
   suffix=jsonl part study $((60 * minutes)) benchmarks.study_real --size="${SIZE:-gpu}" --rough=24 \
-    --encoder="$folder/encoder" --llm="$folder/llm" --corpora="read=$folder/read,talk=$folder/talk" \
+    --encoder="$folder/encoder" --llm="$folder/llm" --corpora="$corpora" --jobs="${JOBS:-8}" \
     --folder="$folder/runs" --minutes=$((minutes - 2)) \
-    --set='compute_dtype="bfloat16"' --set=packing=true
+    --set='compute_dtype="bfloat16"' --set=packing=true ${RUNS:-}
 else
   large=(--encoder=whisper-large-v3 --llm=qwen2.5-1.5b)
   part correct 80 benchmarks.correct
   part step 120 benchmarks.step --size=1.5b --repeats=7
   part peer_step 120 benchmarks.peer_step "${large[@]}" --batch_size=16 --seconds=15 --tokens=64 \
-    --repeats=7
+    --repeats=7 --nocompile
   part decode 60 benchmarks.decode --size=500m --repeats=3
   part sinkhorn 60 benchmarks.sinkhorn --size=B16xS375xT64 --size=B16xS1500xT128 --repeats=5
   part epoch 100 benchmarks.epoch --made_up=256 --batch_size=32 --nocompile

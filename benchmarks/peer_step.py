@@ -105,20 +105,20 @@ def make_peer(frames: int, device: str):
     torch.manual_seed(0)
     read = lambda name: json.loads((SHAPES / name / "config.json").read_text())
     shape = whisper_shape(_ENCODER.value, max_source_positions=frames // 2)
-    encoder_config = transformers.WhisperConfig(**shape)
-    encoder = transformers.WhisperModel(encoder_config)
-    llm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**read(_LLM.value)))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        encoder = transformers.WhisperModel(transformers.WhisperConfig(**shape)).to(dtype)
+        llm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**read(_LLM.value))).to(dtype)
     folder = Path(tempfile.mkdtemp())
     encoder.save_pretrained(folder / "encoder")
     llm.save_pretrained(folder / "llm")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     llm = peft.get_peft_model(
-        llm.to(dtype),
+        llm,
         peft.LoraConfig(
             r=RANK, lora_alpha=RANK, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
         ),
     )
-    encoder = encoder.encoder.to(dtype).eval().requires_grad_(False)
+    encoder = encoder.encoder.eval().requires_grad_(False)
     return Peer(encoder, llm).to(device), folder
 
 

@@ -16,13 +16,16 @@ and in echoes.
 
 A run is one JSON line of benchmarks/results/study_real.jsonl, or of --out; what has its line in
 either is not run again, and an interrupted run goes on where it was. What the frozen encoder gives
-is computed once a corpus, into --folder.
+is computed once a corpus, into --folder. --jobs=N makes so many runs side by side, each in a
+process of its own: a GPU is idle most of a run so small.
 """
 
 import argparse
+import concurrent.futures
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 import time
 import zlib
@@ -109,7 +112,7 @@ class Size(NamedTuple):
 SIZES = {
     "short": Size(align=300, sft=100, batch=8, tested=64, watched=16, every=50),
     "cpu": Size(align=800, sft=350, batch=8, tested=100, watched=24, every=100),
-    "gpu": Size(align=800, sft=400, batch=16, tested=250, watched=48, every=50),
+    "gpu": Size(align=800, sft=400, batch=16, tested=160, watched=48, every=100),
 }
 
 
@@ -318,6 +321,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "study_real")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the lines of these runs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after it")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--report", action="store_true", help="write docs/study.md only")
     args = parser.parse_args()
     if not args.report:
@@ -351,15 +355,38 @@ def make_runs(args) -> None:
         changes[key] = json.loads(value)
     size = SIZES[args.size]
     configs = {name: configure(name, size, args.folder, found, changes) for name in missing}
-    for name in tqdm.tqdm(missing, desc="study", unit="run"):
+
+    def make(name: str) -> bool:
+        """Whether the run has its line now."""
         if time.monotonic() - began > 60 * args.minutes:
-            print(f"--minutes={args.minutes:g} are over: {name} and what follows is left for later")
-            return
+            return False
+        if args.jobs > 1:
+            return run_beside(name, args)
         line = run(name, args.size, configs[name], tests, named("dev"), args.folder)
-        with args.out.open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        rundir.append_lines(args.out, [line])
         # What it kept is large: a checkpoint every few steps.
         shutil.rmtree(workdir_of(name, args.size, args.folder))
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        made = pool.map(make, missing) if args.jobs > 1 else map(make, missing)
+        made = list(tqdm.tqdm(made, total=len(missing), desc="study", unit="run"))
+    if left := [name for name, is_made in zip(missing, made, strict=True) if not is_made]:
+        print(f"left for later: {', '.join(left)}")
+
+
+def run_beside(name: str, args) -> bool:
+    """A run by this very command in a process of its own, its output in a log of --folder; whether
+    it ended well."""
+    flags = [word for word in sys.argv[1:] if word not in args.runs]
+    command = [sys.executable, "-m", "benchmarks.study_real", *flags, "--jobs=1", name]
+    path = args.folder / "logs" / f"{name.replace('/', '_')}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as log:
+        ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if ended.returncode:
+        print(f"{name} failed with {ended.returncode}: see {path}")
+    return ended.returncode == 0
 
 
 if __name__ == "__main__":

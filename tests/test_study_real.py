@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -85,6 +86,7 @@ def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, mon
         folder=tmp_path / "study",
         set=changes,
         minutes=10.0,
+        jobs=1,
     )
     study_real.make_runs(args)
     (line,) = study_real.read_results(args.out)
@@ -102,6 +104,36 @@ def test_a_run_on_tiny_parts_leaves_its_line_and_is_not_made_again(tmp_path, mon
     assert not args.out.exists()
     text = study_real_report.report([line], tmp_path)
     assert "#### Trained on read" in text and "| ctc+otreg0/ce | 1 |" in text
+
+
+def test_jobs_are_this_command_a_run_each_and_a_failed_one_is_named(tmp_path, monkeypatch, capsys):
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"audio_filepath": "a.wav", "lang": "en"}\n')
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\n"
+        "import sys, json, pathlib\n"
+        "flags = dict(word.split('=', 1) for word in sys.argv[3:-1])\n"
+        "if 'skip' in sys.argv[-1]: sys.exit('no memory')\n"
+        "line = {'run': sys.argv[-1], 'size': 'cpu', 'jobs': flags['--jobs']}\n"
+        "with open(flags['--out'], 'a') as file: print(json.dumps(line), file=file)\n"
+    )
+    python.chmod(0o755)
+    runs = [f"read,{arm},{seed}" for arm in ("ctc/ce", "skip/ce") for seed in (1, 2)]
+    flags = [f"--corpora=read={tmp_path}", f"--folder={tmp_path}", f"--out={tmp_path / 'lines'}"]
+    flags += ["--encoder=e", "--llm=l", "--jobs=2"]
+    monkeypatch.setattr(sys, "argv", ["study_real", *flags, *runs])
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(study_real, "RESULTS", tmp_path / "committed")
+    monkeypatch.setattr(study_real.command, "quiet_and_cached", lambda: None)
+    study_real.main()
+    lines = study_real.read_results(tmp_path / "lines")
+    assert {line["run"] for line in lines} == set(runs[:2])
+    assert {line["jobs"] for line in lines} == {"1"}  # or each would start others
+    printed = capsys.readouterr().out
+    assert "read,skip/ce,1 failed with 1: see" in printed
+    assert "left for later: read,skip/ce,1, read,skip/ce,2" in printed
+    assert "no memory" in (tmp_path / "logs" / "read,skip_ce,1.log").read_text()
 
 
 def line(arm, seed, errors, course, gap=0.5, **more):

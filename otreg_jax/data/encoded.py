@@ -186,7 +186,8 @@ def _write_shard(path: Path, found, positions) -> None:
     array = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
     dtype = str(array.dtype)
     array = array.view(np.uint16) if dtype == "bfloat16" else array
-    unfinished = path.with_suffix(".tmp.npy")
+    # Runs side by side may compute the same: each writes a file of its own.
+    unfinished = path.with_suffix(f".{os.getpid()}.npy")
     np.save(unfinished, array)
     unfinished.rename(path.with_suffix(".npy"))
     rundir.write_json(path.with_suffix(".json"), {"dtype": dtype, "frames": frames})
