@@ -6,7 +6,8 @@
 
 FOLDER then has encoder/, llm/ and a folder for each corpus, as `benchmarks.study_real` takes them.
 Weights in float32 are rounded to bfloat16; of a Whisper model the encoder alone is taken, and of a
-corpus the lines of one language; WAV files of 16 bits become FLAC. `unpack` names every piece that is missing or damaged.
+corpus the lines of one language; WAV files of 16 bits become FLAC. `unpack` names every piece that
+is missing or damaged.
 """
 
 import argparse
