@@ -35,15 +35,22 @@ def whisper_shape(name: str, **changes) -> dict:
     return shape | {"decoder_layers": 1, "decoder_attention_heads": 1} | changes
 
 
-def recipe(size: str, otreg: bool, attention: str = "auto", **changes):
-    """(config, mel frames, tokens) of a size; `batch` and `seconds` may be changed."""
+def recipe(size: str, arm: str = "otreg", attention: str = "auto", **changes):
+    """(config, mel frames, tokens) of a size; `batch` and `seconds` may be changed.
+
+    arm: the losses of the recipe; "ctc": less OTReg; "ce": cross-entropy alone.
+    """
     if SIZES[size] is None:
-        config = runpy.run_path("configs/quickstart.py")["get_config"]("otreg" if otreg else "ce")
+        config = runpy.run_path("configs/quickstart.py")["get_config"](
+            "ce" if arm == "ce" else "otreg"
+        )
+        config.otreg.weight *= arm == "otreg"
         config.batch_size = changes.get("batch", config.batch_size)
         return config, round(100 * changes.get("seconds", 3.0)), 12
     encoder, llm, batch, seconds, tokens = SIZES[size]
     get_config = runpy.run_path("configs/librispeech.py")["get_config"]
-    config = get_config("otreg" if otreg else "baseline")
+    config = get_config("baseline" if arm == "ce" else "otreg")
+    config.otreg.weight *= arm == "otreg"
     config.otreg.start_step = config.otreg.ramp_steps = 0
     config.encoder.path, config.llm.path = str(SHAPES / encoder), str(SHAPES / llm)
     config.data.num_mels = json.loads((SHAPES / encoder / "config.json").read_text())[

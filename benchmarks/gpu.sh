@@ -94,12 +94,12 @@ elif [[ $size == --study=* ]]; then
     --set='compute_dtype="bfloat16"' --set=packing=true ${RUNS:-}
 else
   large=(--encoder=whisper-large-v3 --llm=qwen2.5-1.5b)
-  part correct 80 benchmarks.correct
-  part step 120 benchmarks.step --size=1.5b --repeats=7
-  part peer_step 120 benchmarks.peer_step "${large[@]}" --batch_size=16 --seconds=15 --tokens=64 \
+  part correct 150 benchmarks.correct
+  part step 90 benchmarks.step --size=1.5b --repeats=7
+  part peer_step 100 benchmarks.peer_step "${large[@]}" --batch_size=16 --seconds=15 --tokens=64 \
     --repeats=7 --nocompile
   part decode 60 benchmarks.decode --size=500m --repeats=3
   part sinkhorn 60 benchmarks.sinkhorn --size=B16xS375xT64 --size=B16xS1500xT128 --repeats=5
-  part epoch 100 benchmarks.epoch --made_up=256 --batch_size=32 --nocompile
+  part epoch 80 benchmarks.epoch --made_up=256 --batch_size=32 --nocompile
 fi
 exit $failed

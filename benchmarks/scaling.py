@@ -165,7 +165,7 @@ def measure_cpu() -> None:
     points += [base | {"vocabulary": n} for n in (1000, 152_000)]
     devices, lines = aot.devices_of("cpu:8"), []
     for point in points:
-        config, _, tokens = recipe("60m", otreg=True, attention="xla")
+        config, _, tokens = recipe("60m", attention="xla")
         config.batch_size = point["batch"]
         with tempfile.TemporaryDirectory() as folder:
             shape = json.loads((SHAPES / "qwen2-60m/config.json").read_text())

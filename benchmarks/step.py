@@ -1,4 +1,4 @@
-"""The whole training step with and without OTReg, over model sizes: time, MFU, memory, share.
+"""The whole training step with and without OTReg and CTC, over model sizes: time, MFU, memory.
 
     python -m benchmarks.step                          # what a CPU can run; the others on paper
     python -m benchmarks.step --size=1.5b --size=7b    # on an accelerator
@@ -6,10 +6,11 @@
     taskset -c 0 python -m benchmarks.step --clock=cpu     # on a machine with other work to do
 
 Adapter and LoRA train, encoder and LLM are frozen, as in configs/librispeech.py; weights are
-random. Steps with and without OTReg are timed in turn, round by round; shares are medians of the
-rounds' own ratios, so that other load on the machine hits both. Without --size, sizes that are not
-run are counted: FLOPs of the traced step's matrix products. Prints tables and writes
-benchmarks/results/step.json.
+random. Steps with all losses, without OTReg and with cross-entropy alone are timed in turn, round
+by round; shares are medians of the rounds' own ratios, so that other load on the machine hits all.
+CTC's is an upper bound: its classes are the whole vocabulary here, in training the tokens in use.
+Without --size, sizes that are not run are counted: FLOPs of the traced step's matrix products.
+Prints tables and writes benchmarks/results/step.json.
 """
 
 import json
@@ -36,35 +37,43 @@ _CLOCK = flags.DEFINE_enum(
 _OUT = flags.DEFINE_string("out", "benchmarks/results/step.json", "File of the results.")
 
 
-def share_on_paper(size: str, **changes) -> tuple[int, float]:
-    """(model FLOPs of a step with OTReg, the part of them that OTReg adds)."""
+ARMS = ("otreg", "ctc", "ce")  # of `recipe`: each has one loss less
+
+
+def shares(otreg, ctc, ce) -> dict[str, float]:
+    """The parts of a step's cost that OTReg and CTC are, from the costs of the three arms."""
+    return {"otreg": (otreg - ctc) / otreg, "ctc": (ctc - ce) / otreg}
+
+
+def on_paper(size: str, **changes) -> dict:
+    """Model FLOPs of a step with all losses, and the shares of them."""
     counted = []
-    for otreg in (True, False):
-        config, frames, tokens = recipe(size, otreg, "xla", **changes)
+    for arm in ARMS:
+        config, frames, tokens = recipe(size, arm, "xla", **changes)
         config.mesh.data, config.mesh.fsdp = 1, 1
         counted.append(aot.model_flops(config, jax.devices()[:1], frames, tokens))
-    return counted[0], 1 - counted[1] / counted[0]
+    return {"flops": counted[0], "flops_share": shares(*counted)}
 
 
 def measure(size: str, repeats: int, attention: str, **changes) -> dict:
-    """Times both steps in turn."""
+    """Times the steps of all arms in turn."""
     now = time.process_time if _CLOCK.value == "cpu" else time.perf_counter
-    runs, chip = {}, flops_lib.chip(jax.devices()[0])
-    for otreg in (True, False):
-        config, frames, tokens = recipe(size, otreg, attention, **changes)
-        step, state, frozen, batch = make_step(config, frames, tokens)
-        runs[otreg] = [step, state, frozen, batch, []]
+    runs, chip = [], flops_lib.chip(jax.devices()[0])
+    for arm in ARMS:
+        config, frames, tokens = recipe(size, arm, attention, **changes)
+        runs.append([*make_step(config, frames, tokens), []])
     for round in range(-2, repeats):  # the first ones compile and warm up
-        for run in runs.values():
+        for run in runs:
             step, state, frozen, batch, times = run
             start = now()
             run[1], metrics = step(state, frozen, batch)
             jax.block_until_ready((run[1], metrics))
             if round >= 0:
                 times.append(now() - start)
-    seconds = {otreg: statistics.median(run[4]) for otreg, run in runs.items()}
-    flops, share = share_on_paper(size, **changes)
-    shares = [1 - b / a for a, b in zip(runs[True][4], runs[False][4], strict=True)]
+    rounds = [shares(*times) for times in zip(*(run[4] for run in runs), strict=True)]
+    seconds = [statistics.median(run[4]) for run in runs]
+    counted = on_paper(size, **changes)
+    per_second = counted["flops"] / seconds[0]
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "size": size,
@@ -72,13 +81,11 @@ def measure(size: str, repeats: int, attention: str, **changes) -> dict:
         "batch_size": config.batch_size,
         "frames": frames,
         "tokens": tokens,
-        "seconds": seconds[True],
-        "seconds_without": seconds[False],
-        "share": statistics.median(shares),
-        "flops": flops,
-        "flops_share": share,
-        "flops_per_sec": flops / seconds[True],
-        "mfu": chip and flops / seconds[True] / chip.flops / jax.device_count(),
+        "seconds": dict(zip(ARMS, seconds, strict=True)),
+        "share": {name: statistics.median(x[name] for x in rounds) for name in rounds[0]},
+        **counted,
+        "flops_per_sec": per_second,
+        "mfu": chip and per_second / chip.flops / jax.device_count(),
         "peak_bytes": memory.get("peak_bytes_in_use"),
     }
 
@@ -92,22 +99,26 @@ def main(argv):
     points += [(sizes[-1], {name: value}) for name in _SWEEPS.value for value in SWEEPS[name]]
     rows = []
     print(
-        f"{'size':12}{'batch':>6}{'audio s':>8}{'ms':>9}{'OTReg':>8}{'of FLOPs':>9}"
-        f"{'GFLOP/s':>9}{'MFU':>7}"
+        f"{'size':12}{'batch':>6}{'audio s':>8}{'ms':>9}{'OTReg':>8}{'CTC':>8}{'of FLOPs':>15}"
+        f"{'GFLOP/s':>11}{'MFU':>7}"
     )
+    both = lambda shares: f"{shares['otreg']:8.2%}{shares['ctc']:7.2%}"
     for size, changes in points:
         row = measure(size, _REPEATS.value, _ATTENTION.value, **changes)
         rows.append(row)
         mfu = "" if row["mfu"] is None else f"{row['mfu']:7.1%}"
         print(
-            f"{size:12}{row['batch_size']:6}{row['frames'] / 100:8.1f}{1e3 * row['seconds']:9.1f}"
-            f"{row['share']:8.1%}{row['flops_share']:9.2%}{row['flops_per_sec'] / 1e9:9.1f}{mfu}"
+            f"{size:12}{row['batch_size']:6}{row['frames'] / 100:8.1f}"
+            f"{1e3 * row['seconds']['otreg']:9.1f}{row['share']['otreg']:8.1%}"
+            f"{row['share']['ctc']:8.1%}{both(row['flops_share'])}"
+            f"{row['flops_per_sec'] / 1e9:11.1f}{mfu}"
         )
     for size in known if not _SIZES.value else ():
         if size not in sizes:
-            flops, share = share_on_paper(size)
-            rows.append({"size": size, "flops": flops, "flops_share": share})
-            print(f"{size:12} on paper: {flops:.3g} FLOPs a step, OTReg {share:.3%} of them")
+            rows.append({"size": size, **on_paper(size)})
+            print(
+                f"{size:12} on paper: {rows[-1]['flops']:.3g} FLOPs{both(rows[-1]['flops_share'])}"
+            )
     settings = {"repeats": _REPEATS.value, "clock": _CLOCK.value}
     result = {**describe_machine("flax"), **settings, "rows": rows}
     Path(_OUT.value).write_text(json.dumps(result, indent=2) + "\n")

@@ -180,6 +180,11 @@ def at_minutes(line: dict, minutes: float) -> float | None:
     return float(np.interp(minutes, times, [watched(line, point) for point in line["course"]]))
 
 
+def clock(lines: Iterable[dict]) -> tuple[str, float]:
+    """The unit that times are shown in, and how many of it a minute has: a GPU needs seconds."""
+    return ("seconds", 60.0) if max(line["minutes"] for line in lines) < 2 else ("minutes", 1.0)
+
+
 def runs_of(arms: dict[str, dict[int, dict]]) -> list[dict]:
     return [line for seeds in arms.values() for line in seeds.values()]
 
@@ -188,7 +193,8 @@ def error_table(arms: dict[str, dict[int, dict]]) -> str:
     names = [name for kind in shifts(runs_of(arms)).values() for name in kind]
     timed = timed_sets(runs_of(arms))
     mass = [f"plan mass ({', '.join(timed)})"] if timed else []
-    header = ["align / SFT", "seeds", *names, "runaway", *mass, "minutes"]
+    unit, each = clock(runs_of(arms))
+    header = ["align / SFT", "seeds", *names, "runaway", *mass, unit]
     rows = []
     for arm, seeds in arms.items():
         lines = list(seeds.values())
@@ -198,7 +204,7 @@ def error_table(arms: dict[str, dict[int, dict]]) -> str:
         if timed:
             masses = [spoken_mass(x, timed) for x in lines if timed_sets([x])]
             cells.append(spread(masses) if masses else "–")
-        cells.append(spread(line["minutes"] for line in lines))
+        cells.append(spread(each * line["minutes"] for line in lines))
         rows.append([arm, str(len(lines)), *cells])
     return markdown(header, rows)
 
@@ -263,10 +269,11 @@ def difference(worlds: list[tuple], min_worlds: int = 1, min_seeds: int = 1) -> 
 
 
 def price_table(arms) -> str:
-    """Steps and minutes until the course is at an error rate, the median over seeds."""
+    """Steps and time until the course is at an error rate, the median over seeds."""
     lines = runs_of(arms)
-    shared = min(line["minutes"] for line in lines)
-    header = ["align / SFT", *(f"{100 * x:.0f} %" for x in LEVELS), f"WER at {shared:.1f} min"]
+    shared, (unit, each) = min(line["minutes"] for line in lines), clock(lines)
+    levels = [f"{100 * x:.0f} %" for x in LEVELS]
+    header = [f"align / SFT: steps ({unit})", *levels, f"WER at {each * shared:.1f} {unit}"]
     rows = []
     for arm, seeds in arms.items():
         cells = []
@@ -276,7 +283,7 @@ def price_table(arms) -> str:
                 cells.append("–")
             else:
                 step, minutes = (statistics.median(x) for x in zip(*found, strict=True))
-                cells.append(f"{step:.0f} ({minutes:.1f})")
+                cells.append(f"{step:.0f} ({each * minutes:.1f})")
         rates = [x for line in seeds.values() if (x := at_minutes(line, shared)) is not None]
         cells.append(spread(100 * x for x in rates) if rates else "–")
         rows.append([arm, *cells])
@@ -317,6 +324,7 @@ def rank_correlation(x, y) -> float:
 def figure(worlds: dict[str, dict], path: Path) -> None:
     """A panel a world: the course of the errors against minutes, a line a run, a colour an arm."""
     names, shown = list(dict.fromkeys(arm for arms in worlds.values() for arm in arms)), {}
+    unit, each = clock(line for arms in worlds.values() for line in runs_of(arms))
     fig = Figure(figsize=(5 * len(worlds), 4), layout="constrained")
     for ax, (world, arms) in zip(
         fig.subplots(1, len(worlds), squeeze=False)[0], worlds.items(), strict=True
@@ -324,10 +332,11 @@ def figure(worlds: dict[str, dict], path: Path) -> None:
         for arm, seeds in arms.items():
             i = names.index(arm)
             for line in seeds.values():
-                course = [(p["minutes"], 100 * min(watched(line, p), 1.5)) for p in line["course"]]
+                point = lambda p, line=line: (each * p["minutes"], 100 * min(watched(line, p), 1.5))
+                course = map(point, line["course"])
                 style = "-o" if i < 10 else "--s"
                 (shown[arm],) = ax.plot(*zip(*course, strict=True), style, color=f"C{i % 10}", ms=3)
-        ax.set(title=f"trained on {world}", xlabel="minutes, compilation left out")
+        ax.set(title=f"trained on {world}", xlabel=f"{unit}, compilation left out")
         ax.set(xlim=(0, None), ylim=(0, 150))
         ax.grid(alpha=0.3)
     fig.axes[0].set_ylabel("WER (%) on dev sets not trained on")
@@ -361,7 +370,7 @@ def report(results: list[dict], folder: Path) -> str:
                 f"#### Trained on {world}",
                 error_table(arms),
                 difference_table(arms),
-                "Steps (minutes) until the dev sets that were not trained on are at this WER:",
+                "Steps and time until the dev sets that were not trained on are at this WER:",
                 price_table(arms),
             ]
             if table := correlation_table([x for s in arms.values() for x in s.values()]):

@@ -80,14 +80,15 @@ def step() -> str:
                 row["size"],
                 "on paper" if on_paper else f"{row['batch_size']}",
                 "" if on_paper else f"{row['frames'] / 100:g}",
-                "" if on_paper else f"{1e3 * row['seconds']:.0f}",
-                "" if on_paper else f"{row['share']:.1%}",
+                "" if on_paper else f"{1e3 * row['seconds']['otreg']:.0f}",
+                *("" if on_paper else f"{row['share'][loss]:.1%}" for loss in ("otreg", "ctc")),
                 f"{row['flops']:.3g}",
-                f"{row['flops_share']:.2%}",
+                *(f"{row['flops_share'][loss]:.2%}" for loss in ("otreg", "ctc")),
                 "" if on_paper else f"{row['flops_per_sec'] / 1e9:.1f}",
             ]
         )
-    header = ["size", "batch", "audio s", "ms", "OTReg's share of the time", "FLOPs", "its share "]
+    header = ["size", "batch", "audio s", "ms", "OTReg's share of the time", "CTC's"]
+    header += ["FLOPs", "OTReg's share", "CTC's"]
     return (
         f"Measured on {machine(result)}, {result['repeats']} rounds; "
         f"{versions(result['versions'])}.\n\n" + markdown([*header, "GFLOP/s"], rows)
