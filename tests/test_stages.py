@@ -12,6 +12,7 @@ from toy_run import metrics_of, tone_config, write_tones
 
 from otreg_jax import config as config_lib
 from otreg_jax import flops, losses, optim, stages, train, train_step
+from otreg_jax.data import encoded
 from otreg_jax.models import slm as slm_lib
 
 ALIGN = {
@@ -249,6 +250,24 @@ def test_kept_encoder_outputs_train_as_the_encoder_does_and_are_computed_once(tm
     config.num_steps, config.stages = 3, {"align": ALIGN}
     train.train(config, tmp_path / "other")
     assert metrics_of(tmp_path / "other")[1]["ctc"] != kept[1]["ctc"]
+
+
+def test_runs_side_by_side_may_keep_the_same_shard(tmp_path, monkeypatch):
+    found = [(4, np.full((4, 2), 0.5, np.float32)), None, (2, np.ones((2, 2), np.float32))]
+    write = lambda: encoded._write_shard(tmp_path / "shard", found, positions=lambda n: n)
+    save = np.save
+
+    def save_while_another_process_writes(path, array):
+        save(path, array)
+        monkeypatch.setattr(np, "save", save)
+        with monkeypatch.context() as other:
+            other.setattr(encoded.os, "getpid", lambda: -1)
+            write()
+
+    monkeypatch.setattr(np, "save", save_while_another_process_writes)
+    write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard.json", "shard.npy"]
+    assert np.load(tmp_path / "shard.npy").shape == (6, 2)
 
 
 def test_an_encoder_that_is_trained_or_fed_at_random_is_not_kept(tmp_path):
