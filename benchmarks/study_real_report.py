@@ -334,13 +334,13 @@ def figure(worlds: dict[str, dict], path: Path) -> None:
             for line in seeds.values():
                 point = lambda p, line=line: (each * p["minutes"], 100 * min(watched(line, p), 1.5))
                 course = map(point, line["course"])
-                style = "-o" if i < 10 else "--s"
+                style = ("-o", "--s", ":^")[i // 10 % 3]
                 (shown[arm],) = ax.plot(*zip(*course, strict=True), style, color=f"C{i % 10}", ms=3)
         ax.set(title=f"trained on {world}", xlabel=f"{unit}, compilation left out")
         ax.set(xlim=(0, None), ylim=(0, 150))
         ax.grid(alpha=0.3)
     fig.axes[0].set_ylabel("WER (%) on dev sets not trained on")
-    fig.axes[-1].legend([shown[arm] for arm in names], names, fontsize="x-small")
+    fig.legend([shown[arm] for arm in names], names, fontsize="x-small", loc="outside right upper")
     fig.savefig(path, dpi=90)
 
 
