@@ -82,6 +82,7 @@ if [[ $size == --rehearse ]]; then
   part epoch 300 benchmarks.epoch "${nano[@]}" --made_up=8 --batch_size=4 --nocompile
 elif [[ $size == --study=* ]]; then
   folder=${size#*=} minutes=${MINUTES:-9}
+  read -ra runs <<<"${RUNS:-}"
   # No run starts in the last two minutes: it would hardly end.
   corpora=''
   for list in "$folder"/*/train.jsonl; do
@@ -91,7 +92,7 @@ elif [[ $size == --study=* ]]; then
   suffix=jsonl part study $((60 * minutes)) benchmarks.study_real --size="${SIZE:-gpu}" --rough=24 \
     --encoder="$folder/encoder" --llm="$folder/llm" --corpora="$corpora" --jobs="${JOBS:-8}" \
     --folder="$folder/runs" --minutes=$((minutes - 2)) \
-    --set='compute_dtype="bfloat16"' --set=packing=true ${RUNS:-}
+    --set='compute_dtype="bfloat16"' --set=packing=true "${runs[@]}"
 else
   large=(--encoder=whisper-large-v3 --llm=qwen2.5-1.5b)
   part correct 150 benchmarks.correct
