@@ -83,12 +83,12 @@ if [[ $size == --rehearse ]]; then
 elif [[ $size == --study=* ]]; then
   folder=${size#*=} minutes=${MINUTES:-9}
   read -ra runs <<<"${RUNS:-}"
-  # No run starts in the last two minutes: it would hardly end.
   corpora=''
   for list in "$folder"/*/train.jsonl; do
     name=$(basename "$(dirname "$list")")
     corpora+=${corpora:+,}$name=$folder/$name
   done
+  # No run starts in the last two minutes: it would hardly end.
   suffix=jsonl part study $((60 * minutes)) benchmarks.study_real --size="${SIZE:-gpu}" --rough=24 \
     --encoder="$folder/encoder" --llm="$folder/llm" --corpora="$corpora" --jobs="${JOBS:-8}" \
     --folder="$folder/runs" --minutes=$((minutes - 2)) \

@@ -322,7 +322,7 @@ def rank_correlation(x, y) -> float:
 
 
 def figure(worlds: dict[str, dict], path: Path) -> None:
-    """A panel a world: the course of the errors against minutes, a line a run, a colour an arm."""
+    """A panel a world: the course of the errors against time, a line a run, a colour an arm."""
     names, shown = list(dict.fromkeys(arm for arms in worlds.values() for arm in arms)), {}
     unit, each = clock(line for arms in worlds.values() for line in runs_of(arms))
     fig = Figure(figsize=(5 * len(worlds), 4), layout="constrained")
@@ -332,10 +332,10 @@ def figure(worlds: dict[str, dict], path: Path) -> None:
         for arm, seeds in arms.items():
             i = names.index(arm)
             for line in seeds.values():
-                point = lambda p, line=line: (each * p["minutes"], 100 * min(watched(line, p), 1.5))
-                course = map(point, line["course"])
+                times = [each * p["minutes"] for p in line["course"]]
+                rates = [100 * min(watched(line, p), 1.5) for p in line["course"]]
                 style = ("-o", "--s", ":^")[i // 10 % 3]
-                (shown[arm],) = ax.plot(*zip(*course, strict=True), style, color=f"C{i % 10}", ms=3)
+                (shown[arm],) = ax.plot(times, rates, style, color=f"C{i % 10}", ms=3)
         ax.set(title=f"trained on {world}", xlabel=f"{unit}, compilation left out")
         ax.set(xlim=(0, None), ylim=(0, 150))
         ax.grid(alpha=0.3)
